@@ -1,0 +1,486 @@
+"""What the broker knows and decides: state in, actions out. No sockets, no clock, no torch.
+
+The broker keeps nothing that it could not lose. Workers say everything about themselves in every
+heartbeat, edges ask again when they hear nothing, so a broker that was restarted knows all it
+needs after one heartbeat. Each step is in one of three places: queued for its service, in flight
+at one worker, or answered and forgotten.
+
+A step goes to the worker that is warm for its session (it computed the session's last step), as
+long as that worker has room; when it has not, the step waits for it unless another worker is
+idle. Without a warm worker the least loaded one with room gets it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.messages import (
+    Announce,
+    NeedRows,
+    Service,
+    Step,
+    StepFailed,
+    StepKey,
+    StepReply,
+)
+from common.settings import HEARTBEAT_S, HEARTBEATS_MISSED, MAX_ATTEMPTS, MAX_QUEUED_STEPS
+
+ServiceKey = tuple[str, tuple[int, int]]  # model fingerprint, span
+
+SESSION_MEMORY_S = 600.0  # how long the warm worker of a silent session is remembered
+BUSY_RETRY_MS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatched:
+    """Send the step to the worker."""
+
+    worker_id: str
+    key: StepKey
+    attempt: int
+    queue_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Pass the worker's answer on to the edge that asked."""
+
+    edge_id: bytes
+    key: StepKey
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Tell the edge that the step will not be computed."""
+
+    edge_id: bytes
+    key: StepKey
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TellPending:
+    """Tell the edge that its step is known and being worked on."""
+
+    edge_id: bytes
+    key: StepKey
+
+
+@dataclass(frozen=True, slots=True)
+class TellBusy:
+    """Tell the edge to ask again later."""
+
+    edge_id: bytes
+    key: StepKey
+    retry_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Drop the frames kept for a step."""
+
+    key: StepKey
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardEnd:
+    """Tell the worker that a session is over."""
+
+    worker_id: str
+    session_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptDrain:
+    """Tell the worker that nothing new will come."""
+
+    worker_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Write a line to the log."""
+
+    text: str
+
+
+Action = (
+    Dispatched | Answer | Refuse | TellPending | TellBusy | Forget | ForwardEnd | AcceptDrain | Note
+)
+
+
+@dataclass(slots=True)
+class Worker:
+    """A worker as its last heartbeat described it."""
+
+    announce: Announce
+    seen_at: float
+    draining: bool = False
+    in_flight: set[StepKey] = field(default_factory=set)
+    steps_done: int = 0
+
+    @property
+    def room(self) -> int:
+        if self.draining or not self.announce.ready:
+            return 0
+        return self.announce.capacity - len(self.in_flight)
+
+    def serves(self, service: ServiceKey) -> bool:
+        return any((s.model, s.span) == service for s in self.announce.services)
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """A step between its arrival and its answer."""
+
+    step: Step
+    edge_id: bytes
+    arrived_at: float
+    queued_at: float
+    deadline_at: float
+    worker_id: str | None = None
+    attempts: int = 0
+    failures: list[tuple[str, str]] = field(default_factory=list)  # worker, reason
+
+    @property
+    def service(self) -> ServiceKey:
+        return (self.step.model, self.step.span)
+
+    def failed_on(self, worker_id: str) -> bool:
+        return any(failed == worker_id for failed, _ in self.failures)
+
+
+@dataclass(slots=True)
+class SessionRecord:
+    """Where a session's KV is warm, and its newest step."""
+
+    worker_id: str | None
+    newest: StepKey
+    seen_at: float
+
+
+class BrokerState:
+    """Everything the broker knows. `now` is in monotonic seconds throughout."""
+
+    def __init__(
+        self,
+        started_at: float = 0.0,
+        silence_s: float = HEARTBEAT_S * HEARTBEATS_MISSED,
+        max_queued_steps: int = MAX_QUEUED_STEPS,
+        max_attempts: int = MAX_ATTEMPTS,
+    ) -> None:
+        self.started_at = started_at
+        self.silence_s = silence_s
+        self.max_queued_steps = max_queued_steps
+        self.max_attempts = max_attempts
+        self.workers: dict[str, Worker] = {}
+        self.steps: dict[StepKey, StepRecord] = {}
+        self.queues: dict[ServiceKey, deque[StepKey]] = {}
+        self.sessions: dict[bytes, SessionRecord] = {}
+        self.counters = dict.fromkeys(
+            ("steps", "answers", "redispatched", "refused", "busy", "late_answers", "dead_workers"),
+            0,
+        )
+
+    # --- what arrives from edges
+
+    def on_step(self, step: Step, edge_id: bytes, now: float) -> list[Action]:
+        """A step arrived, for the first time or again."""
+        record = self.steps.get(step.key)
+        if record is not None:
+            record.edge_id = edge_id
+            record.deadline_at = now + step.deadline_ms / 1000
+            return [TellPending(edge_id, step.key)]
+        self.counters["steps"] += 1
+        session = self.sessions.get(step.session_id)
+        if session is not None and step.key[1:] < session.newest[1:]:
+            return [Refuse(edge_id, step.key, "stale", "a newer step of this session has arrived")]
+        actions = self._abandon_older(step)
+        refusal = self._refuse_at_once(step, edge_id, now)
+        if refusal is not None:
+            return [*actions, refusal]
+        if session is None:
+            self.sessions[step.session_id] = SessionRecord(None, step.key, now)
+        else:
+            session.newest, session.seen_at = step.key, now
+        deadline_at = now + step.deadline_ms / 1000
+        self.steps[step.key] = StepRecord(step, edge_id, now, now, deadline_at)
+        self.queues.setdefault((step.model, step.span), deque()).append(step.key)
+        return [*actions, *self._dispatch((step.model, step.span), now)]
+
+    def on_end(self, session_id: bytes) -> list[Action]:
+        """An edge says that a session is over."""
+        session = self.sessions.pop(session_id, None)
+        if session is None:
+            return []
+        actions: list[Action] = []
+        record = self.steps.get(session.newest)
+        if record is not None:
+            actions += self._remove(record)
+        target = session.worker_id
+        if target is None or target not in self.workers:
+            target = next(iter(self.workers), None)
+        return [*actions, ForwardEnd(target, session_id)] if target else actions
+
+    # --- what arrives from workers
+
+    def on_announce(self, announce: Announce, now: float) -> list[Action]:
+        """A heartbeat: a new worker, or a known one that is alive."""
+        worker = self.workers.get(announce.worker_id)
+        actions: list[Action] = []
+        if worker is None:
+            worker = self.workers[announce.worker_id] = Worker(announce, now)
+            serving = ", ".join(describe_service(s) for s in announce.services)
+            actions.append(Note(f"worker {announce.worker_id} joined, serving {serving}"))
+        worker.announce, worker.seen_at = announce, now
+        for service in announce.services:
+            actions += self._dispatch((service.model, service.span), now)
+        return actions
+
+    def on_answer(self, answer: StepReply | NeedRows, now: float) -> list[Action]:
+        """A worker answered a step. Answers of any but the latest attempt are dropped."""
+        record = self._take_in_flight(answer.key, answer.worker_id, answer.attempt)
+        if record is None:
+            self.counters["late_answers"] += 1
+            return self._dispatch_for(answer.worker_id, now)
+        self.counters["answers"] += 1
+        self.workers[answer.worker_id].steps_done += 1
+        session = self.sessions.get(record.step.session_id)
+        if session is not None:
+            session.worker_id, session.seen_at = answer.worker_id, now
+        del self.steps[answer.key]
+        actions: list[Action] = [Answer(record.edge_id, answer.key), Forget(answer.key)]
+        return actions + self._dispatch_for(answer.worker_id, now)
+
+    def on_failed(self, failed: StepFailed, now: float) -> list[Action]:
+        """A worker could not compute a step: another one tries, up to `max_attempts` in all."""
+        record = self._take_in_flight(failed.key, failed.worker_id, failed.attempt)
+        if record is None:
+            self.counters["late_answers"] += 1
+            return self._dispatch_for(failed.worker_id, now)
+        actions = self._try_elsewhere(record, failed.worker_id, failed.reason, now)
+        return actions + self._dispatch_for(failed.worker_id, now)
+
+    def on_drain(self, worker_id: str, now: float) -> list[Action]:
+        """A worker wants to leave: it gets nothing new."""
+        worker = self.workers.get(worker_id)
+        if worker is None:
+            return [AcceptDrain(worker_id)]
+        worker.draining = True
+        actions: list[Action] = [Note(f"worker {worker_id} is draining"), AcceptDrain(worker_id)]
+        for service in worker.announce.services:
+            actions += self._dispatch((service.model, service.span), now)
+        return actions
+
+    def on_worker_gone(self, worker_id: str, why: str, now: float) -> list[Action]:
+        """A worker left, died or went silent: its steps go to others."""
+        worker = self.workers.pop(worker_id, None)
+        if worker is None:
+            return []
+        actions: list[Action] = [Note(f"worker {worker_id} {why}")]
+        for session in self.sessions.values():
+            if session.worker_id == worker_id:
+                session.worker_id = None
+        for key in worker.in_flight:
+            record = self.steps.get(key)
+            if record is not None and record.worker_id == worker_id:
+                actions += self._try_elsewhere(record, worker_id, why, now)
+        for service in worker.announce.services:
+            actions += self._dispatch((service.model, service.span), now)
+        return actions
+
+    def on_undeliverable(self, worker_id: str, key: StepKey, now: float) -> list[Action]:
+        """A dispatched step could not be sent: no attempt was made, and the worker is gone."""
+        record = self.steps[key]
+        record.attempts -= 1
+        record.worker_id = None
+        self.queues[record.service].appendleft(key)
+        worker = self.workers.get(worker_id)
+        if worker is not None:
+            worker.in_flight.discard(key)
+        return self.on_worker_gone(worker_id, "is not connected", now)
+
+    # --- time
+
+    def on_tick(self, now: float) -> list[Action]:
+        """Time passed: find silent workers, missed deadlines and forgotten sessions."""
+        actions: list[Action] = []
+        for worker_id, worker in list(self.workers.items()):
+            if now - worker.seen_at >= self.silence_s:
+                self.counters["dead_workers"] += 1
+                silent_ms = round((now - worker.seen_at) * 1000)
+                actions += self.on_worker_gone(worker_id, f"was silent for {silent_ms} ms", now)
+        for record in [r for r in self.steps.values() if now >= r.deadline_at]:
+            actions += self._refuse(record, "deadline", self._why_late(record, now))
+        for session_id, session in list(self.sessions.items()):
+            if now - session.seen_at > SESSION_MEMORY_S:
+                del self.sessions[session_id]
+        return actions
+
+    # --- decisions
+
+    def _refuse_at_once(self, step: Step, edge_id: bytes, now: float) -> Action | None:
+        service = (step.model, step.span)
+        settled = now - self.started_at >= self.silence_s
+        if settled and not any(w.serves(service) for w in self.workers.values()):
+            self.counters["refused"] += 1
+            return Refuse(edge_id, step.key, "no_worker", self._why_no_worker(step))
+        if len(self.steps) >= self.max_queued_steps:
+            self.counters["busy"] += 1
+            return TellBusy(edge_id, step.key, BUSY_RETRY_MS)
+        return None
+
+    def _why_no_worker(self, step: Step) -> str:
+        wanted = f"span {step.span[0]}-{step.span[1]} of the model with fingerprint {step.model}"
+        return f"no worker serves {wanted}; {self.describe_serving()}"
+
+    def describe_serving(self) -> str:
+        """One line about what the workers serve."""
+        services = {s for w in self.workers.values() for s in w.announce.services}
+        if not services:
+            return "there are no workers at all"
+        listed = ", ".join(sorted(describe_service(s) for s in services))
+        return f"being served: {listed}"
+
+    def _why_late(self, record: StepRecord, now: float) -> str:
+        where = f"in flight on worker {record.worker_id}" if record.worker_id else "still queued"
+        failures = "".join(f"; worker {w}: {reason}" for w, reason in record.failures)
+        return (
+            f"the step's deadline passed after {now - record.arrived_at:.1f} s, {where}{failures}"
+        )
+
+    def _abandon_older(self, step: Step) -> list[Action]:
+        """The edge has moved on: older steps of its session need no answer."""
+        session = self.sessions.get(step.session_id)
+        record = self.steps.get(session.newest) if session else None
+        return self._remove(record) if record else []
+
+    def _remove(self, record: StepRecord) -> list[Action]:
+        del self.steps[record.step.key]
+        if record.worker_id is None:
+            self.queues[record.service].remove(record.step.key)
+        return [Forget(record.step.key)]
+
+    def _refuse(self, record: StepRecord, code: str, reason: str) -> list[Action]:
+        self.counters["refused"] += 1
+        return [*self._remove(record), Refuse(record.edge_id, record.step.key, code, reason)]
+
+    def _take_in_flight(self, key: StepKey, worker_id: str, attempt: int) -> StepRecord | None:
+        """The record of a step that this worker was asked for in this attempt, else None."""
+        worker = self.workers.get(worker_id)
+        record = self.steps.get(key)
+        is_current = (
+            record is not None and record.worker_id == worker_id and record.attempts == attempt
+        )
+        if worker is not None and (record is None or is_current or record.worker_id != worker_id):
+            worker.in_flight.discard(key)
+        return record if worker is not None and is_current else None
+
+    def _try_elsewhere(
+        self, record: StepRecord, worker_id: str, reason: str, now: float
+    ) -> list[Action]:
+        record.failures.append((worker_id, reason))
+        record.worker_id = None
+        record.queued_at = now
+        self.queues[record.service].appendleft(record.step.key)
+        if record.attempts >= self.max_attempts:
+            tried = "; ".join(f"worker {w}: {why}" for w, why in record.failures)
+            return self._refuse(record, "failed", f"{record.attempts} workers failed: {tried}")
+        self.counters["redispatched"] += 1
+        return self._dispatch(record.service, now)
+
+    def _dispatch_for(self, worker_id: str, now: float) -> list[Action]:
+        """A worker has room again: look at the queues it serves."""
+        worker = self.workers.get(worker_id)
+        if worker is None:
+            return []
+        actions: list[Action] = []
+        for service in worker.announce.services:
+            actions += self._dispatch((service.model, service.span), now)
+        return actions
+
+    def _dispatch(self, service: ServiceKey, now: float) -> list[Action]:
+        """Hand out what is queued for a service, oldest first, while there is room."""
+        queue = self.queues.get(service)
+        if not queue:
+            return []
+        workers = [w for w in self.workers.values() if w.serves(service)]
+        actions: list[Action] = []
+        for key in list(queue):
+            if not any(w.room > 0 for w in workers):
+                break
+            record = self.steps[key]
+            worker = self._pick_worker(record, workers)
+            if worker is None:
+                continue
+            queue.remove(key)
+            record.worker_id = worker.announce.worker_id
+            record.attempts += 1
+            worker.in_flight.add(key)
+            queue_us = max(0, round((now - record.queued_at) * 1e6))
+            actions.append(Dispatched(record.worker_id, key, record.attempts, queue_us))
+        return actions
+
+    def _pick_worker(self, record: StepRecord, workers: list[Worker]) -> Worker | None:
+        session = self.sessions.get(record.step.session_id)
+        warm = self.workers.get(session.worker_id) if session and session.worker_id else None
+        candidates = [w for w in workers if w.room > 0]
+        fresh = [w for w in candidates if not record.failed_on(w.announce.worker_id)]
+        if fresh:
+            candidates = fresh
+        elif any(not record.failed_on(w.announce.worker_id) for w in workers if not w.draining):
+            return None  # wait for room at a worker that has not failed it yet
+        if warm is not None and not record.failed_on(warm.announce.worker_id):
+            if warm in candidates:
+                return warm
+            if not warm.draining and warm in workers:
+                candidates = [w for w in candidates if not w.in_flight]
+        return min(candidates, key=lambda w: len(w.in_flight), default=None)
+
+    # --- the report
+
+    def report(self, now: float) -> dict[str, Any]:
+        """Plain maps for StatusReport: workers, queues, sessions and counters."""
+        return {
+            "uptime_s": round(now - self.started_at, 1),
+            "workers": [dict(self._report_worker(w, now)) for w in self.workers.values()],
+            "queues": [
+                {"model": model, "span": f"{span[0]}-{span[1]}", "queued": len(queue)}
+                for (model, span), queue in self.queues.items()
+            ],
+            "sessions": len(self.sessions),
+            "steps_in_flight": sum(len(w.in_flight) for w in self.workers.values()),
+            "counters": dict(self.counters),
+        }
+
+    def _report_worker(self, worker: Worker, now: float) -> Iterator[tuple[str, Any]]:
+        announce = worker.announce
+        state = "draining" if worker.draining else "ready" if announce.ready else "starting"
+        warm_here = sum(s.worker_id == announce.worker_id for s in self.sessions.values())
+        yield "worker_id", announce.worker_id
+        yield "state", state
+        yield "host", announce.host
+        yield "pid", announce.pid
+        yield (
+            "services",
+            [
+                {"model": s.model, "name": s.name, "span": f"{s.span[0]}-{s.span[1]}"}
+                for s in announce.services
+            ],
+        )
+        yield "in_flight", len(worker.in_flight)
+        yield "capacity", announce.capacity
+        yield "warm_sessions", warm_here
+        yield "steps_done", worker.steps_done
+        yield "seen_ms_ago", round((now - worker.seen_at) * 1000)
+        yield "stats", announce.stats
+
+
+def describe_service(service: Service) -> str:
+    """`stories-llama 2-6 (fingerprint 0123456789abcdef)`"""
+    first, last = service.span
+    return f"{service.name} {first}-{last} (fingerprint {service.model})"

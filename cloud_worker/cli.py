@@ -1,0 +1,110 @@
+"""`midspan worker`."""
+
+from __future__ import annotations
+
+import logging
+import signal
+
+import click
+
+from common.processes import set_up_logging, set_up_torch
+from common.settings import HEARTBEAT_S, WORKER_ENDPOINT, parse_endpoint
+
+log = logging.getLogger("midspan.worker")
+
+
+@click.command()
+@click.option("--model", "model_name", help="Hugging Face directory.  [default: the demo model]")
+@click.option("--span", "span_text", help="Layers to serve, as a-b.  [default: the middle half]")
+@click.option(
+    "--broker",
+    "brokers",
+    multiple=True,
+    default=[WORKER_ENDPOINT],
+    show_default=True,
+    help="A broker's address for workers; repeat it for several.",
+)
+@click.option(
+    "--redis-url", default="redis://127.0.0.1:6379/0", show_default=True, help="Where KV is kept."
+)
+@click.option("--dtype", default="float32", show_default=True, help="float32, float16 or bfloat16.")
+@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, …")
+@click.option("--threads", type=click.IntRange(min=1), help="torch threads.  [default: all cores]")
+@click.option("--max-batch-rows", default=512, show_default=True, type=click.IntRange(min=1))
+@click.option("--max-batch-steps", default=32, show_default=True, type=click.IntRange(min=1))
+@click.option("--capacity", default=64, show_default=True, help="Steps in flight here at once.")
+@click.option("--cache-mb", default=1024, show_default=True, help="Bound of the warm KV cache.")
+@click.option(
+    "--heartbeat-ms", default=round(HEARTBEAT_S * 1000), show_default=True, type=click.IntRange(10)
+)
+@click.option("--id", "worker_id", default="", help="Name in tables and logs.  [default: random]")
+@click.option("--verbose", is_flag=True, help="Log more.")
+def worker(
+    model_name: str | None,
+    span_text: str | None,
+    brokers: tuple[str, ...],
+    redis_url: str,
+    dtype: str,
+    device: str,
+    threads: int | None,
+    max_batch_rows: int,
+    max_batch_steps: int,
+    capacity: int,
+    cache_mb: int,
+    heartbeat_ms: int,
+    worker_id: str,
+    verbose: bool,
+) -> None:
+    """Run a worker: it computes the middle layers for any session.
+
+    SIGTERM or Ctrl-C drains it: what it has is finished and committed, then it leaves.
+    """
+    endpoints = [parse_endpoint(broker, "--broker") for broker in brokers]
+    set_up_logging(verbose)
+    set_up_torch(threads)
+    from cloud_worker.executor import TextExecutor
+    from cloud_worker.redis_store import RedisKvStore
+    from cloud_worker.worker import Worker, WorkerSettings
+    from common.checkpoint import Checkpoint
+    from common.demo_model import find_model
+    from common.messages import Service
+    from common.span_model import (
+        check_device,
+        context_length,
+        load_span,
+        parse_dtype,
+        read_config,
+    )
+    from common.spans import parse_span
+
+    store = RedisKvStore(redis_url)
+    checkpoint = Checkpoint(find_model(model_name))
+    config = read_config(checkpoint)
+    span = parse_span(span_text, config.num_hidden_layers)
+    model = load_span(checkpoint, span, parse_dtype(dtype), check_device(device))
+    service = Service(checkpoint.fingerprint(), checkpoint.name, (span.first, span.last))
+    checkpoint.close()
+    megabytes = sum(model.bytes_read.values()) / 1e6
+    log.info(
+        "loaded %s span %s: %d tensors, %.1f MB",
+        service.name, span, len(model.bytes_read), megabytes,
+    )  # fmt: skip
+    server = Worker(
+        TextExecutor(model, context_length(config)),
+        service,
+        store,
+        WorkerSettings(
+            brokers=endpoints,
+            max_batch_rows=max_batch_rows,
+            max_batch_steps=max_batch_steps,
+            capacity=capacity,
+            cache_bytes=cache_mb << 20,
+            heartbeat_s=heartbeat_ms / 1000,
+        ),
+        worker_id,
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: server.request_drain())
+    click.echo(f"worker {server.worker_id} ready: {service.name} {span} at {', '.join(endpoints)}")
+    server.run()
+    log.info("worker %s left", server.worker_id)

@@ -1,0 +1,47 @@
+-- Check the fence and write rows in one atomic step; see cloud_worker/store.py for the rules.
+-- KEYS: record, the chunk to write, then every other chunk of the session
+-- ARGV: shape, generation, fork, step, writer, start, end, continues, byte offset in the chunk,
+--       time to live in ms, rows
+-- Returns {code, position}; code is committed, stale or gap.
+local record = redis.call('HMGET', KEYS[1], 'shape', 'generation', 'step', 'writer', 'position')
+local shape, generation, fork = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local step, writer = tonumber(ARGV[4]), ARGV[5]
+local first, last, continues = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8] == '1'
+local valid = 0
+if record[2] then
+  local record_generation, record_step = tonumber(record[2]), tonumber(record[3])
+  local position = tonumber(record[5])
+  if record_generation > generation then
+    return {'stale', position}
+  end
+  if record_generation == generation then
+    if record_step > step then
+      return {'stale', position}
+    end
+    if record_step == step then
+      if position >= last then
+        return {'committed', position}
+      end
+      if continues and record[4] ~= writer then
+        return {'stale', position}
+      end
+    end
+  end
+  if record[1] == shape then
+    if record_generation == generation then
+      valid = position
+    elseif record_generation == generation - 1 then
+      valid = math.min(position, fork)
+    end
+  end
+end
+if first > valid then
+  return {'gap', valid}
+end
+redis.call('SETRANGE', KEYS[2], ARGV[9], ARGV[11])
+redis.call('HSET', KEYS[1], 'shape', shape, 'generation', ARGV[2], 'step', ARGV[4],
+  'writer', writer, 'position', ARGV[7], 'chunks', #KEYS - 1)
+for i = 1, #KEYS do
+  redis.call('PEXPIRE', KEYS[i], ARGV[10])
+end
+return {'committed', last}

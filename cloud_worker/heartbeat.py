@@ -1,0 +1,57 @@
+"""Announce a worker to its brokers from a thread of its own: computing is not death."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+
+import zmq
+
+from common.messages import Announce
+from common.wire import encode_header
+
+
+class Heartbeat:
+    """Sends what `describe` returns to every broker each `interval_s`, until `stop`."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        brokers: Sequence[str],
+        describe: Callable[[], Announce],
+        interval_s: float,
+    ) -> None:
+        self._context = context
+        self._brokers = brokers
+        self._describe = describe
+        self._interval_s = interval_s
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """No heartbeat is sent after this returns."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        sockets = [self._connect(broker) for broker in self._brokers]
+        while not self._stopped.wait(self._interval_s):
+            header = encode_header(self._describe())
+            for socket in sockets:
+                with contextlib.suppress(zmq.Again):  # no broker there: it will hear the next one
+                    socket.send(header, zmq.NOBLOCK)
+        for socket in sockets:
+            socket.close(linger=0)
+
+    def _connect(self, broker: str) -> zmq.Socket[bytes]:
+        socket = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.IMMEDIATE, 1)
+        socket.setsockopt(zmq.SNDHWM, 4)
+        socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        socket.connect(broker)
+        return socket

@@ -1,0 +1,91 @@
+"""A KvStore in memory: for a worker on its own, and the Redis store's twin in tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cloud_worker.store import (
+    Commit,
+    CommitRefused,
+    Committed,
+    Load,
+    Loaded,
+    StoreEvent,
+    usable_rows,
+)
+
+
+@dataclass(slots=True)
+class _Session:
+    shape: str
+    generation: int
+    step: int
+    writer: str
+    position: int
+    rows: bytearray = field(default_factory=bytearray)
+
+
+class MemoryKvStore:
+    """Keeps everything until it is deleted; several workers of one process may share it."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[bytes, _Session] = {}
+        self._events: list[StoreEvent] = []
+
+    def begin_commit(self, commit: Commit) -> None:
+        self._events.append(self._commit(commit))
+
+    def _commit(self, commit: Commit) -> StoreEvent:
+        key = (commit.session_id, commit.generation)
+        session = self._sessions.get(commit.session_id)
+        valid = 0
+        if session is not None:
+            if session.generation > commit.generation:
+                return CommitRefused(*key, "stale", session.position)
+            if session.shape == commit.shape:
+                valid = usable_rows(
+                    session.generation, session.position, commit.generation, commit.fork
+                )
+        if session is not None and session.generation == commit.generation:
+            if session.step > commit.step:
+                return CommitRefused(*key, "stale", session.position)
+            if session.step == commit.step:
+                if session.position >= commit.end:
+                    return Committed(*key, session.position)
+                if commit.continues and session.writer != commit.writer:
+                    return CommitRefused(*key, "stale", session.position)
+        if commit.start > valid:
+            return CommitRefused(*key, "gap", valid)
+        rows = (
+            session.rows if session is not None and session.shape == commit.shape else bytearray()
+        )
+        rows[commit.start * commit.row_bytes :] = commit.rows
+        self._sessions[commit.session_id] = _Session(
+            commit.shape, commit.generation, commit.step, commit.writer, commit.end, rows
+        )
+        return Committed(*key, commit.end)
+
+    def begin_load(self, load: Load) -> None:
+        session = self._sessions.get(load.session_id)
+        rows = b""
+        if session is not None and session.shape == load.shape:
+            valid = usable_rows(session.generation, session.position, load.generation, load.fork)
+            end = min(valid, load.end)
+            rows = bytes(session.rows[load.start * load.row_bytes : end * load.row_bytes])
+        self._events.append(Loaded(load.session_id, load.generation, load.start, rows))
+
+    def begin_delete(self, session_id: bytes) -> None:
+        self._sessions.pop(session_id, None)
+
+    def poll(self) -> list[StoreEvent]:
+        events, self._events = self._events, []
+        return events
+
+    def fileno(self) -> int | None:
+        return None
+
+    def is_up(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._sessions.clear()

@@ -1,0 +1,292 @@
+"""A KvStore in Redis: three Lua scripts over one pipelined connection that is never waited for.
+
+Requests are written to the connection as they come and answers are read when they are there, in
+order, so a load always sees the commits before it and the worker's loop needs no thread for it. An
+answer that takes longer than `timeout_s` condemns the connection: everything pending fails, and a
+thread connects anew while the worker goes on without a store.
+
+Keys of a session share the hash tag {session}, so they lie in one slot of a cluster:
+    midspan:{SESSION}:record    shape, generation, step, writer, position, chunks
+    midspan:{SESSION}:kv:N      chunk N, about 1 MB of rows at fixed offsets
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+import redis
+
+from cloud_worker.store import (
+    Commit,
+    CommitFailed,
+    CommitRefused,
+    Committed,
+    Load,
+    Loaded,
+    StoreEvent,
+    chunk_rows,
+    usable_rows,
+)
+from common.errors import SettingsError, StoreUnavailable
+from common.settings import SESSION_TTL_S
+
+log = logging.getLogger("midspan.store")
+
+LOADS_IN_FLIGHT = 2
+RECONNECT_S = 0.5
+
+
+@dataclass(slots=True)
+class _Loading:
+    """A load under way, chunk by chunk."""
+
+    load: Load
+    next_row: int  # first row not asked for yet
+    end: int  # shrinks to what turns out to be valid
+    parts: list[bytes] = field(default_factory=list)
+    in_flight: int = 0
+    generation_seen: int | None = None
+    finished: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A request that was sent: what to do with its answer, or with the lack of one."""
+
+    sent_at: float
+    on_answer: Callable[[Any], None]
+    on_failure: Callable[[str], None]
+
+
+class RedisKvStore:
+    """Raises SettingsError for a bad URL, StoreUnavailable if Redis is not there at first."""
+
+    def __init__(self, url: str, timeout_s: float = 0.5, ttl_s: float = SESSION_TTL_S) -> None:
+        self.url = url
+        self._timeout_s = timeout_s
+        self._ttl_ms = round(ttl_s * 1000)
+        self._events: list[StoreEvent] = []
+        self._pending: deque[_Pending] = deque()
+        self._sha: dict[str, str] = {}
+        try:
+            self._pool = redis.ConnectionPool.from_url(
+                url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, protocol=2
+            )
+        except ValueError as error:
+            raise SettingsError(f"--redis-url {url!r} is no Redis URL: {error}") from error
+        # redis-py's connections are not typed
+        self._connection: Any = None
+        self._fresh: Any = None  # handed over by the connecting thread
+        self._connecting: threading.Thread | None = None
+        self._closed = False
+        try:
+            self._connection = self._connect()
+        except redis.RedisError as error:
+            raise StoreUnavailable(
+                f"Redis at {_without_password(url)} cannot be reached: {error}; "
+                "start it, or name another with --redis-url"
+            ) from error
+
+    # --- what the worker asks for
+
+    def begin_commit(self, commit: Commit) -> None:
+        rows_per_chunk = chunk_rows(commit.row_bytes)
+        chunk, row_in_chunk = divmod(commit.start, rows_per_chunk)
+        assert (commit.end - 1) // rows_per_chunk == chunk, "a commit lies within one chunk"
+        written = _chunk_key(commit.session_id, chunk)
+        others = [_chunk_key(commit.session_id, other) for other in range(chunk)]
+        self._send(
+            lambda answer: self._on_committed(commit, answer),
+            lambda reason: self._events.append(
+                CommitFailed(commit.session_id, commit.generation, reason)
+            ),
+            "commit", 2 + len(others), _record_key(commit.session_id), written, *others,
+            commit.shape, commit.generation, commit.fork, commit.step, commit.writer,
+            commit.start, commit.end, int(commit.continues), row_in_chunk * commit.row_bytes,
+            self._ttl_ms, commit.rows,
+        )  # fmt: skip
+
+    def begin_load(self, load: Load) -> None:
+        loading = _Loading(load, load.start, load.end)
+        for _ in range(LOADS_IN_FLIGHT):
+            self._load_next_part(loading)
+
+    def begin_delete(self, session_id: bytes) -> None:
+        self._send(
+            lambda answer: None,
+            lambda reason: None,
+            "delete", 1, _record_key(session_id), _chunk_prefix(session_id),
+        )  # fmt: skip
+
+    def poll(self) -> list[StoreEvent]:
+        self._adopt_fresh_connection()
+        connection = self._connection
+        if connection is not None:
+            try:
+                while self._pending and connection.can_read(timeout=0):
+                    self._read_answer(connection)
+                if self._pending and time.monotonic() - self._pending[0].sent_at > self._timeout_s:
+                    raise redis.TimeoutError(f"no answer within {self._timeout_s} s")
+            except (redis.RedisError, OSError) as error:
+                self._drop_connection(error)
+        events, self._events = self._events, []
+        return events
+
+    def fileno(self) -> int | None:
+        # redis-py has no public way to poll a connection together with other sockets
+        socket = getattr(self._connection, "_sock", None)
+        return socket.fileno() if socket is not None else None
+
+    def is_up(self) -> bool:
+        self._adopt_fresh_connection()
+        return self._connection is not None
+
+    def close(self) -> None:
+        self._closed = True
+        if self._connection is not None:
+            self._connection.disconnect()
+        self._pool.disconnect()
+
+    # --- the connection
+
+    def _connect(self) -> Any:
+        connection: Any = self._pool.make_connection()
+        connection.connect()
+        for name in ("commit", "load", "delete"):
+            source = resources.files("cloud_worker").joinpath(f"{name}.lua").read_bytes()
+            connection.send_command("SCRIPT", "LOAD", source)
+            self._sha[name] = connection.read_response().decode()
+        return connection
+
+    def _send(
+        self, on_answer: Callable[[Any], None], on_failure: Callable[[str], None], *request: Any
+    ) -> None:
+        self._adopt_fresh_connection()
+        if self._connection is None:
+            on_failure("Redis is not connected")
+            return
+        name, *arguments = request
+        packed = self._connection.pack_command("EVALSHA", self._sha[name], *arguments)
+        self._pending.append(_Pending(time.monotonic(), on_answer, on_failure))
+        try:
+            self._connection.send_packed_command(packed, check_health=False)
+        except (redis.RedisError, OSError) as error:
+            self._drop_connection(error)
+
+    def _read_answer(self, connection: Any) -> None:
+        try:
+            answer = connection.read_response()
+        except redis.ResponseError as error:
+            if isinstance(error, redis.exceptions.NoScriptError):
+                raise redis.ConnectionError("the scripts were flushed") from error
+            log.warning("Redis refused a command: %s", error)
+            self._pending.popleft().on_failure(str(error))
+            return
+        self._pending.popleft().on_answer(answer)
+
+    def _drop_connection(self, error: Exception) -> None:
+        log.warning(
+            "Redis at %s is lost (%s); going on without it", _without_password(self.url), error
+        )
+        if self._connection is not None:
+            self._connection.disconnect()
+            self._connection = None
+        pending, self._pending = self._pending, deque()
+        for request in pending:
+            request.on_failure(str(error))
+        if self._connecting is None and not self._closed:
+            self._connecting = threading.Thread(target=self._reconnect, daemon=True)
+            self._connecting.start()
+
+    def _reconnect(self) -> None:
+        while not self._closed:
+            try:
+                self._fresh = self._connect()
+            except (redis.RedisError, OSError):
+                time.sleep(RECONNECT_S)
+            else:
+                return
+
+    def _adopt_fresh_connection(self) -> None:
+        if self._fresh is not None:
+            self._connection, self._fresh, self._connecting = self._fresh, None, None
+            log.warning("Redis at %s is back", _without_password(self.url))
+
+    # --- answers
+
+    def _on_committed(self, commit: Commit, answer: Any) -> None:
+        code, position = answer[0].decode(), int(answer[1])
+        if code == "committed":
+            event: StoreEvent = Committed(commit.session_id, commit.generation, position)
+        else:
+            event = CommitRefused(commit.session_id, commit.generation, code, position)
+        self._events.append(event)
+
+    def _load_next_part(self, loading: _Loading) -> None:
+        load = loading.load
+        if loading.next_row >= loading.end:
+            if loading.in_flight == 0 and not loading.finished:
+                loading.finished = True
+                self._finish_load(loading)
+            return
+        rows_per_chunk = chunk_rows(load.row_bytes)
+        chunk, first = divmod(loading.next_row, rows_per_chunk)
+        rows = min(rows_per_chunk - first, loading.end - loading.next_row)
+        start = loading.next_row
+        loading.next_row += rows
+        loading.in_flight += 1
+        self._send(
+            lambda answer: self._on_part(loading, start, rows, answer),
+            lambda reason: self._on_part(loading, start, rows, []),
+            "load", 2, _record_key(load.session_id), _chunk_key(load.session_id, chunk),
+            first * load.row_bytes, (first + rows) * load.row_bytes - 1,
+        )  # fmt: skip
+
+    def _on_part(self, loading: _Loading, start: int, rows: int, answer: list[Any]) -> None:
+        load = loading.load
+        loading.in_flight -= 1
+        valid = 0
+        if answer and answer[0].decode() == load.shape:
+            valid = usable_rows(answer[1], answer[2], load.generation, load.fork)
+            if loading.generation_seen not in (None, answer[1]):
+                valid = 0  # the record changed hands between two parts
+            loading.generation_seen = answer[1]
+        usable = min(rows, valid - start, loading.end - start)
+        if usable < rows:
+            loading.end = min(loading.end, start + max(0, usable))
+        if usable > 0:
+            part = answer[3][: usable * load.row_bytes]
+            if len(part) < usable * load.row_bytes:  # an evicted or foreign chunk
+                loading.end = start
+            else:
+                loading.parts.append(part)
+        self._load_next_part(loading)
+
+    def _finish_load(self, loading: _Loading) -> None:
+        load = loading.load
+        rows = b"".join(loading.parts)[: max(0, loading.end - load.start) * load.row_bytes]
+        self._events.append(Loaded(load.session_id, load.generation, load.start, rows))
+
+
+def _record_key(session_id: bytes) -> str:
+    return f"midspan:{{{session_id.hex()}}}:record"
+
+
+def _chunk_prefix(session_id: bytes) -> str:
+    return f"midspan:{{{session_id.hex()}}}:kv:"
+
+
+def _chunk_key(session_id: bytes, chunk: int) -> str:
+    return f"{_chunk_prefix(session_id)}{chunk}"
+
+
+def _without_password(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}"

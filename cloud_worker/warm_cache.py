@@ -1,0 +1,94 @@
+"""The sessions whose KV is in this worker's memory: a bounded cache, worth nothing once lost."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+from common.kv_rows import KvRows
+from common.messages import Step
+
+
+@dataclass(slots=True)
+class WarmSession:
+    """One session's KV rows and how much of them is committed."""
+
+    session_id: bytes
+    kv: KvRows
+    generation: int
+    fork: int
+    last_step: int = 0
+    committed: int = 0
+    commit_in_flight: bool = False
+    pieces_of_step: int | None = None  # the step of which a first piece was committed
+
+    @property
+    def is_dirty(self) -> bool:
+        return self.committed < self.kv.length
+
+    def adjust_to(self, step: Step) -> bool:
+        """Keep only the rows that are valid before `step`. False if the step is out of date."""
+        if step.generation < self.generation:
+            return False
+        if step.generation == self.generation:
+            keep = step.position
+        elif step.generation == self.generation + 1:
+            keep = min(step.position, step.fork)
+        else:
+            keep = 0
+        self.generation, self.fork = step.generation, step.fork
+        self.cut_back(keep)
+        return True
+
+    def cut_back(self, position: int) -> None:
+        """Forget the rows from `position` on."""
+        self.kv.length = min(self.kv.length, position)
+        self.committed = min(self.committed, position)
+
+
+class WarmCache:
+    """Least recently used sessions go first when their buffers exceed `limit_bytes`."""
+
+    def __init__(self, new_kv: Callable[[], KvRows], limit_bytes: int) -> None:
+        self._new_kv = new_kv
+        self._limit_bytes = limit_bytes
+        self._sessions: OrderedDict[bytes, WarmSession] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def __iter__(self) -> Iterator[WarmSession]:
+        return iter(list(self._sessions.values()))
+
+    def find(self, session_id: bytes) -> WarmSession | None:
+        return self._sessions.get(session_id)
+
+    def open(self, step: Step) -> WarmSession:
+        """The session of a step, most recently used from now on; empty if it is new here."""
+        session = self._sessions.get(step.session_id)
+        if session is None:
+            session = WarmSession(step.session_id, self._new_kv(), step.generation, step.fork)
+            self._sessions[step.session_id] = session
+        self._sessions.move_to_end(step.session_id)
+        return session
+
+    def drop(self, session_id: bytes) -> None:
+        self._sessions.pop(session_id, None)
+
+    def used_bytes(self) -> int:
+        return sum(session.kv.capacity_bytes for session in self._sessions.values())
+
+    def evict(self, busy: Collection[bytes]) -> int:
+        """Drop old sessions that are not busy until the limit holds; returns how many."""
+        used = self.used_bytes()
+        dropped = 0
+        for session in list(self._sessions.values()):
+            if used <= self._limit_bytes:
+                break
+            if session.session_id in busy:
+                continue
+            used -= session.kv.capacity_bytes
+            self.drop(session.session_id)
+            dropped += 1
+        return dropped

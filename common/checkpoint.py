@@ -1,0 +1,145 @@
+"""Read a Hugging Face model directory: its configuration, its tensors by name, its fingerprint.
+
+Only safetensors, one file or several with an index. Tensors are read one at a time, so a span
+costs the memory and the disk reads of that span alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from common.errors import CheckpointError
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+# what a configuration says about files and tools rather than about the model
+VOLATILE_KEYS = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures"}
+SAMPLE_VALUES = 64  # per tensor, in the fingerprint
+
+
+class Checkpoint:
+    """An open model directory. Raises CheckpointError when it is not one."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.name = self.directory.resolve().name
+        self.config_json = self._read_config()
+        self._open_files: dict[str, Any] = {}
+        self._cache: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._file_of = self._map_tensors()
+
+    @property
+    def tensor_names(self) -> list[str]:
+        return sorted(self._file_of)
+
+    def _read_config(self) -> dict[str, Any]:
+        if not self.directory.is_dir():
+            raise CheckpointError(f"model {str(self.directory)!r} is not a directory")
+        path = self.directory / "config.json"
+        config = _read_json(path, "a Hugging Face model directory has one")
+        if "model_type" not in config:
+            raise CheckpointError(f"{path} names no model_type, so it describes no language model")
+        return config
+
+    @property
+    def opened_files(self) -> list[str]:
+        return sorted(self._open_files)
+
+    def read_optional_json(self, file_name: str) -> dict[str, Any]:
+        """A JSON file of the directory, or an empty map if there is none."""
+        path = self.directory / file_name
+        return _read_json(path, "") if path.exists() else {}
+
+    def _map_tensors(self) -> dict[str, str]:
+        """Tensor name -> file name."""
+        index = self.directory / INDEX_FILE
+        if index.exists():
+            weight_map = _read_json(index, "").get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise CheckpointError(f"{index} has no weight_map")
+            missing = {f for f in weight_map.values() if not (self.directory / f).exists()}
+            if missing:
+                raise CheckpointError(f"{index} names files that are not there: {sorted(missing)}")
+            return weight_map
+        single = self.directory / SINGLE_FILE
+        if not single.exists():
+            others = sorted(p.name for p in self.directory.glob("*.bin"))
+            hint = f"; it has {others[0]}, convert it to safetensors first" if others else ""
+            raise CheckpointError(f"{self.directory} has no {SINGLE_FILE} nor {INDEX_FILE}{hint}")
+        return dict.fromkeys(self._open(SINGLE_FILE).keys(), SINGLE_FILE)
+
+    def _open(self, file_name: str) -> Any:
+        if file_name not in self._open_files:
+            path = self.directory / file_name
+            try:
+                self._open_files[file_name] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{path} is not a readable safetensors file: {error}"
+                ) from error
+        return self._open_files[file_name]
+
+    def read(self, tensor_name: str, dtype: torch.dtype) -> Tensor:
+        """One tensor, converted to `dtype`. A second reading shares the memory of the first."""
+        key = (tensor_name, dtype)
+        if key not in self._cache:
+            try:
+                file = self._open(self._file_of[tensor_name])
+                # a copy: file offsets are not aligned to vector registers, which would change
+                # the order of additions, and the last bits of the results with it
+                self._cache[key] = file.get_tensor(tensor_name).to(dtype, copy=True)
+            except SafetensorError as error:
+                raise CheckpointError(f"{self.directory}: {tensor_name}: {error}") from error
+        return self._cache[key]
+
+    def close(self) -> None:
+        """Forget files and tensors; tensors already handed out stay valid."""
+        self._cache.clear()
+        self._open_files.clear()
+
+    def fingerprint(self) -> str:
+        """16 hex digits that differ when the configuration or the weights do.
+
+        Covers the configuration and of every tensor its name, dtype, shape and 64 values spread
+        over it, so it does not depend on how the tensors are spread over files, and is quick for
+        a model of any size.
+        """
+        digest = hashlib.sha256()
+        config = {k: v for k, v in self.config_json.items() if k not in VOLATILE_KEYS}
+        digest.update(json.dumps(config, sort_keys=True).encode())
+        for name in self.tensor_names:
+            view = self._open(self._file_of[name]).get_slice(name)
+            shape = view.get_shape()
+            digest.update(f"{name} {view.get_dtype()} {shape}".encode())
+            digest.update(_sample(view, shape))
+        return digest.hexdigest()[:16]
+
+
+def _sample(view: Any, shape: list[int]) -> bytes:
+    """Up to 64 values of a tensor: the beginning of up to 4 of its rows."""
+    if not shape or 0 in shape:
+        return b""
+    rows = sorted({shape[0] * part // 4 for part in range(4)})
+    per_row = SAMPLE_VALUES // len(rows)
+    picked = [view[row : row + 1].flatten()[:per_row] for row in rows]
+    sample = torch.cat(picked).contiguous()
+    return sample.view(torch.uint8).numpy().tobytes()
+
+
+def _read_json(path: Path, hint: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist; {hint}") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is no JSON object")
+    return content

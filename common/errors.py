@@ -1,0 +1,43 @@
+"""Every error midspan raises on purpose: a class for each thing that a caller can do about it."""
+
+from __future__ import annotations
+
+
+class MidspanError(Exception):
+    """The base class. The message is one line: what was wrong, what was expected, what to do."""
+
+
+class SettingsError(MidspanError):
+    """The user asked for something impossible: tell them, and stop."""
+
+
+class CheckpointError(MidspanError):
+    """A model directory is missing, broken or of a kind that cannot be cut: stop."""
+
+
+class ProtocolError(MidspanError):
+    """A message breaks the wire format: drop it and count it; the peer may be fine tomorrow."""
+
+
+class NonFiniteError(MidspanError):
+    """A boundary tensor holds NaN, an infinity or a value the codec cannot hold: fail the step."""
+
+
+class StoreUnavailable(MidspanError):
+    """Redis did not answer in time or refused to write: go on without it, try again later."""
+
+
+class BrokerUnavailable(MidspanError):
+    """No broker of the list answered within the time allowed: stop."""
+
+
+class NoWorker(MidspanError):
+    """No worker serves the model and span asked for. The message says what is being served."""
+
+
+class StepRefused(MidspanError):
+    """The pool gave a step up for good (three workers failed, or its deadline passed): stop."""
+
+
+class ProcessFailed(MidspanError):
+    """A process that midspan started ended before it was ready. The message has its last words."""

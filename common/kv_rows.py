@@ -1,0 +1,115 @@
+"""The KV cache of one session in one span, one row per token.
+
+A row holds the keys and values of all layers of the span for one token, flat and contiguous.
+So a step's new KV is one slice, committing is one copy, taking over is another, and cutting back
+is a smaller number. Attention reads a layer through a strided view.
+
+Letters: T tokens, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MIN_CAPACITY = 64  # rows
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSlot:
+    """Where one layer's keys and values lie in a row (in values, not bytes)."""
+
+    key_at: int
+    key_shape: tuple[int, int]  # (H, D)
+    value_at: int
+    value_shape: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayout:
+    """The shape of a row: one slot per layer of the span, in order."""
+
+    slots: tuple[LayerSlot, ...]
+    row_values: int
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        return self.row_values * self.dtype.itemsize
+
+
+def make_layout(
+    shapes: list[tuple[tuple[int, int], tuple[int, int]]], dtype: torch.dtype
+) -> KvLayout:
+    """Lay out layers with the given ((H, D) of keys, (H, D) of values) one after another."""
+    slots: list[LayerSlot] = []
+    at = 0
+    for key_shape, value_shape in shapes:
+        value_at = at + key_shape[0] * key_shape[1]
+        slots.append(LayerSlot(at, key_shape, value_at, value_shape))
+        at = value_at + value_shape[0] * value_shape[1]
+    return KvLayout(tuple(slots), at, dtype)
+
+
+class KvRows:
+    """`length` valid rows in a buffer that grows by doubling."""
+
+    def __init__(self, layout: KvLayout, device: torch.device | str = "cpu") -> None:
+        self.layout = layout
+        self.length = 0
+        self.buffer = torch.empty(0, layout.row_values, dtype=layout.dtype, device=device)
+
+    @property
+    def capacity(self) -> int:
+        return int(self.buffer.shape[0])
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self.capacity * self.layout.row_bytes
+
+    def reserve(self, rows: int) -> None:
+        """Make room for `rows` rows in all, keeping the valid ones."""
+        if rows <= self.capacity:
+            return
+        capacity = max(MIN_CAPACITY, 1 << (rows - 1).bit_length())
+        # zeros touches the pages now: page faults later would be the main cost of a takeover
+        grown = self.buffer.new_zeros(capacity, self.layout.row_values)
+        grown[: self.length] = self.buffer[: self.length]
+        self.buffer = grown
+
+    def write_layer(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
+        """Put keys and values, shape (1, H, T, D) each, at rows start..start+T of a layer."""
+        slot = self.layout.slots[layer]
+        rows = self.buffer[start : start + keys.shape[2]]
+        _slice(rows, slot.key_at, slot.key_shape).copy_(keys[0].transpose(0, 1))
+        _slice(rows, slot.value_at, slot.value_shape).copy_(values[0].transpose(0, 1))
+
+    def read_layer(self, layer: int, end: int, start: int = 0) -> tuple[Tensor, Tensor]:
+        """Views of a layer's keys and values of rows start..end, shape (1, H, T, D) each."""
+        slot = self.layout.slots[layer]
+        rows = self.buffer[start:end]
+        keys = _slice(rows, slot.key_at, slot.key_shape).transpose(0, 1).unsqueeze(0)
+        values = _slice(rows, slot.value_at, slot.value_shape).transpose(0, 1).unsqueeze(0)
+        return keys, values
+
+    def read_bytes(self, start: int, end: int) -> bytes:
+        """Rows start..end as they go into the store."""
+        rows = self.buffer[start:end].cpu().view(torch.uint8)
+        return rows.numpy().tobytes()
+
+    def write_bytes(self, start: int, data: bytes) -> None:
+        """Put rows that came from the store at `start`; `data` must be whole rows."""
+        rows, rest = divmod(len(data), self.layout.row_bytes)
+        if rest:
+            raise ValueError(f"{len(data)} bytes are no whole rows of {self.layout.row_bytes}")
+        self.reserve(start + rows)
+        values = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(self.layout.dtype)
+        self.buffer[start : start + rows] = values.view(rows, -1)
+
+
+def _slice(rows: Tensor, at: int, shape: tuple[int, int]) -> Tensor:
+    """(T, row values) -> the (T, H, D) that starts at column `at`."""
+    heads, size = shape
+    return rows[:, at : at + heads * size].view(-1, heads, size)

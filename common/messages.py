@@ -1,0 +1,220 @@
+"""The messages of the protocol, one dataclass each. `common/wire.py` puts them on the wire.
+
+    edge -> broker    Step, EndSession, StatusQuery
+    broker -> edge    StepReply, NeedRows, StepPending, StepRefused, Busy, StatusReport
+    broker -> worker  Dispatch (in front of a Step), EndSession, DrainAccepted
+    worker -> broker  Announce, Drain, Leave, StepReply, NeedRows, StepFailed
+
+All are idempotent: whoever did not hear an answer asks again. `session_id` is 16 random bytes
+drawn by the edge. Within one `generation` of a session its boundary rows are append-only, so the
+KV cache at a position is the same whoever computes it; a cut back begins a new generation, whose
+`fork` says how many rows it shares with the one before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Compute `rows` boundary rows of a session, from row `position` on; one body frame."""
+
+    kind: ClassVar[str] = "step"
+    session_id: bytes
+    generation: int
+    fork: int  # rows below this are the same as in generation - 1
+    step: int  # rises with every request of a session
+    position: int  # index of the first row in the body
+    rows: int  # T
+    reply_rows: int  # how many of the last rows to answer with; 0 for rows that are replayed
+    hidden: int  # D
+    codec: str  # of the body
+    reply_codec: str
+    model: str  # fingerprint
+    span: tuple[int, int]
+    deadline_ms: int  # time left to the whole step when it was sent
+
+    @property
+    def end(self) -> int:
+        return self.position + self.rows
+
+    @property
+    def key(self) -> StepKey:
+        return (self.session_id, self.generation, self.step)
+
+
+StepKey = tuple[bytes, int, int]  # session_id, generation, step
+
+
+@dataclass(frozen=True, slots=True)
+class StepReply:
+    """The last `rows` rows of a step, computed; one body frame (none when rows is 0)."""
+
+    kind: ClassVar[str] = "reply"
+    session_id: bytes
+    generation: int
+    step: int
+    attempt: int
+    rows: int
+    committed: int  # rows of this session known to be in the store
+    worker_id: str
+    queue_us: int  # waited in the broker and in the worker
+    compute_us: int  # in the middle layers, with decoding and encoding
+
+    @property
+    def key(self) -> StepKey:
+        return (self.session_id, self.generation, self.step)
+
+
+@dataclass(frozen=True, slots=True)
+class NeedRows:
+    """The worker has KV up to `have` only: send the rows from there on."""
+
+    kind: ClassVar[str] = "need_rows"
+    session_id: bytes
+    generation: int
+    step: int
+    attempt: int
+    have: int
+    worker_id: str
+
+    @property
+    def key(self) -> StepKey:
+        return (self.session_id, self.generation, self.step)
+
+
+@dataclass(frozen=True, slots=True)
+class StepFailed:
+    """The worker could not compute the step; another one may."""
+
+    kind: ClassVar[str] = "failed"
+    session_id: bytes
+    generation: int
+    step: int
+    attempt: int
+    worker_id: str
+    reason: str
+
+    @property
+    def key(self) -> StepKey:
+        return (self.session_id, self.generation, self.step)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPending:
+    """The broker has the step, queued or in flight: wait, no need to look for another broker."""
+
+    kind: ClassVar[str] = "pending"
+    session_id: bytes
+    generation: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepRefused:
+    """The step will not be computed. `code` is no_worker, failed, deadline or invalid."""
+
+    kind: ClassVar[str] = "refused"
+    session_id: bytes
+    generation: int
+    step: int
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """The broker's queue is full: ask again in `retry_ms`."""
+
+    kind: ClassVar[str] = "busy"
+    session_id: bytes
+    generation: int
+    step: int
+    retry_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class EndSession:
+    """The session is over: whoever holds something of it may forget it."""
+
+    kind: ClassVar[str] = "end"
+    session_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StatusQuery:
+    """Asks for a StatusReport."""
+
+    kind: ClassVar[str] = "status?"
+
+
+@dataclass(frozen=True, slots=True)
+class StatusReport:
+    """Workers, services, queues and counters, as plain maps (see broker/report.py)."""
+
+    kind: ClassVar[str] = "status"
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Goes in front of a Step on its way to a worker. `attempt` comes back with the answer."""
+
+    kind: ClassVar[str] = "dispatch"
+    attempt: int
+    queue_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What a worker can compute: one span of one model."""
+
+    model: str  # fingerprint
+    name: str  # for people
+    span: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """A worker's heartbeat. It says everything, so a broker that has just started knows all."""
+
+    kind: ClassVar[str] = "announce"
+    worker_id: str
+    services: list[Service]
+    capacity: int  # steps that may be in flight at once
+    heartbeat_ms: int
+    ready: bool = True
+    pid: int = 0
+    host: str = ""
+    stats: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Send me nothing new; I finish what I have."""
+
+    kind: ClassVar[str] = "drain"
+    worker_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class DrainAccepted:
+    """Nothing was dispatched to the worker after this."""
+
+    kind: ClassVar[str] = "drain_accepted"
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """The worker is gone from now on."""
+
+    kind: ClassVar[str] = "leave"
+    worker_id: str
+
+
+Message = (
+    Step | StepReply | NeedRows | StepFailed | StepPending | StepRefused | Busy | EndSession
+    | StatusQuery | StatusReport | Dispatch | Announce | Drain | DrainAccepted | Leave
+)  # fmt: skip

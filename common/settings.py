@@ -1,0 +1,38 @@
+"""Defaults that must meet: addresses, intervals and limits shared by edge, broker and worker.
+
+Nothing here is read from the environment or from a file; the command lines pass other values on.
+"""
+
+from __future__ import annotations
+
+import re
+
+from common.errors import SettingsError
+
+EDGE_ENDPOINT = "tcp://127.0.0.1:5555"
+WORKER_ENDPOINT = "tcp://127.0.0.1:5556"
+
+HEARTBEAT_S = 0.1
+HEARTBEATS_MISSED = 5  # a worker that is silent for this many intervals is dead
+
+MAX_ATTEMPTS = 3  # a step that failed on this many workers is refused
+MAX_QUEUED_STEPS = 4096  # in one broker, over all services
+MAX_BODY_BYTES = 256 * 1024 * 1024
+MAX_HEADER_BYTES = 64 * 1024
+MAX_FRAMES = 8
+
+PREFILL_ROWS = 256  # rows of one step; a longer prompt goes in several
+SESSION_TTL_S = 3600.0
+
+
+def parse_endpoint(text: str, option: str) -> str:
+    """Return `text` if it is tcp://HOST:PORT or ipc://PATH, else raise SettingsError.
+
+    A port of * lets the system choose one, where an address is bound.
+    """
+    if text.startswith("ipc://") and len(text) > len("ipc://"):
+        return text
+    match = re.fullmatch(r"tcp://([^\s:/]+|\[[0-9a-fA-F:]+\]|\*):(\d{1,5}|\*)", text)
+    if match is None or (match[2] != "*" and not 0 < int(match[2]) < 65536):
+        raise SettingsError(f"{option} has value {text!r}; expected tcp://HOST:PORT")
+    return text

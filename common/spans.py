@@ -1,0 +1,86 @@
+"""Spans and cuts: which layers of a model run where.
+
+A span `a-b` is the half-open range of decoder layers a..b. A cut `A:B` of a model with n layers
+makes three of them: head 0-A and tail B-n on the edge, middle A-B on the workers.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from common.errors import SettingsError
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Span:
+    """Layers `first` to `last`, without `last`."""
+
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        return f"{self.first}-{self.last}"
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The two layer indices where a model is cut."""
+
+    begin: int
+    end: int
+
+    def __str__(self) -> str:
+        return f"{self.begin}:{self.end}"
+
+    @property
+    def middle(self) -> Span:
+        return Span(self.begin, self.end)
+
+    def head(self) -> Span:
+        return Span(0, self.begin)
+
+    def tail(self, num_layers: int) -> Span:
+        return Span(self.end, num_layers)
+
+
+def default_cut(num_layers: int) -> Cut:
+    """A quarter of the layers on each side stays on the edge (2:6 for 8 layers)."""
+    side = num_layers // 4
+    return Cut(side, num_layers - side)
+
+
+def parse_cut(text: str | None, num_layers: int) -> Cut:
+    """Read `A:B` with 0 <= A < B <= num_layers; None gives the default. Raises SettingsError."""
+    if text is None:
+        return default_cut(num_layers)
+    match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
+    if match is None:
+        raise SettingsError(f"cut {text!r} is not of the form A:B, for example 2:6")
+    cut = Cut(int(match[1]), int(match[2]))
+    check_middle(cut.middle, num_layers, what=f"cut {cut}")
+    return cut
+
+
+def parse_span(text: str | None, num_layers: int) -> Span:
+    """Read `a-b` (or `a:b`) with 0 <= a < b <= num_layers; None gives the default middle."""
+    if text is None:
+        return default_cut(num_layers).middle
+    match = re.fullmatch(r"\s*(\d+)\s*[-:]\s*(\d+)\s*", text)
+    if match is None:
+        raise SettingsError(f"span {text!r} is not of the form a-b, for example 2-6")
+    span = Span(int(match[1]), int(match[2]))
+    check_middle(span, num_layers, what=f"span {span}")
+    return span
+
+
+def check_middle(span: Span, num_layers: int, what: str) -> None:
+    """Raise SettingsError unless `span` holds at least one of the model's layers and no others."""
+    if not 0 <= span.first < span.last <= num_layers:
+        raise SettingsError(
+            f"{what} is out of range: the model has {num_layers} layers, "
+            f"so it must hold 0 <= a < b <= {num_layers}"
+        )

@@ -1,0 +1,165 @@
+"""Put messages on the wire and take them off again: a MessagePack header frame, then raw bodies.
+
+The header is a map of the message's fields plus `v`, the version, and `k`, the kind. Everything
+is checked before it is used: frame counts, sizes, kinds, field names, types and ranges. Whatever
+is wrong raises ProtocolError, which names it. No pickle, no code, nothing is allocated by size
+fields that a peer sent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgpack
+
+from common.errors import ProtocolError
+from common.messages import (
+    Announce,
+    Busy,
+    Dispatch,
+    Drain,
+    DrainAccepted,
+    EndSession,
+    Leave,
+    Message,
+    NeedRows,
+    Service,
+    StatusQuery,
+    StatusReport,
+    Step,
+    StepFailed,
+    StepPending,
+    StepRefused,
+    StepReply,
+)
+from common.settings import MAX_BODY_BYTES, MAX_FRAMES, MAX_HEADER_BYTES
+
+VERSION = 1
+MAX_INTEGER = 2**53
+MAX_TEXT = 4096
+SESSION_ID_BYTES = 16
+
+KINDS: dict[str, type[Message]] = {
+    message.kind: message
+    for message in (
+        Step, StepReply, NeedRows, StepFailed, StepPending, StepRefused, Busy, EndSession,
+        StatusQuery, StatusReport, Dispatch, Announce, Drain, DrainAccepted, Leave,
+    )
+}  # fmt: skip
+
+
+def encode_header(message: Message) -> bytes:
+    """The header frame of a message."""
+    fields = {name: getattr(message, name) for name in FIELDS[message.kind]}
+    if isinstance(message, Announce):
+        fields["services"] = [[s.model, s.name, list(s.span)] for s in message.services]
+    packed: bytes = msgpack.packb({"v": VERSION, "k": message.kind, **fields})
+    return packed
+
+
+def decode_header(frame: bytes) -> Message:
+    """Read a header frame. Raises ProtocolError."""
+    if len(frame) > MAX_HEADER_BYTES:
+        raise ProtocolError(f"header has {len(frame)} bytes; at most {MAX_HEADER_BYTES} are read")
+    try:
+        fields = msgpack.unpackb(frame, strict_map_key=True)
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        raise ProtocolError(
+            f"header is not MessagePack: {error or type(error).__name__}"
+        ) from error
+    if not isinstance(fields, dict):
+        raise ProtocolError(f"header is a {type(fields).__name__}; expected a map")
+    version = fields.pop("v", None)
+    if version != VERSION:
+        raise ProtocolError(f"header has version {version!r}; this midspan speaks {VERSION}")
+    kind = fields.pop("k", None)
+    checks = FIELDS.get(kind) if isinstance(kind, str) else None
+    if checks is None:
+        raise ProtocolError(f"header has unknown kind {kind!r}")
+    if fields.keys() != checks.keys():
+        wrong = sorted(map(str, fields.keys() ^ checks.keys()))
+        raise ProtocolError(f"{kind} message has missing or unknown fields: {', '.join(wrong)}")
+    for name, check in checks.items():
+        try:
+            fields[name] = check(fields[name])
+        except (TypeError, ValueError) as error:
+            raise ProtocolError(f"{kind} message has a bad {name}: {error}") from error
+    return KINDS[kind](**fields)
+
+
+def check_frames(frames: Sequence[bytes]) -> None:
+    """Refuse messages with too many frames or frames that are too large. Raises ProtocolError."""
+    if not 1 <= len(frames) <= MAX_FRAMES:
+        raise ProtocolError(f"message has {len(frames)} frames; expected 1 to {MAX_FRAMES}")
+    for index, frame in enumerate(frames[1:], start=1):
+        if len(frame) > MAX_BODY_BYTES:
+            raise ProtocolError(f"frame {index} has {len(frame)} bytes; limit {MAX_BODY_BYTES}")
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= MAX_INTEGER:
+        raise ValueError(f"expected an integer from 0 to 2**53, got {value!r:.40}")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > MAX_TEXT:
+        raise ValueError(f"expected a text of at most {MAX_TEXT} characters, got {value!r:.40}")
+    return value
+
+
+def _session_id(value: Any) -> bytes:
+    if not isinstance(value, bytes) or len(value) != SESSION_ID_BYTES:
+        raise ValueError(f"expected {SESSION_ID_BYTES} bytes, got {value!r:.40}")
+    return value
+
+
+def _span(value: Any) -> tuple[int, int]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError(f"expected [first, last], got {value!r:.40}")
+    first, last = _integer(value[0]), _integer(value[1])
+    if first >= last:
+        raise ValueError(f"expected first < last, got {value!r}")
+    return first, last
+
+
+def _services(value: Any) -> list[Service]:
+    if not isinstance(value, list) or len(value) > 64:
+        raise ValueError("expected a list of at most 64 services")
+    services = []
+    for item in value:
+        if not isinstance(item, list) or len(item) != 3:
+            raise ValueError(f"expected [model, name, span], got {item!r:.40}")
+        services.append(Service(_text(item[0]), _text(item[1]), _span(item[2])))
+    return services
+
+
+def _map(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a map, got {value!r:.40}")
+    return value
+
+
+def _bool(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"expected true or false, got {value!r:.40}")
+    return value
+
+
+CHECKS: dict[str, Callable[[Any], Any]] = {
+    "int": _integer,
+    "str": _text,
+    "bytes": _session_id,
+    "bool": _bool,
+    "tuple[int, int]": _span,
+    "list[Service]": _services,
+    "dict[str, Any]": _map,
+}
+
+# kind -> field -> check, built from the dataclasses' own annotations
+FIELDS: dict[str, dict[str, Callable[[Any], Any]]] = {
+    kind: {field.name: CHECKS[str(field.type)] for field in dataclasses.fields(message)}
+    for kind, message in KINDS.items()
+}

@@ -1,0 +1,53 @@
+"""The front door: `midspan COMMAND`. A command's module is imported when the command is run."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+from common.errors import MidspanError
+
+COMMANDS = {
+    "ask": ("edge_agent.cli:ask", "Answer a prompt with the pool's help."),
+    "broker": ("broker.cli:broker", "Run the broker."),
+    "demo": ("deploy.demo:demo", "See it all work in a minute."),
+    "status": ("deploy.status:status", "Show workers, sessions and queues."),
+    "up": ("deploy.up:up", "Run a whole pool on this machine."),
+    "worker": ("cloud_worker.cli:worker", "Run a worker."),
+}
+
+
+class LazyGroup(click.Group):
+    """Lists commands without importing them, and turns our errors into one line and exit code 1."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, help_text) for name, (_, help_text) in COMMANDS.items()])
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except MidspanError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=LazyGroup)
+@click.version_option(package_name="midspan")
+def midspan() -> None:
+    """Split inference: the ends of a model here, its middle on a pool of stateless workers."""
+
+
+if __name__ == "__main__":
+    midspan()

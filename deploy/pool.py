@@ -1,0 +1,159 @@
+"""A whole pool on one machine: Redis, a broker and workers, each a process of its own."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from common.errors import BrokerUnavailable, ProcessFailed
+from deploy.child import Child, midspan_command
+from deploy.embedded_redis import EmbeddedRedis
+from edge_agent.client import BrokerClient
+
+START_LIMIT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSettings:
+    """What a local pool is made of. Endpoints of port * get a free port."""
+
+    workers: int = 2
+    model: str | None = None
+    span: str | None = None
+    dtype: str = "float32"
+    threads: int = 1  # torch threads of each worker
+    redis_url: str | None = None  # None: an embedded one
+    edge_endpoint: str = "tcp://127.0.0.1:*"
+    worker_endpoint: str = "tcp://127.0.0.1:*"
+    worker_options: list[str] = field(default_factory=list)
+
+
+class LocalPool:
+    """Use as a context manager: started on entry, drained and stopped on exit."""
+
+    def __init__(self, settings: PoolSettings) -> None:
+        self.settings = settings
+        self.directory = Path(tempfile.mkdtemp(prefix="midspan-"))
+        self.redis: EmbeddedRedis | None = None
+        self.broker: Child | None = None
+        self.workers: dict[str, Child] = {}
+        self.edge_endpoint = settings.edge_endpoint
+        self.worker_endpoint = settings.worker_endpoint
+        self._workers_started = 0
+
+    def __enter__(self) -> LocalPool:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    @property
+    def redis_url(self) -> str:
+        return self.redis.url if self.redis else (self.settings.redis_url or "")
+
+    def start(self) -> None:
+        """Start everything and wait until all workers are known to the broker."""
+        if self.settings.redis_url is None:
+            self.redis = EmbeddedRedis(self.directory)
+        self.start_broker()
+        for _ in range(self.settings.workers):
+            self.start_worker()
+        self.wait_for_workers(self.settings.workers)
+
+    def start_broker(self) -> None:
+        """Start the broker; a second time at the addresses of the first."""
+        self.broker = Child(
+            "broker",
+            midspan_command(
+                "broker", "--edges", self.edge_endpoint, "--workers", self.worker_endpoint
+            ),
+            self.directory,
+        )
+        line = self.broker.wait_for("broker ready")
+        match = re.search(r"edges (\S+) workers (\S+)", line)
+        assert match is not None, line
+        self.edge_endpoint, self.worker_endpoint = match[1], match[2]
+
+    def start_worker(self) -> str:
+        """Start one more worker and return its name at once; see `wait_for_workers`."""
+        self._workers_started += 1
+        name = f"w{self._workers_started}"
+        settings = self.settings
+        options = [
+            "--broker", self.worker_endpoint, "--redis-url", self.redis_url, "--id", name,
+            "--threads", str(settings.threads), "--dtype", settings.dtype,
+            *settings.worker_options,
+        ]  # fmt: skip
+        if settings.model is not None:
+            options += ["--model", settings.model]
+        if settings.span is not None:
+            options += ["--span", settings.span]
+        self.workers[name] = Child(name, midspan_command("worker", *options), self.directory)
+        return name
+
+    def wait_for_workers(self, count: int) -> None:
+        """Wait until the broker knows `count` workers. Raises ProcessFailed if one ends before."""
+        client = BrokerClient([self.edge_endpoint])
+        give_up_at = time.monotonic() + START_LIMIT_S
+        try:
+            while len(self._ready_workers(client)) < count:
+                for child in self.workers.values():
+                    child.check()
+                if time.monotonic() > give_up_at:
+                    raise ProcessFailed(f"{count} workers were not ready in {START_LIMIT_S:g} s")
+                time.sleep(0.05)
+        finally:
+            client.close()
+
+    def _ready_workers(self, client: BrokerClient) -> list[dict[str, Any]]:
+        try:
+            workers = client.status(timeout_s=2.0)["workers"]
+        except BrokerUnavailable:
+            if self.broker is not None:
+                self.broker.check()
+            raise
+        return [w for w in workers if w["state"] == "ready" and w["worker_id"] in self.workers]
+
+    def kill_worker(self, name: str) -> None:
+        """kill -9, as a machine that goes away."""
+        self.workers.pop(name).kill()
+
+    def drain_worker(self, name: str) -> None:
+        """Let a worker finish, commit and leave."""
+        self.workers.pop(name).stop()
+
+    def check(self) -> None:
+        """Raise ProcessFailed if any process has ended by itself."""
+        redis_child = self.redis.child if self.redis else None
+        for child in (redis_child, self.broker, *self.workers.values()):
+            if child is not None:
+                child.check()
+
+    def stop(self) -> None:
+        """Drain the workers, then stop broker and Redis, and remove what was written."""
+        for child in self.workers.values():
+            child.signal(signal.SIGTERM)
+        for child in self.workers.values():
+            child.stop()
+        if self.broker is not None:
+            self.broker.stop()
+        if self.redis is not None:
+            self.redis.stop()
+        shutil.rmtree(self.directory, ignore_errors=True)

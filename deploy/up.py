@@ -1,0 +1,56 @@
+"""`midspan up`: a pool on this machine until Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import click
+
+from common.settings import EDGE_ENDPOINT, WORKER_ENDPOINT, parse_endpoint
+
+
+@click.command()
+@click.option("--workers", default=2, show_default=True, type=click.IntRange(min=1))
+@click.option("--model", help="Hugging Face directory.  [default: the demo model]")
+@click.option("--span", help="Layers the workers serve, as a-b.  [default: the middle half]")
+@click.option("--dtype", default="float32", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="Of each worker.  [default: cores / N]")
+@click.option("--redis-url", help="A server of yours.  [default: an embedded one]")
+@click.option("--edges", default=EDGE_ENDPOINT, show_default=True)
+@click.option("--worker-endpoint", default=WORKER_ENDPOINT, show_default=True)
+def up(
+    workers: int,
+    model: str | None,
+    span: str | None,
+    dtype: str,
+    threads: int | None,
+    redis_url: str | None,
+    edges: str,
+    worker_endpoint: str,
+) -> None:
+    """Start Redis, a broker and N workers here; Ctrl-C drains and stops them."""
+    from deploy.pool import LocalPool, PoolSettings
+
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+    settings = PoolSettings(
+        workers=workers,
+        model=model,
+        span=span,
+        dtype=dtype,
+        threads=threads or max(1, (os.cpu_count() or 1) // workers),
+        redis_url=redis_url,
+        edge_endpoint=parse_endpoint(edges, "--edges"),
+        worker_endpoint=parse_endpoint(worker_endpoint, "--worker-endpoint"),
+    )
+    click.echo(f"starting a broker and {workers} workers …")
+    with LocalPool(settings) as pool:
+        click.echo(f"ready: edges at {pool.edge_endpoint}, workers at {pool.worker_endpoint}")
+        click.echo('try: midspan ask "Once upon a time" --stats      Ctrl-C stops')
+        while not stopped.wait(0.5):
+            pool.check()
+        click.echo("draining …")
+    click.echo("stopped")

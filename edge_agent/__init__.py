@@ -1,0 +1,1 @@
+"""The edge agent: tokenizer, first and last layers, sampler, and the client of the pool."""

@@ -1,0 +1,125 @@
+"""`midspan ask`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+import click
+
+from common.processes import set_up_torch
+from common.settings import EDGE_ENDPOINT, parse_endpoint
+from common.tables import format_table
+
+
+@click.command()
+@click.argument("prompt")
+@click.option("--model", "model_name", help="Hugging Face directory.  [default: the demo model]")
+@click.option("--cut", help="Where the middle begins and ends, as A:B.  [default: middle half]")
+@click.option(
+    "--broker",
+    "brokers",
+    multiple=True,
+    default=[EDGE_ENDPOINT],
+    show_default=True,
+    help="A broker's address for edges; repeat it for a list to fail over to.",
+)
+@click.option("--codec", default="int8", show_default=True, help="fp32, fp16, bf16 or int8.")
+@click.option("-n", "--max-new-tokens", default=200, show_default=True)
+@click.option("-t", "--temperature", default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", default=0, show_default=True, help="0 is all.")
+@click.option("--top-p", default=1.0, show_default=True)
+@click.option("--repetition-penalty", default=1.0, show_default=True)
+@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option("--stop", "stops", multiple=True, help="End the text before this string; repeatable.")
+@click.option("--dtype", default="float32", show_default=True, help="Of head and tail.")
+@click.option("--threads", type=click.IntRange(min=1), help="torch threads.  [default: all cores]")
+@click.option("--timeout", "timeout_s", default=60.0, show_default=True, help="Seconds for a step.")
+@click.option("--json", "as_json", is_flag=True, help="Print one object: text, token_ids, stats.")
+@click.option("--stats", "with_stats", is_flag=True, help="Print what it cost, to stderr.")
+def ask(
+    prompt: str,
+    model_name: str | None,
+    cut: str | None,
+    brokers: tuple[str, ...],
+    codec: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    repetition_penalty: float,
+    seed: int | None,
+    stops: tuple[str, ...],
+    dtype: str,
+    threads: int | None,
+    timeout_s: float,
+    as_json: bool,
+    with_stats: bool,
+) -> None:
+    """Answer PROMPT with the pool's help; - reads the prompt from stdin.
+
+    Text is not sent. Rows of numbers are, and who holds the model's weights can turn those back
+    into the prompt.
+    """
+    endpoints = [parse_endpoint(broker, "--broker") for broker in brokers]
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    set_up_torch(threads or os.cpu_count())
+    from common.codecs import find_codec
+    from common.demo_model import find_model
+    from common.errors import SettingsError
+    from edge_agent.client import BrokerClient
+    from edge_agent.ends import load_ends
+    from edge_agent.generation import start_generation
+    from edge_agent.sampler import SamplingSettings
+    from edge_agent.session import SessionSettings
+    from edge_agent.tokenizer import TextTokenizer
+
+    if not prompt.strip():
+        raise SettingsError("the prompt is empty; give a text, or - to read one from stdin")
+    sampling = SamplingSettings(temperature, top_k, top_p, repetition_penalty, seed)
+    find_codec(codec)
+    directory = find_model(model_name)
+    client = BrokerClient(endpoints, timeout_s)
+    client.status()  # a broker that is not there is better known before the model is loaded
+    generation = start_generation(
+        load_ends(directory, cut, dtype),
+        TextTokenizer(directory),
+        client,
+        prompt,
+        max_new_tokens,
+        sampling,
+        SessionSettings(codec=codec, reply_codec=codec, step_deadline_s=timeout_s),
+        stops,
+    )
+    for piece in generation.stream():
+        if not as_json:
+            click.echo(piece, nl=False)
+    client.close()
+    stats = generation.stats.to_json() | {"finish_reason": generation.finish_reason}
+    if as_json:
+        answer = {"text": generation.text, "token_ids": generation.token_ids, "stats": stats}
+        click.echo(json.dumps(answer))
+        return
+    click.echo()
+    if with_stats:
+        click.echo(f"\n{format_stats(stats)}", err=True)
+
+
+def format_stats(stats: dict[str, Any]) -> str:
+    """The table that --stats prints."""
+    stages = stats["ms_per_token"]
+    workers = ", ".join(f"{name} {count}" for name, count in stats["tokens_by_worker"].items())
+    rows = [
+        ("tokens", f"{stats['new_tokens']} new after {stats['prompt_tokens']} of the prompt"),
+        ("speed", f"{stats['tokens_per_s']} tokens/s, first token {stats['first_token_ms']} ms"),
+        ("bytes per token", f"{stats['bytes_up_per_token']} up, "
+                            f"{stats['bytes_down_per_token']} down"),
+        ("bytes in all", f"{stats['bytes_up']:,} up, {stats['bytes_down']:,} down"),
+        ("ms per token", ", ".join(f"{name} {ms}" for name, ms in stages.items())),
+        ("rows by worker", workers),
+        ("rows replayed", str(stats["rows_replayed"])),
+    ]  # fmt: skip
+    return format_table(("", "median over decode steps where per token"), rows)

@@ -1,0 +1,166 @@
+"""Talk to the broker: send a step until it is answered, over a list of brokers.
+
+Nothing is lost by asking again, because every message is idempotent. A broker that has a step says
+so at once when it is asked again (StepPending), so silence means that the broker is gone, and the
+next one on the list is tried.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import zmq
+
+from common.errors import (
+    BrokerUnavailable,
+    NoWorker,
+    ProtocolError,
+    StepRefused,
+)
+from common.messages import (
+    Busy,
+    EndSession,
+    Message,
+    NeedRows,
+    StatusQuery,
+    StatusReport,
+    Step,
+    StepReply,
+)
+from common.messages import StepRefused as StepRefusedMessage
+from common.settings import MAX_BODY_BYTES
+from common.wire import check_frames, decode_header, encode_header
+
+ASK_AGAIN_S = 0.5  # a step that is not answered is sent again after this
+SILENCE_S = 1.5  # a broker that says nothing for this long is given up for the next
+NO_WORKER_RETRY_S = 0.25
+
+
+class BrokerClient:
+    """One edge's connection to its brokers. Not thread-safe: one client for each thread."""
+
+    def __init__(self, brokers: Sequence[str], timeout_s: float = 60.0) -> None:
+        self._brokers = list(brokers)
+        self._timeout_s = timeout_s
+        self._current = 0
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._connect()
+        self.bytes_up = 0
+        self.bytes_down = 0
+        self.asked_again = 0
+
+    @property
+    def broker(self) -> str:
+        """The address in use."""
+        return self._brokers[self._current]
+
+    def close(self) -> None:
+        self._context.destroy(linger=200)
+
+    def status(self, timeout_s: float = 2.0) -> dict[str, Any]:
+        """The report of the first broker that answers. Raises BrokerUnavailable."""
+        for _ in self._brokers:
+            self._send([encode_header(StatusQuery())], timeout_s)
+            give_up_at = time.monotonic() + timeout_s
+            while (left_s := give_up_at - time.monotonic()) > 0:
+                received = self._receive(left_s)
+                if received is not None and isinstance(received[0], StatusReport):
+                    return received[0].report
+            self._use_next_broker()
+        raise BrokerUnavailable(self._unavailable(timeout_s))
+
+    def ask(self, step: Step, body: bytes, *, wait_for_worker: bool) -> tuple[Message, bytes]:
+        """Have a step computed: its StepReply with the body, or a NeedRows.
+
+        Raises NoWorker (unless told to wait for one), StepRefused, or BrokerUnavailable when
+        nobody answered within the client's timeout.
+        """
+        frames = [encode_header(step), body]
+        give_up_at = time.monotonic() + self._timeout_s
+        send_at = heard_at = time.monotonic()
+        sent_before = False
+        while (now := time.monotonic()) < give_up_at:
+            if now >= send_at:
+                if now - heard_at > SILENCE_S:
+                    self._use_next_broker()
+                    heard_at = now
+                self._send(frames, min(ASK_AGAIN_S, give_up_at - now))
+                self.asked_again += sent_before
+                sent_before = True
+                send_at = now + ASK_AGAIN_S
+            received = self._receive(max(0.001, min(send_at, give_up_at) - now))
+            if received is None:
+                continue
+            message, answer_body = received
+            if _key_of(message) != step.key:
+                continue  # the answer to something asked before
+            heard_at = time.monotonic()
+            if isinstance(message, StepReply | NeedRows):
+                return message, answer_body
+            if isinstance(message, Busy):
+                send_at = heard_at + message.retry_ms / 1000 * random.uniform(0.5, 1.5)
+            elif isinstance(message, StepRefusedMessage):
+                if message.code != "no_worker":
+                    raise StepRefused(message.reason)
+                if not wait_for_worker:
+                    raise NoWorker(message.reason)
+                send_at = heard_at + NO_WORKER_RETRY_S
+        raise BrokerUnavailable(self._unavailable(self._timeout_s))
+
+    def end_session(self, session_id: bytes) -> None:
+        """Say that a session is over. Nobody answers; what was not heard expires."""
+        self._send([encode_header(EndSession(session_id))], timeout_s=0.0)
+
+    # --- the socket
+
+    def _connect(self) -> zmq.Socket[bytes]:
+        socket = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.IMMEDIATE, 1)  # no piling up of old requests at a dead broker
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_BODY_BYTES)
+        socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        socket.connect(self.broker)
+        return socket
+
+    def _use_next_broker(self) -> None:
+        self._socket.close(linger=0)
+        self._current = (self._current + 1) % len(self._brokers)
+        self._socket = self._connect()
+
+    def _send(self, frames: list[bytes], timeout_s: float) -> None:
+        """Hand frames to a connected broker, or drop them when there is none in time."""
+        if self._socket.poll(round(timeout_s * 1000), zmq.POLLOUT):
+            try:
+                self._socket.send_multipart(frames, zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self.bytes_up += sum(map(len, frames))
+
+    def _receive(self, timeout_s: float) -> tuple[Message, bytes] | None:
+        if not self._socket.poll(max(1, round(timeout_s * 1000)), zmq.POLLIN):
+            return None
+        frames = self._socket.recv_multipart()
+        self.bytes_down += sum(map(len, frames))
+        try:
+            check_frames(frames)
+            return decode_header(frames[0]), frames[1] if len(frames) > 1 else b""
+        except ProtocolError:
+            return None  # not an answer that we can read; ask again
+
+    def _unavailable(self, waited_s: float) -> str:
+        listed = ", ".join(self._brokers)
+        return (
+            f"no broker answers at {listed} (waited {waited_s:g} s); "
+            "start one with `midspan up`, or name yours with --broker"
+        )
+
+
+def _key_of(message: Message) -> tuple[Any, Any, Any]:
+    return (
+        getattr(message, "session_id", None),
+        getattr(message, "generation", None),
+        getattr(message, "step", None),
+    )

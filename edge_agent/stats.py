@@ -1,0 +1,55 @@
+"""What a generation cost: bytes, milliseconds by stage, and who computed it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+STAGES = ("head", "network", "queue", "middle", "tail")
+
+
+@dataclass(slots=True)
+class GenerationStats:
+    """Filled by a session while it generates. Times in seconds, one entry per decode step."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    first_token_s: float = 0.0
+    total_s: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    prompt_bytes_up: int = 0
+    prompt_bytes_down: int = 0
+    rows_replayed: int = 0
+    asked_again: int = 0
+    committed: int = 0
+    stage_s: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in STAGES})
+    tokens_by_worker: Counter[str] = field(default_factory=Counter)
+
+    def add_stage(self, name: str, seconds: float) -> None:
+        self.stage_s[name].append(seconds)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers. Bytes per token and stage medians are over decode steps only."""
+        steps = max(1, self.new_tokens - 1)
+        decode_s = self.total_s - self.first_token_s
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "first_token_ms": round(self.first_token_s * 1e3, 2),
+            "tokens_per_s": round((self.new_tokens - 1) / decode_s, 2) if decode_s > 0 else 0.0,
+            "bytes_up": self.bytes_up,
+            "bytes_down": self.bytes_down,
+            "bytes_up_per_token": round((self.bytes_up - self.prompt_bytes_up) / steps, 1),
+            "bytes_down_per_token": round((self.bytes_down - self.prompt_bytes_down) / steps, 1),
+            "ms_per_token": {
+                name: round(median(values) * 1e3, 3) if values else 0.0
+                for name, values in self.stage_s.items()
+            },
+            "rows_replayed": self.rows_replayed,
+            "asked_again": self.asked_again,
+            "committed": self.committed,
+            "tokens_by_worker": dict(self.tokens_by_worker),
+        }

@@ -1,0 +1,84 @@
+"""What the integration tests share: prompts, references and sessions in threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import torch
+
+from common.settings import PREFILL_ROWS
+from deploy.pool import LocalPool
+from edge_agent.client import BrokerClient
+from edge_agent.ends import ModelEnds
+from edge_agent.sampler import SamplingSettings
+from edge_agent.session import Session, SessionSettings
+from edge_agent.tokenizer import TextTokenizer
+
+HEROES = ["mouse named Lily", "bear named Tom", "fox named Mia", "duck named Max", "owl named Ella"]
+OPENINGS = [
+    "Once upon a time, there was a brave {}.",
+    "One sunny morning, a little {} went to the river.",
+    "Long ago, near a quiet forest, there lived a kind {}.",
+    "In a small house by the lake lived a shy {}. Every day,",
+]
+PROMPTS = [opening.format(hero) for opening in OPENINGS for hero in HEROES]
+GREEDY = SamplingSettings()
+
+
+def reference_tokens(
+    whole_model: torch.nn.Module, tokenizer: TextTokenizer, prompts: Sequence[str], count: int
+) -> list[list[int]]:
+    """What transformers' own `generate` writes with the unsplit model."""
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([tokenizer.encode(prompt)])
+        output = whole_model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False
+        )
+        answers.append(output[0, ids.shape[1] :].tolist())
+    return answers
+
+
+def generate(
+    pool: LocalPool,
+    ends: ModelEnds,
+    prompt_ids: Sequence[int],
+    count: int,
+    codec: str = "fp32",
+    sampling: SamplingSettings = GREEDY,
+    on_token: Callable[[int, Session], None] = lambda index, session: None,
+    timeout_s: float = 60.0,
+    prefill_rows: int = PREFILL_ROWS,
+) -> tuple[list[int], Session]:
+    """One session through the pool; `on_token` may do harm on the way."""
+    client = BrokerClient([pool.edge_endpoint], timeout_s)
+    session = Session(ends, client, SessionSettings(codec, codec, prefill_rows))
+    tokens = []
+    try:
+        for token in session.generate(prompt_ids, count, sampling):
+            tokens.append(token)
+            on_token(len(tokens), session)
+    finally:
+        client.close()
+    return tokens, session
+
+
+def generate_together(
+    pool: LocalPool, ends: ModelEnds, prompts_ids: Sequence[Sequence[int]], count: int
+) -> list[list[int]]:
+    """All prompts at once, each in a thread and with a client of its own."""
+    answers: list[list[int]] = [[] for _ in prompts_ids]
+    barrier = threading.Barrier(len(prompts_ids))
+
+    def work(index: int) -> None:
+        torch.set_num_threads(1)
+        barrier.wait()
+        answers[index], _ = generate(pool, ends, prompts_ids[index], count)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(prompts_ids))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return answers

@@ -1,0 +1,107 @@
+"""The wire format: every message comes back whole, and whatever is wrong is refused by name."""
+
+import dataclasses
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.errors import ProtocolError
+from common.messages import Announce, Service, Step, StepReply
+from common.settings import MAX_FRAMES, MAX_HEADER_BYTES
+from common.wire import KINDS, VERSION, check_frames, decode_header, encode_header
+
+STEP = Step(b"s" * 16, 0, 0, 7, 11, 1, 1, 128, "int8", "int8", "0123456789abcdef", (2, 6), 60000)
+
+INTEGERS = st.integers(0, 2**53)
+VALUES = {
+    "int": INTEGERS,
+    "str": st.text(max_size=50),
+    "bytes": st.binary(min_size=16, max_size=16),
+    "bool": st.booleans(),
+    "tuple[int, int]": st.tuples(st.integers(0, 10), st.integers(11, 99)),
+    "list[Service]": st.lists(
+        st.builds(Service, st.text(max_size=9), st.text(max_size=9), st.just((2, 6))), max_size=3
+    ),
+    "dict[str, Any]": st.dictionaries(st.text(max_size=9), INTEGERS, max_size=3),
+}
+
+
+def any_message() -> st.SearchStrategy[Any]:
+    return st.one_of(
+        [
+            st.builds(kind, **{f.name: VALUES[str(f.type)] for f in dataclasses.fields(kind)})
+            for kind in KINDS.values()
+        ]
+    )
+
+
+@given(any_message())
+def test_every_message_comes_back_as_it_was_sent(message: Any) -> None:
+    assert decode_header(encode_header(message)) == message
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_a_protocol_error_and_nothing_else(garbage: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        decode_header(garbage)
+
+
+@given(st.data())
+def test_a_truncated_header_is_refused(data: st.DataObject) -> None:
+    header = encode_header(STEP)
+    with pytest.raises(ProtocolError):
+        decode_header(header[: data.draw(st.integers(0, len(header) - 1))])
+
+
+@given(
+    st.sampled_from([f.name for f in dataclasses.fields(Step)]),
+    st.one_of(st.none(), st.integers(-5, -1), st.floats(), st.lists(st.integers(), max_size=3)),
+)
+def test_a_field_of_the_wrong_type_is_named(name: str, value: Any) -> None:
+    fields = msgpack.unpackb(encode_header(STEP)) | {name: value}
+    if name == "span" and value in ([0, 1], [1, 2]):
+        return
+    with pytest.raises(ProtocolError, match=rf"step message has a bad {name}"):
+        decode_header(msgpack.packb(fields))
+
+
+def _with(**changes: Any) -> bytes:
+    return msgpack.packb(msgpack.unpackb(encode_header(STEP)) | changes)
+
+
+@pytest.mark.parametrize(
+    ("frame", "words"),
+    [
+        (_with(v=VERSION + 1), f"version {VERSION + 1}; this midspan speaks {VERSION}"),
+        (_with(k="bogus"), "unknown kind 'bogus'"),
+        (_with(extra=1), "missing or unknown fields: extra"),
+        (_with(session_id=b"short"), "bad session_id: expected 16 bytes"),
+        (_with(rows=True), "bad rows"),
+        (_with(span=[6, 2]), "bad span: expected first < last"),
+        (msgpack.packb([1, 2]), "header is a list; expected a map"),
+        (b"\x00" * (MAX_HEADER_BYTES + 1), "at most"),
+        (b"\x91" * 2000, "not MessagePack"),
+    ],
+)
+def test_what_is_wrong_with_a_header_is_said(frame: bytes, words: str) -> None:
+    with pytest.raises(ProtocolError, match=words):
+        decode_header(frame)
+
+
+def test_too_many_frames_are_refused() -> None:
+    with pytest.raises(ProtocolError, match=f"{MAX_FRAMES + 1} frames"):
+        check_frames([b""] * (MAX_FRAMES + 1))
+
+
+def test_a_message_with_no_frames_is_refused() -> None:
+    with pytest.raises(ProtocolError, match="0 frames"):
+        check_frames([])
+
+
+def test_reply_and_announce_survive_with_nested_values() -> None:
+    announce = Announce("w1", [Service("f" * 16, "m", (2, 6))], 8, 100, True, 1, "h", {"a": 1})
+    reply = StepReply(b"s" * 16, 0, 7, 1, 1, 12, "w1", 30, 900)
+    assert [decode_header(encode_header(m)) for m in (announce, reply)] == [announce, reply]

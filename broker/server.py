@@ -47,6 +47,7 @@ from common.messages import (
     StepReply,
 )
 from common.settings import MAX_BODY_BYTES
+from common.sockets import Context, Socket, has_message
 from common.wire import check_frames, decode_header, encode_header
 
 log = logging.getLogger("midspan.broker")
@@ -69,7 +70,7 @@ class BrokerServer:
         **state_settings: Any,
     ) -> None:
         self._clock = clock
-        self._context = zmq.Context()
+        self._context: Context = zmq.Context()
         try:
             self._edges = self._bind(edge_endpoint, "--edges")
             self._workers = self._bind(worker_endpoint, "--workers")
@@ -84,7 +85,7 @@ class BrokerServer:
         self._bad_messages = 0
         self._stopping = False
 
-    def _bind(self, endpoint: str, option: str) -> zmq.Socket[bytes]:
+    def _bind(self, endpoint: str, option: str) -> Socket:
         socket = self._context.socket(zmq.ROUTER)
         socket.setsockopt(zmq.LINGER, 200)
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_BODY_BYTES)
@@ -130,13 +131,12 @@ class BrokerServer:
             self._context.destroy(linger=200)
 
     def _receive(
-        self, socket: zmq.Socket[bytes], handle: Callable[[bytes, Message, list[bytes]], None]
+        self, socket: Socket, handle: Callable[[bytes, Message, list[bytes]], None]
     ) -> None:
         for _ in range(RECEIVE_BURST):
-            try:
-                peer_id, *frames = socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
+            if not has_message(socket):
                 return
+            peer_id, *frames = socket.recv_multipart()
             try:
                 check_frames(frames)
                 handle(peer_id, decode_header(frames[0]), frames)
@@ -211,7 +211,7 @@ class BrokerServer:
                 case Note(text):
                     log.info(text)
 
-    def _send(self, socket: zmq.Socket[bytes], peer_id: bytes, frames: list[bytes]) -> bool:
+    def _send(self, socket: Socket, peer_id: bytes, frames: list[bytes]) -> bool:
         """False when the peer is gone or takes nothing more; whoever needs it will ask again."""
         try:
             socket.send_multipart([peer_id, *frames], zmq.NOBLOCK)

@@ -7,7 +7,7 @@ import signal
 
 import click
 
-from common.processes import set_up_logging, set_up_torch
+from common.processes import freeze_loaded_objects, set_up_logging, set_up_torch
 from common.settings import HEARTBEAT_S, WORKER_ENDPOINT, parse_endpoint
 
 log = logging.getLogger("midspan.worker")
@@ -103,6 +103,7 @@ def worker(
         ),
         worker_id,
     )
+    freeze_loaded_objects()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.request_drain())
     click.echo(f"worker {server.worker_id} ready: {service.name} {span} at {', '.join(endpoints)}")

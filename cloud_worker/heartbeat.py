@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import zmq
 
 from common.messages import Announce
+from common.sockets import Context, connect_dealer
 from common.wire import encode_header
 
 
@@ -17,7 +18,7 @@ class Heartbeat:
 
     def __init__(
         self,
-        context: zmq.Context[zmq.Socket[bytes]],
+        context: Context,
         brokers: Sequence[str],
         describe: Callable[[], Announce],
         interval_s: float,
@@ -38,7 +39,7 @@ class Heartbeat:
         self._thread.join()
 
     def _run(self) -> None:
-        sockets = [self._connect(broker) for broker in self._brokers]
+        sockets = [connect_dealer(self._context, broker) for broker in self._brokers]
         while not self._stopped.wait(self._interval_s):
             header = encode_header(self._describe())
             for socket in sockets:
@@ -46,12 +47,3 @@ class Heartbeat:
                     socket.send(header, zmq.NOBLOCK)
         for socket in sockets:
             socket.close(linger=0)
-
-    def _connect(self, broker: str) -> zmq.Socket[bytes]:
-        socket = self._context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.IMMEDIATE, 1)
-        socket.setsockopt(zmq.SNDHWM, 4)
-        socket.setsockopt(zmq.RECONNECT_IVL, 50)
-        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
-        socket.connect(broker)
-        return socket

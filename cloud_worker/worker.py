@@ -47,7 +47,8 @@ from common.messages import (
     StepFailed,
     StepReply,
 )
-from common.settings import HEARTBEAT_S, MAX_BODY_BYTES
+from common.settings import HEARTBEAT_S
+from common.sockets import Context, Socket, connect_dealer, has_message
 from common.wire import check_frames, decode_header, encode_header
 
 log = logging.getLogger("midspan.worker")
@@ -99,21 +100,20 @@ class Worker:
             "batches": 0, "steps": 0, "rows": 0, "takeovers": 0, "rows_pulled": 0, "rows_asked": 0,
             "failed": 0, "bad_messages": 0,
         }  # fmt: skip
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._sockets = [self._connect(broker) for broker in settings.brokers]
+        self._context: Context = zmq.Context()
+        self._sockets = [
+            connect_dealer(
+                self._context, broker, identity=self.worker_id.encode(), keep_unsent=True
+            )
+            for broker in settings.brokers
+        ]
+        self._poller = zmq.Poller()
+        for socket in self._sockets:
+            self._poller.register(socket, zmq.POLLIN)
+        self._polled_store_fd: int | None = None
         self._heartbeat = Heartbeat(
             self._context, settings.brokers, self._describe, settings.heartbeat_s
         )
-
-    def _connect(self, broker: str) -> zmq.Socket[bytes]:
-        socket = self._context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.IDENTITY, self.worker_id.encode())
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_BODY_BYTES)
-        socket.setsockopt(zmq.RECONNECT_IVL, 50)
-        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
-        socket.setsockopt(zmq.LINGER, 1000)
-        socket.connect(broker)
-        return socket
 
     def _describe(self) -> Announce:
         return Announce(
@@ -184,20 +184,18 @@ class Worker:
                 self._commit(session)
 
     def _wait(self, wait_s: float) -> None:
-        poller = zmq.Poller()
-        for socket in self._sockets:
-            poller.register(socket, zmq.POLLIN)
         store_fd = self._store.fileno()
-        if store_fd is not None:
-            poller.register(store_fd, zmq.POLLIN)
-        poller.poll(round(wait_s * 1000))
+        if store_fd != self._polled_store_fd:  # the store has connected anew
+            if self._polled_store_fd is not None:
+                self._poller.unregister(self._polled_store_fd)
+            if store_fd is not None:
+                self._poller.register(store_fd, zmq.POLLIN)
+            self._polled_store_fd = store_fd
+        self._poller.poll(round(wait_s * 1000))
 
-    def _receive(self, source: int, socket: zmq.Socket[bytes]) -> None:
-        while True:
-            try:
-                frames = socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
+    def _receive(self, source: int, socket: Socket) -> None:
+        while has_message(socket):
+            frames = socket.recv_multipart()
             try:
                 check_frames(frames)
                 self._on_message(source, decode_header(frames[0]), frames)

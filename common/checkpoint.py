@@ -1,13 +1,16 @@
 """Read a Hugging Face model directory: its configuration, its tensors by name, its fingerprint.
 
-Only safetensors, one file or several with an index. Tensors are read one at a time, so a span
-costs the memory and the disk reads of that span alone.
+Only safetensors, one file or several with an index. Tensors are read by name, so a span costs the
+memory and the disk reads of that span alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import mmap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,8 @@ SINGLE_FILE = "model.safetensors"
 # what a configuration says about files and tools rather than about the model
 VOLATILE_KEYS = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures"}
 SAMPLE_VALUES = 64  # per tensor, in the fingerprint
+ALIGNMENT = 64  # bytes, a vector register
+HUGE_PAGE = 2 << 20
 
 
 class Checkpoint:
@@ -86,18 +91,34 @@ class Checkpoint:
                 ) from error
         return self._open_files[file_name]
 
-    def read(self, tensor_name: str, dtype: torch.dtype) -> Tensor:
-        """One tensor, converted to `dtype`. A second reading shares the memory of the first."""
-        key = (tensor_name, dtype)
-        if key not in self._cache:
+    def read(self, tensor_names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The named tensors, converted to `dtype`, one after another in one block of memory.
+
+        One aligned block in huge pages, where the system has them, is read several percent faster
+        than scattered tensors; and tensors at odd file offsets would make the kernels add in
+        another order and change the last bits of results. A tensor that was read before is shared.
+        """
+        new = [n for n in dict.fromkeys(tensor_names) if (n, dtype) not in self._cache]
+        shapes = {name: self._slice(name).get_shape() for name in new}
+        sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+        block = _allocate(sum(_round_up(size) for size in sizes.values()))
+        at = 0
+        for name in new:
+            tensor = block[at : at + sizes[name]].view(dtype).view(shapes[name])
             try:
-                file = self._open(self._file_of[tensor_name])
-                # a copy: file offsets are not aligned to vector registers, which would change
-                # the order of additions, and the last bits of the results with it
-                self._cache[key] = file.get_tensor(tensor_name).to(dtype, copy=True)
+                tensor.copy_(self._open(self._file_of[name]).get_tensor(name))
             except SafetensorError as error:
-                raise CheckpointError(f"{self.directory}: {tensor_name}: {error}") from error
-        return self._cache[key]
+                raise CheckpointError(f"{self.directory}: {name}: {error}") from error
+            self._cache[name, dtype] = tensor
+            at += _round_up(sizes[name])
+        return {name: self._cache[name, dtype] for name in tensor_names}
+
+    def shape(self, tensor_name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
+        return tuple(self._slice(tensor_name).get_shape())
+
+    def _slice(self, tensor_name: str) -> Any:
+        return self._open(self._file_of[tensor_name]).get_slice(tensor_name)
 
     def close(self) -> None:
         """Forget files and tensors; tensors already handed out stay valid."""
@@ -115,11 +136,25 @@ class Checkpoint:
         config = {k: v for k, v in self.config_json.items() if k not in VOLATILE_KEYS}
         digest.update(json.dumps(config, sort_keys=True).encode())
         for name in self.tensor_names:
-            view = self._open(self._file_of[name]).get_slice(name)
+            view = self._slice(name)
             shape = view.get_shape()
             digest.update(f"{name} {view.get_dtype()} {shape}".encode())
             digest.update(_sample(view, shape))
         return digest.hexdigest()[:16]
+
+
+def _round_up(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _allocate(size: int) -> Tensor:
+    """Zeroed bytes that begin at a multiple of 2 MB, in huge pages if the system gives them."""
+    area = mmap.mmap(-1, size + HUGE_PAGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        area.madvise(mmap.MADV_HUGEPAGE)
+    block = torch.frombuffer(area, dtype=torch.uint8)
+    start = -block.data_ptr() % HUGE_PAGE
+    return block[start : start + size]
 
 
 def _sample(view: Any, shape: list[int]) -> bytes:

@@ -10,6 +10,7 @@ Letters: T tokens (rows), D hidden.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from common.errors import NonFiniteError, ProtocolError, SettingsError
 
 DEFAULT_CODEC = "int8"
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +49,7 @@ class Codec:
         if rows == 0:
             return torch.empty(0, hidden, dtype=dtype)
         packed = torch.frombuffer(bytearray(body), dtype=torch.uint8).view(rows, -1)
-        decoded = self.unpack(packed, hidden)
-        if not torch.isfinite(decoded).all():
-            raise NonFiniteError(f"a {self.name} body decodes to NaN or infinity")
-        return decoded.to(dtype)
+        return self.unpack(packed, hidden).to(dtype)
 
 
 def find_codec(name: str) -> Codec:
@@ -62,11 +61,21 @@ def find_codec(name: str) -> Codec:
 
 
 def _require_finite(rows: Tensor, name: str, original: Tensor) -> None:
-    if not torch.isfinite(rows).all():
-        if torch.isfinite(original).all():
+    if not _is_finite(rows):
+        if _is_finite(original):
             largest = original.abs().max().item()
             raise NonFiniteError(f"{name} cannot hold {largest:.4g}, the largest boundary value")
         raise NonFiniteError(f"boundary rows to be sent as {name} hold NaN or infinity")
+
+
+def _require_finite_body(values: Tensor, name: str) -> None:
+    if not _is_finite(values):
+        raise NonFiniteError(f"a {name} body decodes to NaN or infinity")
+
+
+def _is_finite(values: Tensor) -> bool:
+    """In one pass: a float64 sum of finite float32 values is finite, and only of those."""
+    return math.isfinite(values.sum(dtype=torch.float64).item())
 
 
 def _cast_codec(name: str, dtype: torch.dtype) -> Codec:
@@ -78,7 +87,9 @@ def _cast_codec(name: str, dtype: torch.dtype) -> Codec:
         return cast.view(torch.uint8)
 
     def unpack(packed: Tensor, hidden: int) -> Tensor:
-        return packed.view(dtype)
+        rows = packed.view(dtype)
+        _require_finite_body(rows, name)
+        return rows
 
     return Codec(name, lambda hidden: hidden * dtype.itemsize, pack, unpack)
 
@@ -90,18 +101,17 @@ def _pack_int8(rows: Tensor) -> Tensor:
     on the wire: 4 bytes of scale (little-endian), then D bytes of codes.
     """
     values = rows.float()
-    scales = values.abs().amax(dim=1, keepdim=True) / 127  # (T, 1)
+    scales = torch.linalg.vector_norm(values, torch.inf, dim=1, keepdim=True).div_(127)  # (T, 1)
     _require_finite(scales, "int8", rows)
-    codes = (values / scales.clamp_min(torch.finfo(torch.float32).tiny)).round_()
-    codes = codes.clamp_(-127, 127).to(torch.int8)  # (T, D)
+    codes = (values / scales.clamp_min(SMALLEST_SCALE)).round_().to(torch.int8)  # (T, D)
     return torch.cat([scales.view(torch.uint8), codes.view(torch.uint8)], dim=1)
 
 
 def _unpack_int8(packed: Tensor, hidden: int) -> Tensor:
-    scales = (
-        packed[:, :4].clone(memory_format=torch.contiguous_format).view(torch.float32)
-    )  # (T, 1)
-    return packed[:, 4:].view(torch.int8).float() * scales
+    scale_bytes = packed[:, :4].clone(memory_format=torch.contiguous_format)
+    scales = scale_bytes.view(torch.float32)  # (T, 1)
+    _require_finite_body(scales, "int8")
+    return packed[:, 4:].view(torch.int8).float().mul_(scales)
 
 
 CODECS: dict[str, Codec] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 
@@ -13,6 +14,12 @@ def set_up_logging(verbose: bool) -> None:
         format="%(asctime)s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )
+
+
+def freeze_loaded_objects() -> None:
+    """Call when models are loaded: keeps the garbage collector from walking over the libraries."""
+    gc.collect()
+    gc.freeze()
 
 
 def set_up_torch(threads: int | None) -> None:

@@ -322,8 +322,8 @@ def _load_weights(
     stored_as = _map_stored_names(checkpoint, causal_lm)
     base_prefix = causal_lm.base_model_prefix + "."
     decoder_prefix = prefix or _name_of(causal_lm, _owner_of_layers(kept, layers_prefix)) + "."
-    bytes_read: dict[str, int] = {}
-    for name, parameter in list(kept.named_parameters(remove_duplicate=False)):
+    sources: dict[str, str] = {}  # by the parameter's name in `kept`
+    for name, parameter in kept.named_parameters(remove_duplicate=False):
         full_name = _renumber(prefix + name, decoder_prefix + layers_prefix, first_layer)
         candidates = [full_name, full_name.removeprefix(base_prefix)]
         if full_name in tied and causal_lm.config.tie_word_embeddings:
@@ -331,17 +331,18 @@ def _load_weights(
         source = next((stored_as[c] for c in candidates if c in stored_as), None)
         if source is None:
             raise CheckpointError(f"{checkpoint.directory} has no tensor {full_name}")
-        tensor = checkpoint.read(source, dtype)
-        if tensor.shape != parameter.shape:
+        if checkpoint.shape(source) != tuple(parameter.shape):
             raise CheckpointError(
-                f"{checkpoint.directory}: tensor {source} has shape {tuple(tensor.shape)}; "
+                f"{checkpoint.directory}: tensor {source} has shape {checkpoint.shape(source)}; "
                 f"its config.json needs {tuple(parameter.shape)}"
             )
-        bytes_read[source] = tensor.nbytes
+        sources[name] = source
+    tensors = checkpoint.read(sources.values(), dtype)
+    for name, source in sources.items():
         owner, _, leaf = name.rpartition(".")
-        module = kept.get_submodule(owner)
-        module._parameters[leaf] = nn.Parameter(tensor.to(device), requires_grad=False)
-    return bytes_read
+        weight = nn.Parameter(tensors[source].to(device), requires_grad=False)
+        kept.get_submodule(owner)._parameters[leaf] = weight
+    return {source: tensor.nbytes for source, tensor in tensors.items()}
 
 
 def _map_stored_names(checkpoint: Checkpoint, causal_lm: Any) -> dict[str, str]:

@@ -81,11 +81,11 @@ def decode_header(frame: bytes) -> Message:
     if fields.keys() != checks.keys():
         wrong = sorted(map(str, fields.keys() ^ checks.keys()))
         raise ProtocolError(f"{kind} message has missing or unknown fields: {', '.join(wrong)}")
-    for name, check in checks.items():
-        try:
+    try:
+        for name, check in checks.items():
             fields[name] = check(fields[name])
-        except (TypeError, ValueError) as error:
-            raise ProtocolError(f"{kind} message has a bad {name}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ProtocolError(f"{kind} message has a bad {name}: {error}") from error
     return KINDS[kind](**fields)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from common.processes import set_up_torch
+from common.processes import freeze_loaded_objects, set_up_torch
 from common.settings import EDGE_ENDPOINT, parse_endpoint
 from common.tables import format_table
 
@@ -94,6 +94,7 @@ def ask(
         SessionSettings(codec=codec, reply_codec=codec, step_deadline_s=timeout_s),
         stops,
     )
+    freeze_loaded_objects()
     for piece in generation.stream():
         if not as_json:
             click.echo(piece, nl=False)

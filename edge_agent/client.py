@@ -31,7 +31,7 @@ from common.messages import (
     StepReply,
 )
 from common.messages import StepRefused as StepRefusedMessage
-from common.settings import MAX_BODY_BYTES
+from common.sockets import Context, connect_dealer
 from common.wire import check_frames, decode_header, encode_header
 
 ASK_AGAIN_S = 0.5  # a step that is not answered is sent again after this
@@ -46,8 +46,8 @@ class BrokerClient:
         self._brokers = list(brokers)
         self._timeout_s = timeout_s
         self._current = 0
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = self._connect()
+        self._context: Context = zmq.Context()
+        self._socket = connect_dealer(self._context, self.broker)
         self.bytes_up = 0
         self.bytes_down = 0
         self.asked_again = 0
@@ -116,33 +116,26 @@ class BrokerClient:
 
     # --- the socket
 
-    def _connect(self) -> zmq.Socket[bytes]:
-        socket = self._context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.IMMEDIATE, 1)  # no piling up of old requests at a dead broker
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_BODY_BYTES)
-        socket.setsockopt(zmq.RECONNECT_IVL, 50)
-        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
-        socket.connect(self.broker)
-        return socket
-
     def _use_next_broker(self) -> None:
         self._socket.close(linger=0)
         self._current = (self._current + 1) % len(self._brokers)
-        self._socket = self._connect()
+        self._socket = connect_dealer(self._context, self.broker)
 
     def _send(self, frames: list[bytes], timeout_s: float) -> None:
         """Hand frames to a connected broker, or drop them when there is none in time."""
-        if self._socket.poll(round(timeout_s * 1000), zmq.POLLOUT):
-            try:
-                self._socket.send_multipart(frames, zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            self.bytes_up += sum(map(len, frames))
+        self._socket.setsockopt(zmq.SNDTIMEO, round(timeout_s * 1000))
+        try:
+            self._socket.send_multipart(frames)
+        except zmq.Again:
+            return
+        self.bytes_up += sum(map(len, frames))
 
     def _receive(self, timeout_s: float) -> tuple[Message, bytes] | None:
-        if not self._socket.poll(max(1, round(timeout_s * 1000)), zmq.POLLIN):
+        self._socket.setsockopt(zmq.RCVTIMEO, max(1, round(timeout_s * 1000)))
+        try:
+            frames = self._socket.recv_multipart()
+        except zmq.Again:
             return None
-        frames = self._socket.recv_multipart()
         self.bytes_down += sum(map(len, frames))
         try:
             check_frames(frames)

@@ -213,7 +213,7 @@ def test_every_key_expires_and_shares_the_sessions_hash_tag(redis_server: Embedd
     commit = new_session(commit_of(3))
     run_commit(store, commit)
     client = redis.Redis.from_url(redis_server.url)
-    keys = [key for key in client.keys() if commit.session_id.hex().encode() in key]
+    keys = [key for key in client.scan_iter() if commit.session_id.hex().encode() in key]
     assert len(keys) == 2
     for key in keys:
         assert b"{" + commit.session_id.hex().encode() + b"}" in key
@@ -273,7 +273,7 @@ def test_a_redis_that_stalls_is_given_up_after_the_timeout(redis_server: Embedde
 
 
 def test_a_redis_that_is_not_there_is_said_without_its_password() -> None:
-    with pytest.raises(StoreUnavailable, match="redis://127.0.0.1:1/0 cannot be reached") as caught:
+    with pytest.raises(StoreUnavailable, match=r"redis://127\.0\.0\.1:1/0 cannot be") as caught:
         RedisKvStore("redis://:secret@127.0.0.1:1/0")
     assert "secret" not in str(caught.value)
 

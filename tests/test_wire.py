@@ -58,12 +58,12 @@ def test_a_truncated_header_is_refused(data: st.DataObject) -> None:
 
 @given(
     st.sampled_from([f.name for f in dataclasses.fields(Step)]),
-    st.one_of(st.none(), st.integers(-5, -1), st.floats(), st.lists(st.integers(), max_size=3)),
+    st.one_of(st.none(), st.integers(-5, -1), st.floats(), st.lists(st.integers(0, 9), max_size=3)),
 )
 def test_a_field_of_the_wrong_type_is_named(name: str, value: Any) -> None:
     fields = msgpack.unpackb(encode_header(STEP)) | {name: value}
-    if name == "span" and value in ([0, 1], [1, 2]):
-        return
+    if name == "span" and isinstance(value, list) and len(value) == 2:
+        return  # may be a span
     with pytest.raises(ProtocolError, match=rf"step message has a bad {name}"):
         decode_header(msgpack.packb(fields))
 

@@ -1,0 +1,136 @@
+"""Peers that send garbage, wrong sizes or NaN stop neither a broker nor a worker."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import zmq
+from pools import PROMPTS, generate
+from safetensors.torch import load_file, save_file
+
+from common.errors import StepRefused
+from common.messages import Dispatch, Step
+from common.wire import encode_header
+from deploy.pool import LocalPool, PoolSettings
+from edge_agent.client import BrokerClient
+from edge_agent.ends import ModelEnds, load_ends
+from edge_agent.tokenizer import TextTokenizer
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[LocalPool]:
+    with LocalPool(PoolSettings(workers=2)) as running:
+        yield running
+
+
+def send_all(endpoint: str, messages: list[list[bytes]]) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.connect(endpoint)
+    for frames in messages:
+        socket.send_multipart(frames)
+    context.destroy(linger=2000)
+
+
+def garbage(count: int) -> list[list[bytes]]:
+    """Random frames, and valid steps with bytes flipped, frames missing or frames too many."""
+    rng = random.Random(1)
+    step = encode_header(Step(b"s" * 16, 0, 0, 0, 0, 1, 1, 8, "fp32", "fp32", "m", (2, 6), 100))
+    messages = []
+    for _ in range(count):
+        flipped = bytearray(step)
+        flipped[rng.randrange(len(step))] = rng.randrange(256)
+        messages += [
+            [rng.randbytes(rng.randrange(300)) for _ in range(rng.randrange(1, 12))],
+            [step[: rng.randrange(len(step))], b""],
+            [bytes(flipped), rng.randbytes(32)],
+            [step],
+            [step, b"", b""],
+            [encode_header(Dispatch(1, 0)), step, b""],
+        ]
+    return messages
+
+
+def works(pool: LocalPool, ends: ModelEnds) -> bool:
+    ids = TextTokenizer(ends.directory).encode(PROMPTS[0])
+    return len(generate(pool, ends, ids, 5)[0]) == 5
+
+
+def test_garbage_on_both_sides_of_a_broker_stops_nothing(
+    pool: LocalPool, demo_ends: ModelEnds
+) -> None:
+    messages = garbage(500)
+    send_all(pool.edge_endpoint, messages)
+    send_all(pool.worker_endpoint, messages)
+    assert works(pool, demo_ends)
+    client = BrokerClient([pool.edge_endpoint])
+    assert client.status()["bad_messages"] > 1000
+    client.close()
+    pool.check()
+
+
+def step_for(ends: ModelEnds, **changes: object) -> Step:
+    span = (ends.cut.begin, ends.cut.end)
+    step = Step(
+        random.randbytes(16), 0, 0, 0, 0, 1, 1, ends.hidden, "fp32", "fp32", ends.fingerprint,
+        span, 30_000,
+    )  # fmt: skip
+    return dataclasses.replace(step, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "body_bytes", "words"),
+    [
+        ({}, 7, "body has 7 bytes; fp32"),
+        ({"rows": 2**40, "reply_rows": 1}, 512, "the context has 512"),
+        ({"rows": 2, "reply_rows": 3}, 1024, "wants 3 of its 2 rows"),
+        ({"rows": 0, "reply_rows": 0}, 0, "wants 0 of its 0 rows"),
+        ({"hidden": 64}, 256, "step has hidden 64; the model has 128"),
+        ({"codec": "int9"}, 512, "codec 'int9' is unknown"),
+        ({"reply_codec": "int9"}, 512, "codec 'int9' is unknown"),
+        ({"position": 600}, 512, "the context has 512"),
+    ],
+)
+def test_a_step_that_cannot_be_computed_is_refused_with_the_reason(
+    pool: LocalPool,
+    demo_ends: ModelEnds,
+    changes: dict[str, object],
+    body_bytes: int,
+    words: str,
+) -> None:
+    client = BrokerClient([pool.edge_endpoint], timeout_s=20)
+    with pytest.raises(StepRefused, match=words):
+        client.ask(step_for(demo_ends, **changes), bytes(body_bytes), wait_for_worker=False)
+    client.close()
+    assert works(pool, demo_ends)
+    pool.check()
+
+
+def test_rows_of_nan_are_refused_by_the_worker(pool: LocalPool, demo_ends: ModelEnds) -> None:
+    body = torch.full((1, demo_ends.hidden), float("nan")).numpy().tobytes()
+    client = BrokerClient([pool.edge_endpoint], timeout_s=20)
+    with pytest.raises(StepRefused, match="fp32 body decodes to NaN or infinity"):
+        client.ask(step_for(demo_ends), body, wait_for_worker=False)
+    client.close()
+
+
+def test_a_model_that_computes_nan_is_refused_after_three_tries(
+    demo_directory: Path, tmp_path: Path
+) -> None:
+    for file in demo_directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.4.mlp.down_proj.weight"].fill_(float("nan"))
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    ends = load_ends(tmp_path)
+    ids = TextTokenizer(tmp_path).encode(PROMPTS[0])
+    with (
+        LocalPool(PoolSettings(workers=1, model=str(tmp_path))) as broken,
+        pytest.raises(StepRefused, match=r"3 workers failed: .*hold NaN or infinity"),
+    ):
+        generate(broken, ends, ids, 5)

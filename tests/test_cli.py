@@ -1,0 +1,177 @@
+"""The command line as users meet it: what it prints, and how it says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from pools import PROMPTS
+from random_models import save_random_model
+from transformers import LlamaConfig
+
+from deploy.child import midspan_command
+from deploy.pool import LocalPool, PoolSettings
+from edge_agent.tokenizer import TextTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_midspan(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        midspan_command(*arguments),
+        cwd=ROOT,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def error_line(*arguments: str, stdin: str = "") -> str:
+    """The one line that a command says when it cannot do what it was asked."""
+    done = run_midspan(*arguments, stdin=stdin)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[LocalPool]:
+    with LocalPool(PoolSettings(workers=1)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory: pytest.TempPathFactory, demo_directory: Path) -> Path:
+    """A model that no worker serves, with the demo model's tokenizer and of the same name."""
+    directory = tmp_path_factory.mktemp("other") / "stories-llama"
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=32, intermediate_size=64, num_hidden_layers=8,
+        num_attention_heads=4, max_position_embeddings=64,
+    )  # fmt: skip
+    save_random_model(config, directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (directory / name).write_bytes((demo_directory / name).read_bytes())
+    return directory
+
+
+def test_ask_streams_a_text_and_says_what_it_cost(pool: LocalPool) -> None:
+    done = run_midspan("ask", PROMPTS[0], "--broker", pool.edge_endpoint, "-n", "20", "--stats")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) > 10
+    for words in ("tokens/s", "bytes per token", "head", "network", "queue", "middle", "w1"):
+        assert words in done.stderr
+
+
+def test_ask_prints_one_object_with_json(pool: LocalPool, demo_directory: Path) -> None:
+    command = ["ask", "-", "--broker", pool.edge_endpoint, "-n", "12", "--json", "--cut", "2:6"]
+    answer = json.loads(run_midspan(*command, stdin=PROMPTS[0]).stdout)
+    assert set(answer) == {"text", "token_ids", "stats"}
+    assert len(answer["token_ids"]) == answer["stats"]["new_tokens"] == 12
+    decoded = TextTokenizer(demo_directory).decode(answer["token_ids"])
+    assert decoded.strip() == answer["text"].strip()
+
+
+def test_status_shows_the_worker_as_a_table_and_as_json(pool: LocalPool) -> None:
+    table = run_midspan("status", "--broker", pool.edge_endpoint).stdout
+    assert "w1" in table
+    assert "stories-llama 2-6" in table
+    report = json.loads(run_midspan("status", "--broker", pool.edge_endpoint, "--json").stdout)
+    assert [worker["worker_id"] for worker in report["workers"]] == ["w1"]
+
+
+def test_an_unknown_model_lists_what_comes_with_midspan() -> None:
+    line = error_line("ask", "hi", "--model", "gpt-9")
+    assert "model 'gpt-9' is no directory" in line
+    assert "stories-llama" in line
+
+
+def test_a_wrong_checkpoint_folder_is_named(pool: LocalPool, tmp_path: Path) -> None:
+    line = error_line("ask", "hi", "--model", str(tmp_path), "--broker", pool.edge_endpoint)
+    assert f"{tmp_path / 'config.json'} does not exist" in line
+
+
+def test_a_cut_out_of_range_is_named(pool: LocalPool) -> None:
+    line = error_line("ask", "hi", "--cut", "2:9", "--broker", pool.edge_endpoint)
+    assert "cut 2:9 is out of range: the model has 8 layers" in line
+
+
+@pytest.mark.parametrize("prompt", ["", "   ", "-"])
+def test_an_empty_prompt_is_refused(prompt: str) -> None:
+    assert "the prompt is empty" in error_line("ask", prompt, stdin="\n")
+
+
+def test_a_prompt_longer_than_the_context_says_both_lengths(pool: LocalPool) -> None:
+    line = error_line("ask", "once " * 600, "--broker", pool.edge_endpoint)
+    assert "tokens; stories-llama has a context of 512" in line
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--codec", "int9", "codec 'int9' is unknown; known are fp32, fp16, bf16, int8"),
+        ("--dtype", "int4", "dtype 'int4' is unknown"),
+        ("--top-p", "0", "top-p is 0.0; expected more than 0"),
+        ("-t", "-1", "temperature is -1.0"),
+        ("-n", "0", "the number of new tokens is 0"),
+        ("--broker", "localhost", "--broker has value 'localhost'; expected tcp://HOST:PORT"),
+    ],
+)
+def test_an_option_out_of_range_is_named(
+    pool: LocalPool, option: str, value: str, words: str
+) -> None:
+    assert words in error_line("ask", "hi", "--broker", pool.edge_endpoint, option, value)
+
+
+def test_a_broker_that_is_not_there_is_named() -> None:
+    line = error_line("ask", "hi", "--broker", "tcp://127.0.0.1:1")
+    assert "no broker answers at tcp://127.0.0.1:1" in line
+    assert "midspan up" in line
+
+
+def test_no_worker_for_the_model_says_at_once_what_is_served(
+    pool: LocalPool, other_model: Path
+) -> None:
+    line = error_line("ask", "hi", "--model", str(other_model), "--broker", pool.edge_endpoint)
+    assert "no worker serves span 2-6 of the model with fingerprint" in line
+    assert "being served: stories-llama 2-6 (fingerprint" in line
+
+
+def test_no_worker_for_the_cut_says_at_once_what_is_served(pool: LocalPool) -> None:
+    line = error_line("ask", "hi", "--cut", "1:7", "--broker", pool.edge_endpoint)
+    assert "no worker serves span 1-7" in line
+    assert "being served: stories-llama 2-6" in line
+
+
+def test_a_port_in_use_is_named(pool: LocalPool) -> None:
+    line = error_line("broker", "--edges", pool.edge_endpoint)
+    assert f"--edges {pool.edge_endpoint} cannot be bound: Address already in use" in line
+
+
+def test_a_redis_that_is_down_at_start_is_named() -> None:
+    line = error_line("worker", "--redis-url", "redis://127.0.0.1:1")
+    assert "Redis at redis://127.0.0.1:1 cannot be reached" in line
+
+
+def test_a_span_out_of_range_is_named(pool: LocalPool) -> None:
+    line = error_line("worker", "--span", "6-9", "--redis-url", pool.redis_url)
+    assert "span 6-9 is out of range: the model has 8 layers" in line
+
+
+def test_a_device_that_is_not_there_is_named(pool: LocalPool) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    line = error_line("worker", "--device", "cuda", "--redis-url", pool.redis_url)
+    assert "device 'cuda' cannot be used" in line
+
+
+def test_up_says_which_process_failed_and_why() -> None:
+    line = error_line("up", "--workers", "1", "--redis-url", "redis://127.0.0.1:1")
+    assert "w1 ended with exit code 1: Error: Redis at redis://127.0.0.1:1" in line

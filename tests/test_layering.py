@@ -1,0 +1,61 @@
+"""Who may import whom; see docs/design.md."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("broker", "cloud_worker", "common", "deploy", "edge_agent")
+ALLOWED = {
+    "common": {"common"},
+    "broker": {"broker", "common"},
+    "cloud_worker": {"cloud_worker", "common"},
+    "edge_agent": {"edge_agent", "common"},
+    "deploy": set(PACKAGES),
+}
+FILES = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+
+
+def imported_modules(path: Path) -> set[str]:
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules.add(node.module)
+    return modules
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_imports_only_what_its_layer_may(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0]
+    ours = {module.partition(".")[0] for module in imported_modules(path)} & set(PACKAGES)
+    assert ours <= ALLOWED[package]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_uses_pickle_or_eval(path: Path) -> None:
+    names = {
+        node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)
+    }
+    assert not {"pickle", "marshal", "shelve"} & imported_modules(path)
+    assert not {"eval", "exec"} & names
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import broker.server, broker.cli",
+        "import deploy.cli, deploy.status, edge_agent.client, edge_agent.cli, cloud_worker.cli",
+        "from deploy.cli import midspan; midspan(['--help'], standalone_mode=False)",
+        "from deploy.cli import midspan; midspan(['ask', '--help'], standalone_mode=False)",
+    ],
+)
+def test_broker_and_help_do_not_import_torch(statement: str) -> None:
+    check = "import sys; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", f"{statement}; {check}"], cwd=ROOT, check=True)

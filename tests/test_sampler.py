@@ -1,0 +1,89 @@
+"""The sampler against transformers' own generate, and its edges."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from common.errors import NonFiniteError, SettingsError
+from edge_agent.sampler import Sampler, SamplingSettings
+from edge_agent.tokenizer import TextTokenizer
+
+LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0])
+
+
+def draw(settings: SamplingSettings, count: int = 200) -> set[int]:
+    sampler = Sampler(settings)
+    return {sampler.pick(LOGITS, [0]) for _ in range(count)}
+
+
+def test_temperature_zero_takes_the_largest() -> None:
+    assert draw(SamplingSettings()) == {1}
+
+
+def test_top_k_keeps_the_k_largest() -> None:
+    assert draw(SamplingSettings(temperature=5.0, top_k=2, seed=0)) == {1, 2}
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_p() -> None:
+    # softmax of the logits: 0.09, 0.66, 0.24, 0.01
+    assert draw(SamplingSettings(temperature=1.0, top_p=0.6, seed=0)) == {1}
+    assert draw(SamplingSettings(temperature=1.0, top_p=0.8, seed=0)) == {1, 2}
+
+
+def test_a_repetition_penalty_makes_a_seen_token_less_likely() -> None:
+    sampler = Sampler(SamplingSettings(repetition_penalty=2.0))
+    assert sampler.pick(LOGITS, [1]) == 2  # 3.0 / 2 is less than 2.0
+
+
+def test_the_logits_are_left_as_they_were() -> None:
+    logits = LOGITS.clone()
+    Sampler(SamplingSettings(temperature=0.5, repetition_penalty=2.0, seed=1)).pick(logits, [1])
+    assert torch.equal(logits, LOGITS)
+
+
+def test_a_seed_gives_the_same_tokens_and_another_seed_others() -> None:
+    def tokens(seed: int) -> list[int]:
+        sampler = Sampler(SamplingSettings(temperature=3.0, seed=seed))
+        return [sampler.pick(LOGITS, [0]) for _ in range(50)]
+
+    assert tokens(1) == tokens(1)
+    assert tokens(1) != tokens(2)
+
+
+def test_a_penalty_gives_the_tokens_of_generate(
+    whole_model: torch.nn.Module, demo_directory: object
+) -> None:
+    tokenizer = TextTokenizer(demo_directory)  # type: ignore[arg-type]
+    ids = tokenizer.encode("Once upon a time, there was a fox.")
+    want = whole_model.generate(
+        torch.tensor([ids]), max_new_tokens=40, do_sample=False, repetition_penalty=1.3
+    )[0].tolist()
+    sampler = Sampler(SamplingSettings(repetition_penalty=1.3))
+    ours = list(ids)
+    with torch.no_grad():
+        while len(ours) < len(want):
+            ours.append(sampler.pick(whole_model(torch.tensor([ours])).logits[0, -1], ours))
+    assert ours == want
+
+
+def test_nan_logits_are_refused() -> None:
+    with pytest.raises(NonFiniteError, match="NaN"):
+        Sampler(SamplingSettings()).pick(torch.tensor([1.0, float("nan")]), [])
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"repetition_penalty": 0.0},
+    ],
+)
+def test_values_out_of_range_are_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(SettingsError, match="expected"):
+        SamplingSettings(**bad)  # type: ignore[arg-type]

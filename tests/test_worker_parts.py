@@ -1,0 +1,124 @@
+"""The worker's pure parts: warm cache, batcher, KV rows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from cloud_worker.batcher import Batcher, Task
+from cloud_worker.warm_cache import WarmCache
+from common.kv_rows import KvRows, make_layout
+from common.messages import Step
+
+LAYOUT = make_layout([((2, 4), (2, 4)), ((1, 8), (1, 8))], torch.float32)
+STEP = Step(b"a" * 16, 0, 0, 0, 0, 1, 1, 8, "fp32", "fp32", "m", (0, 2), 1000)
+
+
+def task(session: str, rows: int = 1) -> Task:
+    step = dataclasses.replace(STEP, session_id=session.encode() * 16, rows=rows)
+    return Task(step, b"", 1, 0, 0, 0.0)
+
+
+def sessions(batch: list[Task]) -> str:
+    return "".join(chr(t.step.session_id[0]) for t in batch)
+
+
+def test_a_batch_takes_steps_in_order_up_to_its_rows() -> None:
+    batcher = Batcher(max_rows=4, max_steps=9)
+    for name, rows in (("a", 2), ("b", 3), ("c", 2)):
+        batcher.add(task(name, rows))
+    assert [sessions(batcher.pick()) for _ in range(3)] == ["ac", "b", ""]
+
+
+def test_a_step_larger_than_a_batch_has_one_of_its_own() -> None:
+    batcher = Batcher(max_rows=4, max_steps=9)
+    batcher.add(task("a", 100))
+    batcher.add(task("b", 1))
+    assert [sessions(batcher.pick()) for _ in range(2)] == ["a", "b"]
+
+
+def test_a_session_is_in_a_batch_once() -> None:
+    batcher = Batcher(max_rows=9, max_steps=9)
+    for name in "aab":
+        batcher.add(task(name))
+    assert [sessions(batcher.pick()) for _ in range(2)] == ["ab", "a"]
+
+
+def test_a_batch_has_at_most_so_many_steps() -> None:
+    batcher = Batcher(max_rows=9, max_steps=2)
+    for name in "abc":
+        batcher.add(task(name))
+    assert [sessions(batcher.pick()) for _ in range(2)] == ["ab", "c"]
+
+
+def test_a_session_that_is_over_leaves_the_queue() -> None:
+    batcher = Batcher(max_rows=9, max_steps=9)
+    for name in "ab":
+        batcher.add(task(name))
+    batcher.drop_session(b"a" * 16)
+    assert sessions(batcher.pick()) == "b"
+
+
+def make_cache(limit_rows: int) -> WarmCache:
+    return WarmCache(lambda: KvRows(LAYOUT), limit_rows * LAYOUT.row_bytes)
+
+
+def test_the_cache_drops_the_least_recently_used_that_is_not_busy() -> None:
+    cache = make_cache(limit_rows=128)
+    for name in "abc":
+        cache.open(task(name).step).kv.reserve(64)
+    cache.open(task("a").step)
+    assert cache.evict(busy={b"b" * 16}) == 1
+    assert [chr(session.session_id[0]) for session in cache] == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("generation", "fork", "position", "keeps"),
+    [(0, 0, 8, 8), (0, 0, 5, 5), (1, 6, 8, 6), (1, 6, 4, 4), (2, 6, 8, 0)],
+)
+def test_a_session_keeps_the_rows_that_are_valid_for_a_step(
+    generation: int, fork: int, position: int, keeps: int
+) -> None:
+    session = make_cache(1).open(STEP)
+    session.kv.reserve(8)
+    session.kv.length = session.committed = 8
+    step = dataclasses.replace(STEP, generation=generation, fork=fork, position=position)
+    assert session.adjust_to(step)
+    assert (session.kv.length, session.committed, session.generation) == (keeps, keeps, generation)
+
+
+def test_a_step_of_an_older_generation_is_out_of_date() -> None:
+    session = make_cache(1).open(dataclasses.replace(STEP, generation=3))
+    assert not session.adjust_to(dataclasses.replace(STEP, generation=2))
+
+
+def test_kv_rows_keep_each_layer_apart_and_survive_growing() -> None:
+    kv = KvRows(LAYOUT)
+    torch.manual_seed(0)
+    keys = [torch.randn(1, 2, 5, 4), torch.randn(1, 1, 5, 8)]
+    values = [torch.randn(1, 2, 5, 4), torch.randn(1, 1, 5, 8)]
+    kv.reserve(5)
+    for layer in range(2):
+        kv.write_layer(layer, 0, keys[layer], values[layer])
+    kv.length = 5
+    kv.reserve(1000)
+    for layer in range(2):
+        got_keys, got_values = kv.read_layer(layer, 5)
+        assert torch.equal(got_keys, keys[layer])
+        assert torch.equal(got_values, values[layer])
+
+
+def test_kv_rows_go_out_as_bytes_and_come_back() -> None:
+    kv, other = KvRows(LAYOUT), KvRows(LAYOUT)
+    kv.reserve(6)
+    kv.buffer.normal_()
+    other.write_bytes(0, kv.read_bytes(0, 2))
+    other.write_bytes(2, kv.read_bytes(2, 6))
+    assert torch.equal(other.buffer[:6], kv.buffer[:6])
+
+
+def test_bytes_that_are_no_whole_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="no whole rows"):
+        KvRows(LAYOUT).write_bytes(0, b"abc")

@@ -14,7 +14,6 @@ shuffled order): they teach the model early to look a name up, which stories tea
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import time
@@ -170,9 +169,6 @@ def main() -> None:
     model.half().save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
     (arguments.out / "validation.txt").write_text("\n\n".join(validation) + "\n")
-    (arguments.out / "training.json").write_text(
-        json.dumps({"steps": arguments.steps, "stories": arguments.stories, "loss": loss}) + "\n"
-    )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from deploy.pool import LocalPool, PoolSettings
 from edge_agent.client import BrokerClient
 from edge_agent.ends import ModelEnds, load_ends
 from edge_agent.sampler import SamplingSettings
-from edge_agent.session import Session, SessionSettings
+from edge_agent.session import Session, uniform_settings
 
 
 def make_model(directory: Path) -> None:
@@ -59,7 +59,7 @@ def time_midspan(
     ends: ModelEnds, endpoint: str, prompt_ids: list[int], tokens: int, codec: str
 ) -> tuple[Session, list[int]]:
     client = BrokerClient([endpoint])
-    session = Session(ends, client, SessionSettings(codec, codec))
+    session = Session(ends, client, uniform_settings(codec))
     written = list(session.generate(prompt_ids, tokens, SamplingSettings()))
     client.close()
     return session, written

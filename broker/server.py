@@ -17,6 +17,7 @@ from broker.state import (
     AcceptDrain,
     Action,
     Answer,
+    AskOpening,
     BrokerState,
     Dispatched,
     Forget,
@@ -36,7 +37,9 @@ from common.messages import (
     EndSession,
     Leave,
     Message,
+    NeedOpening,
     NeedRows,
+    Opening,
     StatusQuery,
     StatusReport,
     Step,
@@ -147,10 +150,9 @@ class BrokerServer:
     def _on_edge_message(self, edge_id: bytes, message: Message, frames: list[bytes]) -> None:
         now = self._clock()
         if isinstance(message, Step):
-            if len(frames) != 2:
-                raise ProtocolError(f"step has {len(frames) - 1} bodies; expected 1")
-            self._frames.setdefault(message.key, frames)
-            actions = self.state.on_step(message, edge_id, now)
+            opening = self._read_opening(frames)
+            self._frames.setdefault(message.key, frames[:2])
+            actions = self.state.on_step(message, opening, edge_id, now)
             if message.key not in self.state.steps:
                 actions.append(Forget(message.key))
             self._perform(actions)
@@ -161,6 +163,16 @@ class BrokerServer:
             self._perform(self.state.on_end(message.session_id))
         else:
             raise ProtocolError(f"an edge may not send {message.kind!r}")
+
+    def _read_opening(self, frames: list[bytes]) -> Opening | None:
+        if len(frames) not in (2, 3):
+            raise ProtocolError(f"step has {len(frames) - 1} further frames; expected 1 or 2")
+        if len(frames) == 2:
+            return None
+        opening = decode_header(frames[2])
+        if not isinstance(opening, Opening):
+            raise ProtocolError(f"step carries {opening.kind!r}; expected an opening")
+        return opening
 
     def _on_worker_message(self, peer_id: bytes, message: Message, frames: list[bytes]) -> None:
         now = self._clock()
@@ -185,9 +197,9 @@ class BrokerServer:
             match action:
                 case Dispatched(worker_id, key, attempt, queue_us):
                     header = encode_header(Dispatch(attempt, queue_us))
-                    sent = self._send(
-                        self._workers, worker_id.encode(), [header, *self._frames[key]]
-                    )
+                    opening = encode_header(self.state.sessions[key[0]].opening)
+                    frames = [header, *self._frames[key], opening]
+                    sent = self._send(self._workers, worker_id.encode(), frames)
                     if not sent:
                         now = self._clock()
                         self._perform(self.state.on_undeliverable(worker_id, key, now))
@@ -200,6 +212,8 @@ class BrokerServer:
                     self._send(self._edges, edge_id, [encode_header(refusal)])
                 case TellPending(edge_id, key):
                     self._send(self._edges, edge_id, [encode_header(StepPending(*key))])
+                case AskOpening(edge_id, key):
+                    self._send(self._edges, edge_id, [encode_header(NeedOpening(*key))])
                 case TellBusy(edge_id, key, retry_ms):
                     self._send(self._edges, edge_id, [encode_header(Busy(*key, retry_ms))])
                 case ForwardEnd(worker_id, session_id):

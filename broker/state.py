@@ -20,6 +20,7 @@ from typing import Any
 from common.messages import (
     Announce,
     NeedRows,
+    Opening,
     Service,
     Step,
     StepFailed,
@@ -71,6 +72,14 @@ class TellPending:
 
 
 @dataclass(frozen=True, slots=True)
+class AskOpening:
+    """Ask the edge for the opening of a session that the broker does not know."""
+
+    edge_id: bytes
+    key: StepKey
+
+
+@dataclass(frozen=True, slots=True)
 class TellBusy:
     """Tell the edge to ask again later."""
 
@@ -109,7 +118,16 @@ class Note:
 
 
 Action = (
-    Dispatched | Answer | Refuse | TellPending | TellBusy | Forget | ForwardEnd | AcceptDrain | Note
+    Dispatched
+    | Answer
+    | Refuse
+    | TellPending
+    | AskOpening
+    | TellBusy
+    | Forget
+    | ForwardEnd
+    | AcceptDrain
+    | Note
 )
 
 
@@ -138,6 +156,7 @@ class StepRecord:
     """A step between its arrival and its answer."""
 
     step: Step
+    service: ServiceKey
     edge_id: bytes
     arrived_at: float
     queued_at: float
@@ -146,18 +165,15 @@ class StepRecord:
     attempts: int = 0
     failures: list[tuple[str, str]] = field(default_factory=list)  # worker, reason
 
-    @property
-    def service(self) -> ServiceKey:
-        return (self.step.model, self.step.span)
-
     def failed_on(self, worker_id: str) -> bool:
         return any(failed == worker_id for failed, _ in self.failures)
 
 
 @dataclass(slots=True)
 class SessionRecord:
-    """Where a session's KV is warm, and its newest step."""
+    """How a session was opened, where its KV is warm, and its newest step."""
 
+    opening: Opening
     worker_id: str | None
     newest: StepKey
     seen_at: float
@@ -188,8 +204,10 @@ class BrokerState:
 
     # --- what arrives from edges
 
-    def on_step(self, step: Step, edge_id: bytes, now: float) -> list[Action]:
-        """A step arrived, for the first time or again."""
+    def on_step(
+        self, step: Step, opening: Opening | None, edge_id: bytes, now: float
+    ) -> list[Action]:
+        """A step arrived, for the first time or again, with its session's opening or without."""
         record = self.steps.get(step.key)
         if record is not None:
             record.edge_id = edge_id
@@ -199,18 +217,20 @@ class BrokerState:
         session = self.sessions.get(step.session_id)
         if session is not None and step.key[1:] < session.newest[1:]:
             return [Refuse(edge_id, step.key, "stale", "a newer step of this session has arrived")]
+        if opening is None and session is None:
+            return [AskOpening(edge_id, step.key)]
         actions = self._abandon_older(step)
-        refusal = self._refuse_at_once(step, edge_id, now)
+        opening = opening or self.sessions[step.session_id].opening
+        service = (opening.model, opening.span)
+        refusal = self._refuse_at_once(step, service, edge_id, now)
         if refusal is not None:
             return [*actions, refusal]
-        if session is None:
-            self.sessions[step.session_id] = SessionRecord(None, step.key, now)
-        else:
-            session.newest, session.seen_at = step.key, now
+        warm_worker = session.worker_id if session else None
+        self.sessions[step.session_id] = SessionRecord(opening, warm_worker, step.key, now)
         deadline_at = now + step.deadline_ms / 1000
-        self.steps[step.key] = StepRecord(step, edge_id, now, now, deadline_at)
-        self.queues.setdefault((step.model, step.span), deque()).append(step.key)
-        return [*actions, *self._dispatch((step.model, step.span), now)]
+        self.steps[step.key] = StepRecord(step, service, edge_id, now, now, deadline_at)
+        self.queues.setdefault(service, deque()).append(step.key)
+        return [*actions, *self._dispatch(service, now)]
 
     def on_end(self, session_id: bytes) -> list[Action]:
         """An edge says that a session is over."""
@@ -323,19 +343,21 @@ class BrokerState:
 
     # --- decisions
 
-    def _refuse_at_once(self, step: Step, edge_id: bytes, now: float) -> Action | None:
-        service = (step.model, step.span)
+    def _refuse_at_once(
+        self, step: Step, service: ServiceKey, edge_id: bytes, now: float
+    ) -> Action | None:
         settled = now - self.started_at >= self.silence_s
         if settled and not any(w.serves(service) for w in self.workers.values()):
             self.counters["refused"] += 1
-            return Refuse(edge_id, step.key, "no_worker", self._why_no_worker(step))
+            return Refuse(edge_id, step.key, "no_worker", self._why_no_worker(service))
         if len(self.steps) >= self.max_queued_steps:
             self.counters["busy"] += 1
             return TellBusy(edge_id, step.key, BUSY_RETRY_MS)
         return None
 
-    def _why_no_worker(self, step: Step) -> str:
-        wanted = f"span {step.span[0]}-{step.span[1]} of the model with fingerprint {step.model}"
+    def _why_no_worker(self, service: ServiceKey) -> str:
+        model, (first, last) = service
+        wanted = f"span {first}-{last} of the model with fingerprint {model}"
         return f"no worker serves {wanted}; {self.describe_serving()}"
 
     def describe_serving(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from common.messages import Step
+from common.messages import Opening, Step
 
 
 @dataclass(slots=True)
@@ -13,6 +13,7 @@ class Task:
     """A step at a worker."""
 
     step: Step
+    opening: Opening
     body: bytes
     attempt: int
     source: int  # index of the broker it came from

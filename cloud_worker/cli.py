@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+from pathlib import Path
 
 import click
 
@@ -27,6 +28,11 @@ log = logging.getLogger("midspan.worker")
 @click.option(
     "--redis-url", default="redis://127.0.0.1:6379/0", show_default=True, help="Where KV is kept."
 )
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="For calibrated codecs.  [default: the one in the model directory]",
+)
 @click.option("--dtype", default="float32", show_default=True, help="float32, float16 or bfloat16.")
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, …")
 @click.option("--threads", type=click.IntRange(min=1), help="torch threads.  [default: all cores]")
@@ -44,6 +50,7 @@ def worker(
     span_text: str | None,
     brokers: tuple[str, ...],
     redis_url: str,
+    calibration: Path | None,
     dtype: str,
     device: str,
     threads: int | None,
@@ -66,6 +73,7 @@ def worker(
     from cloud_worker.redis_store import RedisKvStore
     from cloud_worker.worker import Worker, WorkerSettings
     from common.checkpoint import Checkpoint
+    from common.codecs.calibration import open_calibration
     from common.demo_model import find_model
     from common.messages import Service
     from common.span_model import (
@@ -83,6 +91,7 @@ def worker(
     span = parse_span(span_text, config.num_hidden_layers)
     model = load_span(checkpoint, span, parse_dtype(dtype), check_device(device))
     service = Service(checkpoint.fingerprint(), checkpoint.name, (span.first, span.last))
+    known = open_calibration(calibration, checkpoint.directory, service.model, service.span)
     checkpoint.close()
     megabytes = sum(model.bytes_read.values()) / 1e6
     log.info(
@@ -90,7 +99,7 @@ def worker(
         service.name, span, len(model.bytes_read), megabytes,
     )  # fmt: skip
     server = Worker(
-        TextExecutor(model, context_length(config)),
+        TextExecutor(model, context_length(config), known),
         service,
         store,
         WorkerSettings(

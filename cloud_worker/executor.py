@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from cloud_worker.batcher import Task
 from cloud_worker.warm_cache import WarmSession
 from common.attention import Segment
-from common.codecs import find_codec
+from common.codecs.calibration import Calibration
+from common.codecs.codec import Codec, make_codec
+from common.codecs.spec import parse_codec
 from common.errors import MidspanError, ProtocolError
-from common.messages import Step
 from common.span_model import SpanModel
 
 
@@ -27,25 +30,49 @@ class Computed:
 class TextExecutor:
     """Runs the middle layers of one model for steps of several sessions at once."""
 
-    def __init__(self, model: SpanModel, context: int | None) -> None:
+    def __init__(
+        self, model: SpanModel, context: int | None, calibration: Calibration | None = None
+    ) -> None:
         self.model = model
         self._context = context
+        self._calibration = calibration
+        self._codec = functools.lru_cache(maxsize=64)(self._make_codec)
 
-    def check(self, step: Step, body: bytes) -> None:
-        """Raise ProtocolError or SettingsError if a step cannot be computed, whoever tries."""
-        if step.hidden != self.model.hidden:
-            raise ProtocolError(f"step has hidden {step.hidden}; the model has {self.model.hidden}")
-        if not step.rows >= 1 or step.reply_rows > step.rows:
+    def _make_codec(self, name: str, direction: str) -> Codec:
+        return make_codec(name, direction, self._calibration)
+
+    def check(self, task: Task) -> None:
+        """Raise a MidspanError if a step cannot be computed, whoever tries."""
+        step, opening = task.step, task.opening
+        if opening.hidden != self.model.hidden:
+            raise ProtocolError(
+                f"session has hidden {opening.hidden}; the model has {self.model.hidden}"
+            )
+        if step.rows < 1 or step.reply_rows > step.rows:
             raise ProtocolError(f"step wants {step.reply_rows} of its {step.rows} rows back")
         if self._context is not None and step.end > self._context:
             raise ProtocolError(f"step ends at row {step.end}; the context has {self._context}")
-        want = step.rows * find_codec(step.codec).row_bytes(step.hidden)
-        if len(body) != want:
+        self._check_calibration(task)
+        if max(step.reply_codec, *(part.codec for part in step.parts)) >= len(opening.codecs):
+            raise ProtocolError(f"step names a codec beyond the {len(opening.codecs)} it opened")
+        self._codec(opening.codecs[step.reply_codec], "down")
+        for part in step.parts:
+            codec = self._codec(opening.codecs[part.codec], "up")
+            codec.check_body(part.body_bytes, part.rows, opening.hidden)
+        announced = sum(part.body_bytes for part in step.parts)
+        if len(task.body) != announced:
+            raise ProtocolError(f"body has {len(task.body)} bytes; its parts need {announced}")
+
+    def _check_calibration(self, task: Task) -> None:
+        ours = self._calibration.fingerprint if self._calibration else "none"
+        theirs = task.opening.calibration
+        if theirs and theirs != ours:
             raise ProtocolError(
-                f"body has {len(body)} bytes; "
-                f"{step.codec} ({step.rows}, {step.hidden}) needs {want}"
+                f"the edge has calibration {theirs} and this worker {ours}; "
+                "give both the same --calibration"
             )
-        find_codec(step.reply_codec)
+        if not theirs and any(parse_codec(n).needs_calibration for n in task.opening.codecs):
+            raise ProtocolError("the session names a calibrated codec but no calibration")
 
     def run(self, batch: Sequence[tuple[Task, WarmSession]]) -> list[Computed]:
         """Compute all steps in one pass. If that fails, each on its own, to find the culprit."""
@@ -59,21 +86,29 @@ class TextExecutor:
             return [computed for pair in batch for computed in self.run([pair])]
 
     def _run_together(self, batch: Sequence[tuple[Task, WarmSession]]) -> list[Computed]:
-        parts = [self._decode(task) for task, _ in batch]
+        uplinks = [self._decode(task) for task, _ in batch]
         segments = [
             Segment(session.kv, task.step.position, task.step.rows) for task, session in batch
         ]
-        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
-        results = self.model.run(rows.to(self.model.device), segments)
+        rows = uplinks[0] if len(uplinks) == 1 else torch.cat(uplinks)
+        results = self.model.run(rows.to(self.model.device, self.model.dtype), segments)
         computed = []
         at = 0
-        for task, _ in batch:
+        for (task, _), uplink in zip(batch, uplinks, strict=True):
             at += task.step.rows
-            wanted = results[at - task.step.reply_rows : at]
-            computed.append(Computed(find_codec(task.step.reply_codec).encode(wanted)))
+            wanted = task.step.reply_rows
+            codec = self._codec(task.opening.codecs[task.step.reply_codec], "down")
+            down = results[at - wanted : at]
+            computed.append(Computed(codec.encode(down, uplink[len(uplink) - wanted :])))
         return computed
 
-    def _decode(self, task: Task) -> torch.Tensor:
-        step = task.step
-        codec = find_codec(step.codec)
-        return codec.decode(task.body, step.rows, step.hidden, self.model.dtype)
+    def _decode(self, task: Task) -> Tensor:
+        """The boundary rows of a step, float32 (T, D)."""
+        decoded = []
+        at = 0
+        for part in task.step.parts:
+            codec = self._codec(task.opening.codecs[part.codec], "up")
+            body = task.body[at : at + part.body_bytes]
+            decoded.append(codec.decode(body, part.rows, task.opening.hidden))
+            at += part.body_bytes
+        return decoded[0] if len(decoded) == 1 else torch.cat(decoded)

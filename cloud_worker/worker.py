@@ -7,6 +7,7 @@ takeovers, which then ask the edge for its rows.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import socket as host_info
@@ -42,6 +43,7 @@ from common.messages import (
     Leave,
     Message,
     NeedRows,
+    Opening,
     Service,
     Step,
     StepFailed,
@@ -68,6 +70,10 @@ class WorkerSettings:
     capacity: int = 64  # steps that a broker may have in flight here
     cache_bytes: int = 1 << 30
     heartbeat_s: float = HEARTBEAT_S
+
+
+# sessions that are set up alike open with the same bytes
+decode_opening = functools.lru_cache(maxsize=64)(decode_header)
 
 
 class Worker:
@@ -205,13 +211,13 @@ class Worker:
 
     def _on_message(self, source: int, message: Message, frames: list[bytes]) -> None:
         if isinstance(message, Dispatch):
-            if len(frames) != 3:
-                raise ProtocolError(f"dispatch has {len(frames) - 1} further frames; expected 2")
-            step = decode_header(frames[1])
-            if not isinstance(step, Step):
-                raise ProtocolError(f"dispatch carries {step.kind!r}; expected a step")
+            if len(frames) != 4:
+                raise ProtocolError(f"dispatch has {len(frames) - 1} further frames; expected 3")
+            step, opening = decode_header(frames[1]), decode_opening(frames[3])
+            if not isinstance(step, Step) or not isinstance(opening, Opening):
+                raise ProtocolError(f"dispatch carries {step.kind!r} and {opening.kind!r}")
             now = time.monotonic()
-            task = Task(step, frames[2], message.attempt, source, message.queue_us, now)
+            task = Task(step, opening, frames[2], message.attempt, source, message.queue_us, now)
             self._on_step(task)
         elif isinstance(message, EndSession):
             self._loading.pop(message.session_id, None)
@@ -224,11 +230,13 @@ class Worker:
             raise ProtocolError(f"a broker may not send {message.kind!r}")
 
     def _on_step(self, task: Task) -> None:
-        step = task.step
+        step, opening = task.step, task.opening
         try:
-            if (step.model, step.span) != (self._service.model, self._service.span):
-                raise ProtocolError(f"step is for {step.model} {step.span}, not for this worker")
-            self._executor.check(step, task.body)
+            if (opening.model, opening.span) != (self._service.model, self._service.span):
+                raise ProtocolError(
+                    f"step is for {opening.model} {opening.span}, not for this worker"
+                )
+            self._executor.check(task)
         except MidspanError as error:
             self._fail(task, str(error))
             return

@@ -1,8 +1,8 @@
 """The messages of the protocol, one dataclass each. `common/wire.py` puts them on the wire.
 
-    edge -> broker    Step, EndSession, StatusQuery
-    broker -> edge    StepReply, NeedRows, StepPending, StepRefused, Busy, StatusReport
-    broker -> worker  Dispatch (in front of a Step), EndSession, DrainAccepted
+    edge -> broker    Step (with its Opening if need be), EndSession, StatusQuery
+    broker -> edge    StepReply, NeedRows, NeedOpening, StepPending, StepRefused, Busy, StatusReport
+    broker -> worker  Dispatch (in front of a Step and its Opening), EndSession, DrainAccepted
     worker -> broker  Announce, Drain, Leave, StepReply, NeedRows, StepFailed
 
 All are idempotent: whoever did not hear an answer asks again. `session_id` is 16 random bytes
@@ -18,8 +18,32 @@ from typing import Any, ClassVar
 
 
 @dataclass(frozen=True, slots=True)
+class Opening:
+    """What stays the same in a session. Sent with its first step, and again when asked for.
+
+    It names no session, so sessions that are set up alike have the same bytes.
+    """
+
+    kind: ClassVar[str] = "open"
+    model: str  # fingerprint
+    span: tuple[int, int]
+    hidden: int  # D
+    codecs: list[str]  # steps name them by their index
+    calibration: str  # fingerprint, or empty if no codec needs one
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows of a step's body that were encoded together."""
+
+    codec: int  # index into the opening's codecs
+    rows: int
+    body_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
-    """Compute `rows` boundary rows of a session, from row `position` on; one body frame."""
+    """Compute boundary rows of a session from row `position` on; one body frame."""
 
     kind: ClassVar[str] = "step"
     session_id: bytes
@@ -27,14 +51,14 @@ class Step:
     fork: int  # rows below this are the same as in generation - 1
     step: int  # rises with every request of a session
     position: int  # index of the first row in the body
-    rows: int  # T
+    parts: list[Part]  # one after another in the body
     reply_rows: int  # how many of the last rows to answer with; 0 for rows that are replayed
-    hidden: int  # D
-    codec: str  # of the body
-    reply_codec: str
-    model: str  # fingerprint
-    span: tuple[int, int]
+    reply_codec: int  # index into the opening's codecs
     deadline_ms: int  # time left to the whole step when it was sent
+
+    @property
+    def rows(self) -> int:
+        return sum(part.rows for part in self.parts)
 
     @property
     def end(self) -> int:
@@ -122,6 +146,16 @@ class StepRefused:
     step: int
     code: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class NeedOpening:
+    """The broker does not know the session: send the step again with its opening."""
+
+    kind: ClassVar[str] = "need_open"
+    session_id: bytes
+    generation: int
+    step: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +249,7 @@ class Leave:
 
 
 Message = (
-    Step | StepReply | NeedRows | StepFailed | StepPending | StepRefused | Busy | EndSession
-    | StatusQuery | StatusReport | Dispatch | Announce | Drain | DrainAccepted | Leave
+    Opening | Step | StepReply | NeedRows | NeedOpening | StepFailed | StepPending | StepRefused
+    | Busy | EndSession | StatusQuery | StatusReport | Dispatch | Announce | Drain | DrainAccepted
+    | Leave
 )  # fmt: skip

@@ -94,13 +94,13 @@ class SpanModel:
         return torch.cat(outputs)
 
     @torch.inference_mode()
-    def logits(self, rows: Tensor, segment: Segment) -> Tensor:
-        """Tail only: boundary rows (T, D) to the logits after the last, (vocabulary,)."""
+    def logits(self, rows: Tensor, segment: Segment, last: int = 1) -> Tensor:
+        """Tail only: boundary rows (T, D) to the logits after the last ones, (last, vocabulary)."""
         assert self._causal_lm is not None, "only the tail holds the LM head"
         arguments = self._arguments([segment])
-        output = self._causal_lm(inputs_embeds=rows[None], logits_to_keep=1, **arguments)
+        output = self._causal_lm(inputs_embeds=rows[None], logits_to_keep=last, **arguments)
         segment.kv.length = segment.end
-        logits: Tensor = output.logits[0, -1]
+        logits: Tensor = output.logits[0]
         return logits
 
     def _run(self, inputs: dict[str, Tensor], segments: list[Segment]) -> Tensor:

@@ -25,6 +25,7 @@ def demo(prompt: str, seed: int, max_new_tokens: int) -> None:
     from edge_agent.ends import load_ends
     from edge_agent.generation import Generation, start_generation
     from edge_agent.sampler import SamplingSettings
+    from edge_agent.session import Session
     from edge_agent.tokenizer import TextTokenizer
 
     click.echo("Starting an embedded Redis, a broker and two workers …")
@@ -39,7 +40,8 @@ def demo(prompt: str, seed: int, max_new_tokens: int) -> None:
         def begin() -> Generation:
             client = BrokerClient([pool.edge_endpoint])
             sampling = SamplingSettings(temperature=0.7, top_p=0.95, seed=seed)
-            return start_generation(ends, tokenizer, client, prompt, max_new_tokens, sampling)
+            session = Session(ends, client)
+            return start_generation(session, tokenizer, prompt, max_new_tokens, sampling)
 
         disturbed = begin()
         click.echo(click.style(prompt, bold=True), nl=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,6 +13,7 @@ import click
 from common.processes import freeze_loaded_objects, set_up_torch
 from common.settings import EDGE_ENDPOINT, parse_endpoint
 from common.tables import format_table
+from edge_agent.codec_options import codec_options, find_calibration, read_codec_options
 
 
 @click.command()
@@ -26,7 +28,7 @@ from common.tables import format_table
     show_default=True,
     help="A broker's address for edges; repeat it for a list to fail over to.",
 )
-@click.option("--codec", default="int8", show_default=True, help="fp32, fp16, bf16 or int8.")
+@codec_options
 @click.option("-n", "--max-new-tokens", default=200, show_default=True)
 @click.option("-t", "--temperature", default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", default=0, show_default=True, help="0 is all.")
@@ -45,6 +47,9 @@ def ask(
     cut: str | None,
     brokers: tuple[str, ...],
     codec: str,
+    codec_prefill: str | None,
+    codec_decode: str | None,
+    calibration: Path | None,
     max_new_tokens: int,
     temperature: float,
     top_k: int,
@@ -67,31 +72,29 @@ def ask(
     if prompt == "-":
         prompt = sys.stdin.read()
     set_up_torch(threads or os.cpu_count())
-    from common.codecs import find_codec
     from common.demo_model import find_model
     from common.errors import SettingsError
     from edge_agent.client import BrokerClient
     from edge_agent.ends import load_ends
     from edge_agent.generation import start_generation
     from edge_agent.sampler import SamplingSettings
-    from edge_agent.session import SessionSettings
+    from edge_agent.session import Session
     from edge_agent.tokenizer import TextTokenizer
 
     if not prompt.strip():
         raise SettingsError("the prompt is empty; give a text, or - to read one from stdin")
     sampling = SamplingSettings(temperature, top_k, top_p, repetition_penalty, seed)
-    find_codec(codec)
+    settings = read_codec_options(codec, codec_prefill, codec_decode, step_deadline_s=timeout_s)
     directory = find_model(model_name)
     client = BrokerClient(endpoints, timeout_s)
     client.status()  # a broker that is not there is better known before the model is loaded
+    ends = load_ends(directory, cut, dtype)
     generation = start_generation(
-        load_ends(directory, cut, dtype),
+        Session(ends, client, settings, find_calibration(ends, calibration)),
         TextTokenizer(directory),
-        client,
         prompt,
         max_new_tokens,
         sampling,
-        SessionSettings(codec=codec, reply_codec=codec, step_deadline_s=timeout_s),
         stops,
     )
     freeze_loaded_objects()

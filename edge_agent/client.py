@@ -24,7 +24,9 @@ from common.messages import (
     Busy,
     EndSession,
     Message,
+    NeedOpening,
     NeedRows,
+    Opening,
     StatusQuery,
     StatusReport,
     Step,
@@ -72,13 +74,18 @@ class BrokerClient:
             self._use_next_broker()
         raise BrokerUnavailable(self._unavailable(timeout_s))
 
-    def ask(self, step: Step, body: bytes, *, wait_for_worker: bool) -> tuple[Message, bytes]:
+    def ask(
+        self, step: Step, body: bytes, opening: Opening, *, is_known: bool, wait_for_worker: bool
+    ) -> tuple[StepReply | NeedRows, bytes]:
         """Have a step computed: its StepReply with the body, or a NeedRows.
 
+        The opening goes along unless the broker `is_known` to have it, and when it asks for it.
         Raises NoWorker (unless told to wait for one), StepRefused, or BrokerUnavailable when
         nobody answered within the client's timeout.
         """
         frames = [encode_header(step), body]
+        if not is_known:
+            frames.append(encode_header(opening))
         give_up_at = time.monotonic() + self._timeout_s
         send_at = heard_at = time.monotonic()
         sent_before = False
@@ -102,6 +109,9 @@ class BrokerClient:
                 return message, answer_body
             if isinstance(message, Busy):
                 send_at = heard_at + message.retry_ms / 1000 * random.uniform(0.5, 1.5)
+            elif isinstance(message, NeedOpening):
+                frames = [frames[0], body, encode_header(opening)]
+                send_at = heard_at
             elif isinstance(message, StepRefusedMessage):
                 if message.code != "no_worker":
                     raise StepRefused(message.reason)

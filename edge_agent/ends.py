@@ -41,7 +41,12 @@ class ModelEnds:
     def run_tail(self, rows: Tensor, caches: EndCaches) -> Tensor:
         """Boundary rows (T, D) from the workers to the logits after the last, (vocabulary,)."""
         segment = Segment(caches.tail, caches.tail.length, rows.shape[0])
-        return self.tail.logits(rows.to(self.tail.dtype), segment).float()
+        return self.tail.logits(rows.to(self.tail.dtype), segment)[-1].float()
+
+    def score_tail(self, rows: Tensor, caches: EndCaches) -> Tensor:
+        """Boundary rows (T, D) to the logits after each of them, (T, vocabulary)."""
+        segment = Segment(caches.tail, caches.tail.length, rows.shape[0])
+        return self.tail.logits(rows.to(self.tail.dtype), segment, last=rows.shape[0]).float()
 
 
 @dataclass(slots=True)

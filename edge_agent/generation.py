@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from edge_agent.client import BrokerClient
-from edge_agent.ends import ModelEnds
 from edge_agent.sampler import SamplingSettings
-from edge_agent.session import Session, SessionSettings
+from edge_agent.session import Session
 from edge_agent.stats import GenerationStats
 from edge_agent.stop_strings import StopStrings
 from edge_agent.tokenizer import TextStream, TextTokenizer
@@ -55,18 +53,16 @@ class Generation:
 
 
 def start_generation(
-    ends: ModelEnds,
+    session: Session,
     tokenizer: TextTokenizer,
-    client: BrokerClient,
     prompt: str,
     max_new_tokens: int,
     sampling: SamplingSettings,
-    settings: SessionSettings | None = None,
     stops: Sequence[str] = (),
 ) -> Generation:
     """Prepare an answer to `prompt`. Raises SettingsError for an empty prompt."""
     return Generation(
-        session=Session(ends, client, settings),
+        session=session,
         tokenizer=tokenizer,
         prompt_ids=tokenizer.encode(prompt),
         sampling=sampling,

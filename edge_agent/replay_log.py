@@ -2,27 +2,55 @@
 
 from __future__ import annotations
 
+import bisect
+from dataclasses import dataclass
+
+from common.messages import Part
+
+MAX_PARTS = 256  # of one step
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Rows that were encoded together, from row `start` on."""
+
+    start: int
+    rows: int
+    codec: int  # index into the session's codecs
+    body: bytes
+
+    @property
+    def end(self) -> int:
+        return self.start + self.rows
+
 
 class ReplayLog:
-    """Rows of a fixed number of bytes, appended in order; any range can be sent again."""
+    """Encoded rows in order, as they were sent; they are sent again in the same pieces.
 
-    def __init__(self, row_bytes: int) -> None:
-        self._row_bytes = row_bytes
-        self._rows = bytearray()
+    So a worker that computes them again decodes the very same values.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: list[Encoded] = []
 
     def __len__(self) -> int:
-        return len(self._rows) // self._row_bytes
+        return self._pieces[-1].end if self._pieces else 0
 
-    def append(self, encoded: bytes) -> None:
-        """Add encoded rows; `encoded` must be whole rows."""
-        if len(encoded) % self._row_bytes:
-            raise ValueError(f"{len(encoded)} bytes are no whole rows of {self._row_bytes}")
-        self._rows += encoded
+    def append(self, rows: int, codec: int, body: bytes) -> None:
+        """Add rows that were encoded together."""
+        self._pieces.append(Encoded(len(self), rows, codec, body))
 
-    def cut_back(self, position: int) -> None:
-        """Forget the rows from `position` on."""
-        del self._rows[position * self._row_bytes :]
+    def read(self, position: int, max_rows: int) -> list[Encoded]:
+        """Whole pieces from the one that holds row `position` on, about `max_rows` rows."""
+        first = bisect.bisect_right(self._pieces, position, key=lambda piece: piece.start) - 1
+        taken: list[Encoded] = []
+        for piece in self._pieces[first : first + MAX_PARTS]:
+            if taken and piece.end - taken[0].start > max_rows:
+                break
+            taken.append(piece)
+        return taken
 
-    def read(self, start: int, end: int) -> bytes:
-        """The encoded rows start..end."""
-        return bytes(self._rows[start * self._row_bytes : end * self._row_bytes])
+
+def parts_of(pieces: list[Encoded]) -> list[Part]:
+    """How a step describes these pieces."""
+    return [Part(piece.codec, piece.rows, len(piece.body)) for piece in pieces]

@@ -10,46 +10,72 @@ import secrets
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.codecs import DEFAULT_CODEC, find_codec
+from common.codecs.calibration import Calibration
+from common.codecs.codec import make_codec
+from common.codecs.spec import DEFAULT_CODEC
 from common.errors import NonFiniteError, ProtocolError, SettingsError
-from common.messages import NeedRows, Step, StepReply
+from common.messages import NeedRows, Opening, Step, StepReply
 from common.settings import PREFILL_ROWS
 from edge_agent.client import BrokerClient
 from edge_agent.ends import ModelEnds
-from edge_agent.replay_log import ReplayLog
+from edge_agent.replay_log import Encoded, ReplayLog, parts_of
 from edge_agent.sampler import Sampler, SamplingSettings
 from edge_agent.stats import GenerationStats
 
 
 @dataclass(frozen=True, slots=True)
 class SessionSettings:
-    """How a session talks to the pool."""
+    """How a session talks to the pool: codecs of prompt and decode steps, up and down."""
 
-    codec: str = DEFAULT_CODEC
-    reply_codec: str = DEFAULT_CODEC
+    prompt_up: str = DEFAULT_CODEC
+    prompt_down: str = DEFAULT_CODEC
+    decode_up: str = DEFAULT_CODEC
+    decode_down: str = DEFAULT_CODEC
     prefill_rows: int = PREFILL_ROWS
     step_deadline_s: float = 60.0
 
+    @property
+    def codecs(self) -> list[str]:
+        """The names in use, each once."""
+        used = (self.prompt_up, self.prompt_down, self.decode_up, self.decode_down)
+        return list(dict.fromkeys(used))
+
+
+def uniform_settings(codec: str, **others: Any) -> SessionSettings:
+    """The same codec everywhere."""
+    return SessionSettings(codec, codec, codec, codec, **others)
+
 
 class Session:
-    """A conversation with the pool. Raises SettingsError for an unknown codec."""
+    """A conversation with the pool. Raises SettingsError for a codec that cannot be used."""
 
     def __init__(
-        self, ends: ModelEnds, client: BrokerClient, settings: SessionSettings | None = None
+        self,
+        ends: ModelEnds,
+        client: BrokerClient,
+        settings: SessionSettings | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         self.session_id = secrets.token_bytes(16)
         self.stats = GenerationStats()
         self._ends = ends
         self._client = client
         self._settings = settings or SessionSettings()
-        self._codec = find_codec(self._settings.codec)
-        self._reply_codec = find_codec(self._settings.reply_codec)
+        self._names = self._settings.codecs
+        self._up = [make_codec(name, "up", calibration) for name in self._names]
+        self._down = [make_codec(name, "down", calibration) for name in self._names]
+        needed = any(codec.spec.needs_calibration for codec in self._up)
+        self._opening = Opening(
+            ends.fingerprint, (ends.cut.begin, ends.cut.end), ends.hidden, self._names,
+            calibration.fingerprint if calibration is not None and needed else "",
+        )  # fmt: skip
         self._caches = ends.new_caches()
-        self._log = ReplayLog(self._codec.row_bytes(ends.hidden))
+        self._log = ReplayLog()
         self._generation = 0
         self._fork = 0
         self._step = 0
@@ -108,27 +134,47 @@ class Session:
             )
         return min(max_new_tokens, context - prompt_tokens)
 
+    def score(self, token_ids: Sequence[int]) -> Tensor:
+        """Logits after every token of a text, (T, vocabulary), as one prompt. Ends the session."""
+        try:
+            rows, _, _ = self._run_middle(token_ids, is_prompt=True)
+            return self._ends.score_tail(rows, self._caches)
+        finally:
+            self._client.end_session(self.session_id)
+
     def _run(self, token_ids: Sequence[int], is_prompt: bool) -> Tensor:
         """Head, pool and tail for the next tokens; logits after the last of them, (vocabulary,)."""
-        head_at = time.monotonic()
-        boundary = self._ends.run_head(token_ids, self._caches)
-        start = len(self._log)
-        self._log.append(self._codec.encode(boundary))
-        sent_at = time.monotonic()
-        rows, in_pool = self._compute_middle(start, len(self._log))
+        rows, head_s, (pool_s, queue_s, middle_s) = self._run_middle(token_ids, is_prompt)
         back_at = time.monotonic()
         logits = self._ends.run_tail(rows, self._caches)
-        done_at = time.monotonic()
         if not is_prompt:
-            queue_s, middle_s = in_pool
-            self.stats.add_stage("head", sent_at - head_at)
-            self.stats.add_stage("network", max(0.0, back_at - sent_at - queue_s - middle_s))
+            self.stats.add_stage("head", head_s)
+            self.stats.add_stage("network", max(0.0, pool_s - queue_s - middle_s))
             self.stats.add_stage("queue", queue_s)
             self.stats.add_stage("middle", middle_s)
-            self.stats.add_stage("tail", done_at - back_at)
+            self.stats.add_stage("tail", time.monotonic() - back_at)
         return logits
 
-    def _compute_middle(self, start: int, end: int) -> tuple[Tensor, tuple[float, float]]:
+    def _run_middle(
+        self, token_ids: Sequence[int], is_prompt: bool
+    ) -> tuple[Tensor, float, tuple[float, float, float]]:
+        """Head and pool for the next tokens: rows (T, D), seconds in the head, and in the pool.
+
+        Those are: from sending to having the rows, of which in queues, of which in the middle.
+        """
+        head_at = time.monotonic()
+        boundary = self._ends.run_head(token_ids, self._caches)
+        settings = self._settings
+        up = self._names.index(settings.prompt_up if is_prompt else settings.decode_up)
+        down = self._names.index(settings.prompt_down if is_prompt else settings.decode_down)
+        start = len(self._log)
+        for chunk in torch.split(boundary, settings.prefill_rows):
+            self._log.append(len(chunk), up, self._up[up].encode(chunk))
+        sent_at = time.monotonic()
+        rows, queue_s, middle_s = self._compute_middle(start, len(self._log), down)
+        return rows, sent_at - head_at, (time.monotonic() - sent_at, queue_s, middle_s)
+
+    def _compute_middle(self, start: int, end: int, down: int) -> tuple[Tensor, float, float]:
         """Have the pool compute rows start..end of the log, replaying earlier ones if it must.
 
         Returns the rows (end - start, D) and the seconds spent in queues and in the middle layers.
@@ -136,14 +182,15 @@ class Session:
         parts: list[Tensor] = []
         position, queue_s, middle_s = start, 0.0, 0.0
         while position < end:
-            chunk_end = min(end, position + self._settings.prefill_rows)
-            reply_rows = max(0, chunk_end - max(position, start))
-            answer, body = self._send(position, chunk_end, reply_rows)
+            pieces = self._log.read(position, self._settings.prefill_rows)
+            first, last = pieces[0].start, pieces[-1].end
+            reply_rows = max(0, last - max(position, start))
+            answer, body = self._send(pieces, reply_rows, down)
             if isinstance(answer, NeedRows):
-                if answer.have >= position:
+                if answer.have >= first:
                     raise ProtocolError(
                         f"worker {answer.worker_id} asks for rows from {answer.have} on, "
-                        f"which a step at {position} has sent"
+                        f"which a step at {first} has sent"
                     )
                 self.stats.rows_replayed += position - answer.have
                 received = max(0, answer.have - start)
@@ -151,43 +198,49 @@ class Session:
                 position = answer.have
                 continue
             if reply_rows:
-                parts.append(self._decode(answer, body, reply_rows))
+                parts.append(self._decode(answer, body, pieces, down))
                 self.stats.tokens_by_worker[answer.worker_id] += reply_rows
             self.stats.committed = answer.committed
             self.last_worker_id = answer.worker_id
             queue_s += answer.queue_us / 1e6
             middle_s += answer.compute_us / 1e6
-            position = chunk_end
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)), (queue_s, middle_s)
+            position = last
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)), queue_s, middle_s
 
-    def _send(self, position: int, end: int, reply_rows: int) -> tuple[StepReply | NeedRows, bytes]:
-        settings = self._settings
+    def _send(
+        self, pieces: list[Encoded], reply_rows: int, down: int
+    ) -> tuple[StepReply | NeedRows, bytes]:
         step = Step(
             session_id=self.session_id,
             generation=self._generation,
             fork=self._fork,
             step=self._step,
-            position=position,
-            rows=end - position,
+            position=pieces[0].start,
+            parts=parts_of(pieces),
             reply_rows=reply_rows,
-            hidden=self._ends.hidden,
-            codec=self._codec.name,
-            reply_codec=self._reply_codec.name,
-            model=self._ends.fingerprint,
-            span=(self._ends.cut.begin, self._ends.cut.end),
-            deadline_ms=round(settings.step_deadline_s * 1000),
+            reply_codec=down,
+            deadline_ms=round(self._settings.step_deadline_s * 1000),
         )
         self._step += 1
-        body = self._log.read(position, end)
-        answer, answer_body = self._client.ask(step, body, wait_for_worker=self._answered)
+        body = pieces[0].body if len(pieces) == 1 else b"".join(p.body for p in pieces)
+        answer, answer_body = self._client.ask(
+            step,
+            body,
+            self._opening,
+            is_known=self._answered,
+            wait_for_worker=self._answered,
+        )
         self._answered = True
-        assert isinstance(answer, StepReply | NeedRows)
         return answer, answer_body
 
-    def _decode(self, reply: StepReply, body: bytes, rows: int) -> Tensor:
+    def _decode(self, reply: StepReply, body: bytes, pieces: list[Encoded], down: int) -> Tensor:
+        codec = self._down[down]
+        uplink = None
+        if codec.needs_uplink:
+            decoded = [self._up[p.codec].decode(p.body, p.rows, self._ends.hidden) for p in pieces]
+            uplink = torch.cat(decoded)[-reply.rows :]
+        dtype = self._ends.tail.dtype
         try:
-            return self._reply_codec.decode(body, rows, self._ends.hidden, self._ends.tail.dtype)
+            return codec.decode(body, reply.rows, self._ends.hidden, dtype, uplink)
         except NonFiniteError as error:
-            raise NonFiniteError(
-                f"worker {reply.worker_id} answered with bad rows: {error}"
-            ) from error
+            raise NonFiniteError(f"worker {reply.worker_id} answered badly: {error}") from error

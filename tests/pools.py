@@ -12,7 +12,7 @@ from deploy.pool import LocalPool
 from edge_agent.client import BrokerClient
 from edge_agent.ends import ModelEnds
 from edge_agent.sampler import SamplingSettings
-from edge_agent.session import Session, SessionSettings
+from edge_agent.session import Session, uniform_settings
 from edge_agent.tokenizer import TextTokenizer
 
 HEROES = ["mouse named Lily", "bear named Tom", "fox named Mia", "duck named Max", "owl named Ella"]
@@ -53,7 +53,7 @@ def generate(
 ) -> tuple[list[int], Session]:
     """One session through the pool; `on_token` may do harm on the way."""
     client = BrokerClient([pool.edge_endpoint], timeout_s)
-    session = Session(ends, client, SessionSettings(codec, codec, prefill_rows))
+    session = Session(ends, client, uniform_settings(codec, prefill_rows=prefill_rows))
     tokens = []
     try:
         for token in session.generate(prompt_ids, count, sampling):

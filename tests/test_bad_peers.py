@@ -14,7 +14,7 @@ from pools import PROMPTS, generate
 from safetensors.torch import load_file, save_file
 
 from common.errors import StepRefused
-from common.messages import Dispatch, Step
+from common.messages import Dispatch, Opening, Part, Step
 from common.wire import encode_header
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.client import BrokerClient
@@ -40,7 +40,8 @@ def send_all(endpoint: str, messages: list[list[bytes]]) -> None:
 def garbage(count: int) -> list[list[bytes]]:
     """Random frames, and valid steps with bytes flipped, frames missing or frames too many."""
     rng = random.Random(1)
-    step = encode_header(Step(b"s" * 16, 0, 0, 0, 0, 1, 1, 8, "fp32", "fp32", "m", (2, 6), 100))
+    step = encode_header(Step(b"s" * 16, 0, 0, 0, 0, [Part(0, 1, 32)], 1, 0, 100))
+    opening = encode_header(Opening("m", (2, 6), 8, ["fp32"], ""))
     messages = []
     for _ in range(count):
         flipped = bytearray(step)
@@ -51,7 +52,8 @@ def garbage(count: int) -> list[list[bytes]]:
             [bytes(flipped), rng.randbytes(32)],
             [step],
             [step, b"", b""],
-            [encode_header(Dispatch(1, 0)), step, b""],
+            [step, b"", opening],
+            [encode_header(Dispatch(1, 0)), step, b"", opening],
         ]
     return messages
 
@@ -74,49 +76,64 @@ def test_garbage_on_both_sides_of_a_broker_stops_nothing(
     pool.check()
 
 
-def step_for(ends: ModelEnds, **changes: object) -> Step:
+def ask(
+    pool: LocalPool,
+    ends: ModelEnds,
+    body: bytes,
+    step: dict[str, object],
+    opening: dict[str, object],
+) -> None:
+    """Send one step of one row as fp32, with some fields changed."""
+    client = BrokerClient([pool.edge_endpoint], timeout_s=20)
     span = (ends.cut.begin, ends.cut.end)
-    step = Step(
-        random.randbytes(16), 0, 0, 0, 0, 1, 1, ends.hidden, "fp32", "fp32", ends.fingerprint,
-        span, 30_000,
-    )  # fmt: skip
-    return dataclasses.replace(step, **changes)
+    part = Part(0, 1, ends.hidden * 4)
+    good_step = Step(random.randbytes(16), 0, 0, 0, 0, [part], 1, 0, 30_000)
+    good_opening = Opening(ends.fingerprint, span, ends.hidden, ["fp32"], "")
+    client.ask(
+        dataclasses.replace(good_step, **step),
+        body,
+        dataclasses.replace(good_opening, **opening),
+        is_known=False,
+        wait_for_worker=False,
+    )
+    client.close()
 
 
 @pytest.mark.parametrize(
-    ("changes", "body_bytes", "words"),
+    ("step", "opening", "body_bytes", "words"),
     [
-        ({}, 7, "body has 7 bytes; fp32"),
-        ({"rows": 2**40, "reply_rows": 1}, 512, "the context has 512"),
-        ({"rows": 2, "reply_rows": 3}, 1024, "wants 3 of its 2 rows"),
-        ({"rows": 0, "reply_rows": 0}, 0, "wants 0 of its 0 rows"),
-        ({"hidden": 64}, 256, "step has hidden 64; the model has 128"),
-        ({"codec": "int9"}, 512, "codec 'int9' is unknown"),
-        ({"reply_codec": "int9"}, 512, "codec 'int9' is unknown"),
-        ({"position": 600}, 512, "the context has 512"),
+        ({}, {}, 7, "body has 7 bytes; its parts need 512"),
+        ({"parts": [Part(0, 1, 7)]}, {}, 7, r"body has 7 bytes; fp32 \(1, 128\) needs 512"),
+        ({"parts": [Part(0, 2**40, 512)]}, {}, 512, "the context has 512"),
+        ({"parts": [Part(9, 1, 512)]}, {}, 512, "names a codec beyond the 1 it opened"),
+        ({"reply_codec": 9}, {}, 512, "names a codec beyond the 1 it opened"),
+        ({"reply_rows": 3}, {}, 512, "wants 3 of its 1 rows"),
+        ({"parts": [Part(0, 0, 0)]}, {}, 0, "wants 1 of its 0 rows"),
+        ({"position": 600}, {}, 512, "the context has 512"),
+        ({}, {"hidden": 64}, 512, "session has hidden 64; the model has 128"),
+        ({}, {"codecs": ["int9"]}, 512, "codec 'int9' is unknown"),
+        ({}, {"codecs": ["compact"]}, 512, "names a calibrated codec but no calibration"),
+        ({}, {"calibration": "f" * 16}, 512, f"the edge has calibration {'f' * 16} and this"),
     ],
 )
 def test_a_step_that_cannot_be_computed_is_refused_with_the_reason(
     pool: LocalPool,
     demo_ends: ModelEnds,
-    changes: dict[str, object],
+    step: dict[str, object],
+    opening: dict[str, object],
     body_bytes: int,
     words: str,
 ) -> None:
-    client = BrokerClient([pool.edge_endpoint], timeout_s=20)
     with pytest.raises(StepRefused, match=words):
-        client.ask(step_for(demo_ends, **changes), bytes(body_bytes), wait_for_worker=False)
-    client.close()
+        ask(pool, demo_ends, bytes(body_bytes), step, opening)
     assert works(pool, demo_ends)
     pool.check()
 
 
 def test_rows_of_nan_are_refused_by_the_worker(pool: LocalPool, demo_ends: ModelEnds) -> None:
     body = torch.full((1, demo_ends.hidden), float("nan")).numpy().tobytes()
-    client = BrokerClient([pool.edge_endpoint], timeout_s=20)
     with pytest.raises(StepRefused, match="fp32 body decodes to NaN or infinity"):
-        client.ask(step_for(demo_ends), body, wait_for_worker=False)
-    client.close()
+        ask(pool, demo_ends, body, {}, {})
 
 
 def test_a_model_that_computes_nan_is_refused_after_three_tries(

@@ -6,6 +6,7 @@ from broker.state import (
     AcceptDrain,
     Action,
     Answer,
+    AskOpening,
     BrokerState,
     Dispatched,
     Forget,
@@ -15,11 +16,12 @@ from broker.state import (
     TellBusy,
     TellPending,
 )
-from common.messages import Announce, NeedRows, Service, Step, StepFailed, StepReply
+from common.messages import Announce, NeedRows, Opening, Part, Service, Step, StepFailed, StepReply
 
 MODEL, SPAN = "f" * 16, (2, 6)
 EDGE = b"edge-1"
-STEP = Step(b"s" * 16, 0, 0, 0, 0, 1, 1, 8, "int8", "int8", MODEL, SPAN, 60_000)
+OPENING = Opening(MODEL, SPAN, 8, ["int8"], "")
+STEP = Step(b"s" * 16, 0, 0, 0, 0, [Part(0, 1, 12)], 1, 0, 60_000)
 OTHER = dataclasses.replace(STEP, session_id=b"t" * 16)
 
 
@@ -48,7 +50,7 @@ def without_notes(actions: list[Action]) -> list[Action]:
 
 def test_a_step_goes_to_a_worker_and_its_answer_to_the_edge() -> None:
     state = make_state("w1")
-    assert state.on_step(STEP, EDGE, now=0.1) == [Dispatched("w1", STEP.key, 1, 0)]
+    assert state.on_step(STEP, OPENING, EDGE, now=0.1) == [Dispatched("w1", STEP.key, 1, 0)]
     assert state.on_answer(reply("w1"), now=0.2) == [Answer(EDGE, STEP.key), Forget(STEP.key)]
     assert state.steps == {}
     assert state.workers["w1"].in_flight == set()
@@ -56,7 +58,7 @@ def test_a_step_goes_to_a_worker_and_its_answer_to_the_edge() -> None:
 
 def test_a_dead_workers_step_goes_to_a_live_worker() -> None:
     state = make_state("w1")
-    state.on_step(STEP, EDGE, now=0.0)
+    state.on_step(STEP, OPENING, EDGE, now=0.0)
     state.on_announce(announce("w2"), now=0.4)
     assert without_notes(state.on_tick(now=0.49)) == []
     assert without_notes(state.on_tick(now=0.5)) == [Dispatched("w2", STEP.key, 2, 0)]
@@ -64,28 +66,28 @@ def test_a_dead_workers_step_goes_to_a_live_worker() -> None:
 
 def test_the_warm_worker_is_preferred_to_a_less_loaded_one() -> None:
     state = make_state("w1", "w2")
-    state.on_step(STEP, EDGE, now=0.0)
+    state.on_step(STEP, OPENING, EDGE, now=0.0)
     state.on_answer(reply("w1"), now=0.1)
-    state.on_step(OTHER, EDGE, now=0.2)
+    state.on_step(OTHER, OPENING, EDGE, now=0.2)
     assert state.steps[OTHER.key].worker_id == "w1"
     second = dataclasses.replace(STEP, step=1, position=1)
-    assert state.on_step(second, EDGE, now=0.3) == [Dispatched("w1", second.key, 1, 0)]
+    assert state.on_step(second, OPENING, EDGE, now=0.3) == [Dispatched("w1", second.key, 1, 0)]
 
 
 def test_without_a_warm_worker_the_least_loaded_gets_the_step() -> None:
     state = make_state("w1", "w2")
-    state.on_step(STEP, EDGE, now=0.0)
-    assert state.on_step(OTHER, EDGE, now=0.1) == [Dispatched("w2", OTHER.key, 1, 0)]
+    state.on_step(STEP, OPENING, EDGE, now=0.0)
+    assert state.on_step(OTHER, OPENING, EDGE, now=0.1) == [Dispatched("w2", OTHER.key, 1, 0)]
 
 
 def test_a_step_waits_for_its_full_warm_worker_unless_another_is_idle() -> None:
     state = make_state()
     state.on_announce(announce("w1", capacity=1), now=0.0)
-    state.on_step(STEP, EDGE, now=0.0)
+    state.on_step(STEP, OPENING, EDGE, now=0.0)
     state.on_answer(reply("w1"), now=0.0)
-    state.on_step(OTHER, EDGE, now=0.0)
+    state.on_step(OTHER, OPENING, EDGE, now=0.0)
     second = dataclasses.replace(STEP, step=1, position=1)
-    assert state.on_step(second, EDGE, now=0.1) == []
+    assert state.on_step(second, OPENING, EDGE, now=0.1) == []
     joined = without_notes(state.on_announce(announce("w2", capacity=1), now=0.2))
     assert joined == [Dispatched("w2", second.key, 1, 100_000)]
 
@@ -93,22 +95,22 @@ def test_a_step_waits_for_its_full_warm_worker_unless_another_is_idle() -> None:
 def test_a_full_worker_gets_no_more_and_the_next_when_it_has_room() -> None:
     state = make_state()
     state.on_announce(announce("w1", capacity=1), now=0.0)
-    state.on_step(STEP, EDGE, now=0.0)
-    assert state.on_step(OTHER, EDGE, now=0.1) == []
+    state.on_step(STEP, OPENING, EDGE, now=0.0)
+    assert state.on_step(OTHER, OPENING, EDGE, now=0.1) == []
     actions = state.on_answer(reply("w1"), now=0.3)
     assert actions[-1] == Dispatched("w1", OTHER.key, 1, 200_000)
 
 
 def test_a_step_that_is_asked_again_is_not_computed_twice() -> None:
     state = make_state("w1", "w2")
-    state.on_step(STEP, EDGE, now=0.0)
-    assert state.on_step(STEP, b"edge-2", now=0.6) == [TellPending(b"edge-2", STEP.key)]
+    state.on_step(STEP, OPENING, EDGE, now=0.0)
+    assert state.on_step(STEP, OPENING, b"edge-2", now=0.6) == [TellPending(b"edge-2", STEP.key)]
     assert state.on_answer(reply("w1"), now=0.7)[0] == Answer(b"edge-2", STEP.key)
 
 
 def test_a_late_answer_of_an_earlier_attempt_is_dropped() -> None:
     state = make_state("w1", "w2")
-    state.on_step(STEP, EDGE, now=0.0)
+    state.on_step(STEP, OPENING, EDGE, now=0.0)
     state.on_worker_gone("w1", "died", now=0.1)
     state.on_announce(announce("w1"), now=0.2)  # the zombie wakes up
     assert state.on_answer(reply("w1", attempt=1), now=0.3) == []
@@ -118,7 +120,7 @@ def test_a_late_answer_of_an_earlier_attempt_is_dropped() -> None:
 
 def test_a_step_that_failed_three_workers_is_refused_with_the_reasons() -> None:
     state = make_state("w1", "w2", "w3", "w4")
-    state.on_step(STEP, EDGE, now=0.0)
+    state.on_step(STEP, OPENING, EDGE, now=0.0)
     assert state.on_failed(failed("w1"), now=0.1) == [Dispatched("w2", STEP.key, 2, 0)]
     assert state.on_failed(failed("w2", attempt=2), now=0.2) == [Dispatched("w3", STEP.key, 3, 0)]
     forget, refuse = state.on_failed(failed("w3", attempt=3), now=0.3)
@@ -129,14 +131,14 @@ def test_a_step_that_failed_three_workers_is_refused_with_the_reasons() -> None:
 
 def test_a_single_worker_may_try_a_failed_step_again() -> None:
     state = make_state("w1")
-    state.on_step(STEP, EDGE, now=0.0)
+    state.on_step(STEP, OPENING, EDGE, now=0.0)
     assert state.on_failed(failed("w1"), now=0.1) == [Dispatched("w1", STEP.key, 2, 0)]
 
 
 def test_no_worker_for_the_model_is_said_at_once_with_what_is_served() -> None:
     state = make_state()
     state.on_announce(announce("w1", model="a" * 16), now=0.0)
-    (refuse,) = state.on_step(STEP, EDGE, now=1.0)
+    (refuse,) = state.on_step(STEP, OPENING, EDGE, now=1.0)
     assert isinstance(refuse, Refuse)
     assert refuse.code == "no_worker"
     assert refuse.reason == (
@@ -147,7 +149,7 @@ def test_no_worker_for_the_model_is_said_at_once_with_what_is_served() -> None:
 
 def test_a_broker_that_has_just_started_waits_for_its_workers() -> None:
     state = BrokerState(started_at=0.0, silence_s=0.5)
-    assert state.on_step(STEP, EDGE, now=0.1) == []
+    assert state.on_step(STEP, OPENING, EDGE, now=0.1) == []
     assert without_notes(state.on_announce(announce("w1"), now=0.2)) == [
         Dispatched("w1", STEP.key, 1, 100_000)
     ]
@@ -155,8 +157,8 @@ def test_a_broker_that_has_just_started_waits_for_its_workers() -> None:
 
 def test_a_full_broker_says_when_to_come_back() -> None:
     state = make_state("w1", max_queued_steps=1)
-    state.on_step(STEP, EDGE, now=0.0)
-    (busy,) = state.on_step(OTHER, EDGE, now=0.1)
+    state.on_step(STEP, OPENING, EDGE, now=0.0)
+    (busy,) = state.on_step(OTHER, OPENING, EDGE, now=0.1)
     assert isinstance(busy, TellBusy)
     assert busy.retry_ms > 0
 
@@ -164,7 +166,7 @@ def test_a_full_broker_says_when_to_come_back() -> None:
 def test_a_deadline_that_passes_says_where_the_step_was() -> None:
     state = make_state("w1")
     short = dataclasses.replace(STEP, deadline_ms=300)
-    state.on_step(short, EDGE, now=0.0)
+    state.on_step(short, OPENING, EDGE, now=0.0)
     forget, refuse = state.on_tick(now=0.3)
     assert forget == Forget(short.key)
     assert isinstance(refuse, Refuse)
@@ -174,31 +176,31 @@ def test_a_deadline_that_passes_says_where_the_step_was() -> None:
 
 def test_a_newer_step_of_a_session_replaces_the_older_one() -> None:
     state = make_state("w1")
-    state.on_step(STEP, EDGE, now=0.0)
+    state.on_step(STEP, OPENING, EDGE, now=0.0)
     newer = dataclasses.replace(STEP, step=1)
-    assert state.on_step(newer, EDGE, now=0.1) == [
+    assert state.on_step(newer, OPENING, EDGE, now=0.1) == [
         Forget(STEP.key),
         Dispatched("w1", newer.key, 1, 0),
     ]
     assert state.on_answer(reply("w1", STEP), now=0.2) == []
-    (refuse,) = state.on_step(STEP, EDGE, now=0.3)
+    (refuse,) = state.on_step(STEP, OPENING, EDGE, now=0.3)
     assert isinstance(refuse, Refuse)
     assert refuse.code == "stale"
 
 
 def test_a_draining_worker_gets_nothing_new_and_finishes_what_it_has() -> None:
     state = make_state("w1", "w2")
-    state.on_step(STEP, EDGE, now=0.0)
+    state.on_step(STEP, OPENING, EDGE, now=0.0)
     assert without_notes(state.on_drain("w1", now=0.1)) == [AcceptDrain("w1")]
-    assert state.on_step(OTHER, EDGE, now=0.2) == [Dispatched("w2", OTHER.key, 1, 0)]
+    assert state.on_step(OTHER, OPENING, EDGE, now=0.2) == [Dispatched("w2", OTHER.key, 1, 0)]
     assert state.on_answer(reply("w1"), now=0.3)[0] == Answer(EDGE, STEP.key)
     second = dataclasses.replace(STEP, step=1, position=1)
-    assert state.on_step(second, EDGE, now=0.4) == [Dispatched("w2", second.key, 1, 0)]
+    assert state.on_step(second, OPENING, EDGE, now=0.4) == [Dispatched("w2", second.key, 1, 0)]
 
 
 def test_an_undeliverable_step_costs_no_attempt() -> None:
     state = make_state("w1", "w2")
-    state.on_step(STEP, EDGE, now=0.0)
+    state.on_step(STEP, OPENING, EDGE, now=0.0)
     actions = without_notes(state.on_undeliverable("w1", STEP.key, now=0.1))
     assert actions == [Dispatched("w2", STEP.key, 1, 100_000)]
     assert "w1" not in state.workers
@@ -206,7 +208,7 @@ def test_an_undeliverable_step_costs_no_attempt() -> None:
 
 def test_need_rows_is_an_answer_and_makes_the_worker_warm() -> None:
     state = make_state("w1", "w2")
-    state.on_step(STEP, EDGE, now=0.0)
+    state.on_step(STEP, OPENING, EDGE, now=0.0)
     need = NeedRows(*STEP.key, 1, 0, "w1")
     assert state.on_answer(need, now=0.1)[0] == Answer(EDGE, STEP.key)
     assert state.sessions[STEP.session_id].worker_id == "w1"
@@ -214,7 +216,7 @@ def test_need_rows_is_an_answer_and_makes_the_worker_warm() -> None:
 
 def test_the_end_of_a_session_reaches_its_warm_worker() -> None:
     state = make_state("w1", "w2")
-    state.on_step(STEP, EDGE, now=0.0)
+    state.on_step(STEP, OPENING, EDGE, now=0.0)
     state.on_answer(reply("w1"), now=0.1)
     assert state.on_end(STEP.session_id) == [ForwardEnd("w1", STEP.session_id)]
     assert state.sessions == {}
@@ -223,14 +225,23 @@ def test_the_end_of_a_session_reaches_its_warm_worker() -> None:
 def test_two_models_do_not_mix() -> None:
     state = make_state("w1")
     state.on_announce(announce("w2", model="a" * 16), now=0.0)
-    other_model = dataclasses.replace(OTHER, model="a" * 16)
-    assert state.on_step(other_model, EDGE, now=0.1) == [Dispatched("w2", other_model.key, 1, 0)]
-    assert state.on_step(STEP, EDGE, now=0.1) == [Dispatched("w1", STEP.key, 1, 0)]
+    other_model = dataclasses.replace(OPENING, model="a" * 16)
+    assert state.on_step(OTHER, other_model, EDGE, now=0.1) == [Dispatched("w2", OTHER.key, 1, 0)]
+    assert state.on_step(STEP, OPENING, EDGE, now=0.1) == [Dispatched("w1", STEP.key, 1, 0)]
+
+
+def test_an_opening_is_asked_for_once_and_then_remembered() -> None:
+    state = make_state("w1")
+    assert state.on_step(STEP, None, EDGE, now=0.0) == [AskOpening(EDGE, STEP.key)]
+    state.on_step(STEP, OPENING, EDGE, now=0.1)
+    state.on_answer(reply("w1"), now=0.2)
+    second = dataclasses.replace(STEP, step=1, position=1)
+    assert state.on_step(second, None, EDGE, now=0.3) == [Dispatched("w1", second.key, 1, 0)]
 
 
 def test_silent_sessions_are_forgotten() -> None:
     state = make_state("w1")
-    state.on_step(STEP, EDGE, now=0.0)
+    state.on_step(STEP, OPENING, EDGE, now=0.0)
     state.on_answer(reply("w1"), now=0.1)
     state.on_tick(now=10_000.0)
     assert state.sessions == {}

@@ -13,6 +13,7 @@ from edge_agent.client import BrokerClient
 from edge_agent.ends import ModelEnds
 from edge_agent.generation import start_generation
 from edge_agent.sampler import SamplingSettings
+from edge_agent.session import Session
 from edge_agent.tokenizer import TextTokenizer
 
 NEW_TOKENS = 64
@@ -109,11 +110,11 @@ def test_a_stop_string_ends_the_text_before_it(
     pool: LocalPool, demo_ends: ModelEnds, tokenizer: TextTokenizer
 ) -> None:
     client = BrokerClient([pool.edge_endpoint])
-    full = start_generation(demo_ends, tokenizer, client, PROMPTS[0], 100, GREEDY)
+    full = start_generation(Session(demo_ends, client), tokenizer, PROMPTS[0], 100, GREEDY)
     text = "".join(full.stream())
     stop = text[40:46]
     cut = start_generation(
-        demo_ends, tokenizer, client, PROMPTS[0], 100, GREEDY, stops=[stop, "never there"]
+        Session(demo_ends, client), tokenizer, PROMPTS[0], 100, GREEDY, [stop, "never there"]
     )
     assert "".join(cut.stream()) == text[: text.index(stop)]
     assert (cut.finish_reason, full.text) == ("stop", text)
@@ -124,7 +125,7 @@ def test_a_story_ends_by_itself_at_the_end_of_sequence(
     pool: LocalPool, demo_ends: ModelEnds, tokenizer: TextTokenizer
 ) -> None:
     client = BrokerClient([pool.edge_endpoint])
-    generation = start_generation(demo_ends, tokenizer, client, PROMPTS[0], 400, GREEDY)
+    generation = start_generation(Session(demo_ends, client), tokenizer, PROMPTS[0], 400, GREEDY)
     text = "".join(generation.stream())
     client.close()
     assert generation.finish_reason == "stop"

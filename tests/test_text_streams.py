@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import CheckpointError, SettingsError
-from edge_agent.replay_log import ReplayLog
+from common.messages import Part
+from edge_agent.replay_log import ReplayLog, parts_of
 from edge_agent.stop_strings import StopStrings
 from edge_agent.tokenizer import TextStream, TextTokenizer
 
@@ -74,14 +75,13 @@ def test_what_may_become_a_stop_string_is_held_back() -> None:
     ]
 
 
-def test_a_replay_log_gives_any_range_and_forgets_what_is_cut_back() -> None:
-    log = ReplayLog(row_bytes=2)
-    log.append(b"aabbcc")
-    log.cut_back(2)
-    log.append(b"dd")
-    assert (len(log), log.read(0, 3), log.read(1, 2)) == (3, b"aabbdd", b"bb")
-
-
-def test_a_replay_log_takes_whole_rows_only() -> None:
-    with pytest.raises(ValueError, match="no whole rows"):
-        ReplayLog(row_bytes=4).append(b"abc")
+def test_a_replay_log_gives_whole_pieces_from_any_row_on() -> None:
+    log = ReplayLog()
+    for rows, body in ((4, b"aaaa"), (1, b"b"), (1, b"c"), (3, b"ddd")):
+        log.append(rows, 0, body)
+    assert len(log) == 9
+    assert [piece.body for piece in log.read(0, max_rows=99)] == [b"aaaa", b"b", b"c", b"ddd"]
+    assert [piece.body for piece in log.read(2, max_rows=5)] == [b"aaaa", b"b"]
+    assert [piece.body for piece in log.read(4, max_rows=2)] == [b"b", b"c"]
+    assert [piece.body for piece in log.read(8, max_rows=1)] == [b"ddd"]
+    assert parts_of(log.read(4, 2)) == [Part(0, 1, 1), Part(0, 1, 1)]

@@ -10,15 +10,16 @@ import torch
 from cloud_worker.batcher import Batcher, Task
 from cloud_worker.warm_cache import WarmCache
 from common.kv_rows import KvRows, make_layout
-from common.messages import Step
+from common.messages import Opening, Part, Step
 
 LAYOUT = make_layout([((2, 4), (2, 4)), ((1, 8), (1, 8))], torch.float32)
-STEP = Step(b"a" * 16, 0, 0, 0, 0, 1, 1, 8, "fp32", "fp32", "m", (0, 2), 1000)
+OPENING = Opening("m", (0, 2), 8, ["fp32"], "")
+STEP = Step(b"a" * 16, 0, 0, 0, 0, [Part(0, 1, 32)], 1, 0, 1000)
 
 
 def task(session: str, rows: int = 1) -> Task:
-    step = dataclasses.replace(STEP, session_id=session.encode() * 16, rows=rows)
-    return Task(step, b"", 1, 0, 0, 0.0)
+    step = dataclasses.replace(STEP, session_id=session.encode() * 16, parts=[Part(0, rows, 32)])
+    return Task(step, OPENING, b"", 1, 0, 0, 0.0)
 
 
 def sessions(batch: list[Task]) -> str:

@@ -1,0 +1,134 @@
+"""The grammar of codec names: what a user types, parsed into what a codec does.
+
+    NAME   = fp32 | fp16 | bf16 | int8 | compact | smallest | SPEC
+    SPEC   = FORMAT [: GRANULARITY] [: sym | affine] {+ OPTION}
+    FORMAT = intN (N 1 to 8) | intN/M@F | bool | fp8-e4m3 | fp8-e5m2 | fpE.M
+           | fp32 | fp16 | bf16 | stepS
+    GRANULARITY = token | tensor | channel | group:G
+    OPTION = norm | hadamardB | predict | fisher | zstd
+
+For example `int4:token:affine+hadamard64+predict`. `intN/M@F` gives the fraction F of the rows
+that would lose most N bits and the others M. `stepS` is a uniform step S in the calibrated
+Fisher metric, entropy-coded: `step0.2+fisher+predict`. norm, predict and fisher need a calibration.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from common.errors import SettingsError
+
+DEFAULT_CODEC = "int8"
+
+SHORT_NAMES = {
+    "int8": "int8:token:sym",
+    "bool": "int1:token:sym",
+    "compact": "int5:token:sym+norm+hadamard64+predict",
+    "smallest": "step0.05+fisher+predict",
+    "fp8-e4m3": "fp4.3",
+    "fp8-e5m2": "fp5.2",
+}
+PLAIN_FORMATS = ("fp32", "fp16", "bf16")
+GRANULARITIES = ("token", "tensor", "channel", "group")
+
+
+@dataclass(frozen=True, slots=True)
+class CodecSpec:
+    """A codec in full. `kind` is cast, float, int or step."""
+
+    name: str  # as typed
+    kind: str
+    bits: int = 0  # of an int
+    low_bits: int = 0  # of the rows that matter less, 0 if there are none
+    high_fraction: float = 1.0
+    exponent: int = 0  # of a float
+    mantissa: int = 0
+    granularity: str = "token"
+    group: int = 0
+    affine: bool = False
+    step: float = 0.0
+    norm: bool = False
+    hadamard: int = 0  # block size, 0 for none
+    predict: bool = False
+    fisher: bool = False
+    zstd: bool = False
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.norm or self.predict or self.fisher
+
+
+def parse_codec(name: str) -> CodecSpec:
+    """Read a codec's name. Raises SettingsError, which says what was not understood."""
+    text = SHORT_NAMES.get(name, name)
+    body, *options = text.split("+")
+    head, *rest = body.split(":")
+    values = _parse_format(name, SHORT_NAMES.get(head, head).split(":")[0])
+    if head in SHORT_NAMES and not rest:
+        rest = SHORT_NAMES[head].split("+")[0].split(":")[1:]
+    while rest:
+        word = rest.pop(0)
+        if word in ("sym", "affine"):
+            values["affine"] = word == "affine"
+        elif word == "group":
+            if not rest or not rest[0].isdigit() or int(rest[0]) < 1:
+                raise SettingsError(f"codec {name!r}: group needs a size, as in group:64")
+            values |= {"granularity": "group", "group": int(rest.pop(0))}
+        elif word in GRANULARITIES:
+            values["granularity"] = word
+        else:
+            raise SettingsError(
+                f"codec {name!r}: {word!r} is not known; expected token, tensor, channel, "
+                "group:G, sym or affine"
+            )
+    for option in options:
+        values |= _parse_option(name, option)
+    spec = CodecSpec(name=name, **values)  # type: ignore[arg-type]
+    _check(spec)
+    return spec
+
+
+def _parse_format(name: str, text: str) -> dict[str, object]:
+    if text in PLAIN_FORMATS:
+        return {"kind": "cast", "exponent": PLAIN_FORMATS.index(text)}
+    match = re.fullmatch(r"int([1-8])(?:/([1-8])@(0?\.\d+))?", text)
+    if match:
+        values: dict[str, object] = {"kind": "int", "bits": int(match[1])}
+        if match[2]:
+            values |= {"low_bits": int(match[2]), "high_fraction": float(match[3])}
+        return values
+    match = re.fullmatch(r"fp([1-8])\.(\d)", text)
+    if match and int(match[1]) + int(match[2]) <= 7:
+        return {"kind": "float", "exponent": int(match[1]), "mantissa": int(match[2])}
+    match = re.fullmatch(r"step(\d*\.?\d+)", text)
+    if match and float(match[1]) > 0:
+        return {"kind": "step", "step": float(match[1])}
+    raise SettingsError(
+        f"codec {name!r} is unknown; known are fp32, fp16, bf16, int8, compact, smallest, bool, "
+        "fp8-e4m3, fp8-e5m2, and what the grammar allows, for example "
+        "int4:token:affine+hadamard64"
+    )
+
+
+def _parse_option(name: str, option: str) -> dict[str, object]:
+    if option in ("norm", "predict", "fisher", "zstd"):
+        return {option: True}
+    match = re.fullmatch(r"hadamard(\d+)", option)
+    if match and int(match[1]) >= 2 and int(match[1]).bit_count() == 1:
+        return {"hadamard": int(match[1])}
+    raise SettingsError(
+        f"codec {name!r}: option {option!r} is not known; expected norm, hadamardB with B a power "
+        "of two, predict, fisher or zstd"
+    )
+
+
+def _check(spec: CodecSpec) -> None:
+    if spec.kind == "step" and not spec.fisher:
+        raise SettingsError(f"codec {spec.name!r}: step works in the Fisher metric; add +fisher")
+    if spec.kind == "cast" and (spec.needs_calibration or spec.hadamard):
+        raise SettingsError(f"codec {spec.name!r}: {spec.name.split('+')[0]} takes +zstd only")
+    if spec.low_bits and spec.granularity != "token":
+        raise SettingsError(f"codec {spec.name!r}: two widths go with token granularity")
+    if spec.low_bits >= spec.bits > 0:
+        raise SettingsError(f"codec {spec.name!r}: the first width must be the larger one")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import msgpack
 import zmq
 
 from broker.state import (
@@ -158,7 +159,7 @@ class BrokerServer:
             self._perform(actions)
         elif isinstance(message, StatusQuery):
             report = self.state.report(now) | {"bad_messages": self._bad_messages}
-            self._send(self._edges, edge_id, [encode_header(StatusReport(report))])
+            self._send(self._edges, edge_id, [encode_header(StatusReport()), msgpack.packb(report)])
         elif isinstance(message, EndSession):
             self._perform(self.state.on_end(message.session_id))
         else:
@@ -196,13 +197,15 @@ class BrokerServer:
         for action in actions:
             match action:
                 case Dispatched(worker_id, key, attempt, queue_us):
+                    if not self.state.is_current(action):
+                        continue
                     header = encode_header(Dispatch(attempt, queue_us))
                     opening = encode_header(self.state.sessions[key[0]].opening)
                     frames = [header, *self._frames[key], opening]
                     sent = self._send(self._workers, worker_id.encode(), frames)
                     if not sent:
                         now = self._clock()
-                        self._perform(self.state.on_undeliverable(worker_id, key, now))
+                        self._perform(self.state.on_undeliverable(action, now))
                 case Answer(edge_id, _):
                     self._send(self._edges, edge_id, self._answer)
                 case Forget(key):

@@ -33,6 +33,9 @@ ServiceKey = tuple[str, tuple[int, int]]  # model fingerprint, span
 
 SESSION_MEMORY_S = 600.0  # how long the warm worker of a silent session is remembered
 BUSY_RETRY_MS = 200
+SEND_AGAIN_S = 1.0
+FRESH_PART = 0.6  # of the time after which a silent worker is dead
+MISSED_AT_LEAST = 3  # heartbeats of a worker that announces slower ones than we expect
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +166,7 @@ class StepRecord:
     deadline_at: float
     worker_id: str | None = None
     attempts: int = 0
+    sent_at: float = 0.0
     failures: list[tuple[str, str]] = field(default_factory=list)  # worker, reason
 
     def failed_on(self, worker_id: str) -> bool:
@@ -211,8 +215,7 @@ class BrokerState:
         record = self.steps.get(step.key)
         if record is not None:
             record.edge_id = edge_id
-            record.deadline_at = now + step.deadline_ms / 1000
-            return [TellPending(edge_id, step.key)]
+            return [TellPending(edge_id, step.key), *self._send_again(record, now)]
         self.counters["steps"] += 1
         session = self.sessions.get(step.session_id)
         if session is not None and step.key[1:] < session.newest[1:]:
@@ -263,7 +266,7 @@ class BrokerState:
 
     def on_answer(self, answer: StepReply | NeedRows, now: float) -> list[Action]:
         """A worker answered a step. Answers of any but the latest attempt are dropped."""
-        record = self._take_in_flight(answer.key, answer.worker_id, answer.attempt)
+        record = self._take_in_flight(answer.key, answer.worker_id, answer.attempt, now)
         if record is None:
             self.counters["late_answers"] += 1
             return self._dispatch_for(answer.worker_id, now)
@@ -278,11 +281,12 @@ class BrokerState:
 
     def on_failed(self, failed: StepFailed, now: float) -> list[Action]:
         """A worker could not compute a step: another one tries, up to `max_attempts` in all."""
-        record = self._take_in_flight(failed.key, failed.worker_id, failed.attempt)
+        record = self._take_in_flight(failed.key, failed.worker_id, failed.attempt, now)
         if record is None:
             self.counters["late_answers"] += 1
             return self._dispatch_for(failed.worker_id, now)
-        actions = self._try_elsewhere(record, failed.worker_id, failed.reason, now)
+        actions = self._requeue_failed(record, failed.worker_id, failed.reason, now)
+        actions += self._dispatch(record.service, now)
         return actions + self._dispatch_for(failed.worker_id, now)
 
     def on_drain(self, worker_id: str, now: float) -> list[Action]:
@@ -297,43 +301,58 @@ class BrokerState:
         return actions
 
     def on_worker_gone(self, worker_id: str, why: str, now: float) -> list[Action]:
-        """A worker left, died or went silent: its steps go to others."""
-        worker = self.workers.pop(worker_id, None)
-        if worker is None:
-            return []
-        actions: list[Action] = [Note(f"worker {worker_id} {why}")]
+        """A worker left or died: its steps go to others."""
+        return self._drop_workers({worker_id: why}, now)
+
+    def _drop_workers(self, reasons: dict[str, str], now: float) -> list[Action]:
+        """Forget workers that are gone, all before any of their steps is handed out again."""
+        gone = {name: self.workers.pop(name) for name in reasons if name in self.workers}
+        actions: list[Action] = [Note(f"worker {name} {reasons[name]}") for name in gone]
         for session in self.sessions.values():
-            if session.worker_id == worker_id:
+            if session.worker_id in gone:
                 session.worker_id = None
-        for key in worker.in_flight:
-            record = self.steps.get(key)
-            if record is not None and record.worker_id == worker_id:
-                actions += self._try_elsewhere(record, worker_id, why, now)
-        for service in worker.announce.services:
-            actions += self._dispatch((service.model, service.span), now)
+        for name, worker in gone.items():
+            for key in worker.in_flight:
+                record = self.steps.get(key)
+                if record is not None and record.worker_id == name:
+                    actions += self._requeue_failed(record, name, reasons[name], now)
+        for worker in gone.values():
+            for service in worker.announce.services:
+                actions += self._dispatch((service.model, service.span), now)
         return actions
 
-    def on_undeliverable(self, worker_id: str, key: StepKey, now: float) -> list[Action]:
-        """A dispatched step could not be sent: no attempt was made, and the worker is gone."""
-        record = self.steps[key]
-        record.attempts -= 1
-        record.worker_id = None
-        self.queues[record.service].appendleft(key)
-        worker = self.workers.get(worker_id)
-        if worker is not None:
-            worker.in_flight.discard(key)
-        return self.on_worker_gone(worker_id, "is not connected", now)
+    def is_current(self, action: Dispatched) -> bool:
+        """Whether the step is still that worker's: what was done since may have changed it."""
+        record = self.steps.get(action.key)
+        return (
+            record is not None
+            and record.worker_id == action.worker_id
+            and record.attempts == action.attempt
+        )
+
+    def on_undeliverable(self, action: Dispatched, now: float) -> list[Action]:
+        """A step could not be sent: no attempt was made, and the worker is gone."""
+        if self.is_current(action):
+            record = self.steps[action.key]
+            record.attempts -= 1
+            record.worker_id = None
+            self.queues[record.service].appendleft(action.key)
+            worker = self.workers.get(action.worker_id)
+            if worker is not None:
+                worker.in_flight.discard(action.key)
+        return self.on_worker_gone(action.worker_id, "is not connected", now)
 
     # --- time
 
     def on_tick(self, now: float) -> list[Action]:
         """Time passed: find silent workers, missed deadlines and forgotten sessions."""
-        actions: list[Action] = []
-        for worker_id, worker in list(self.workers.items()):
-            if now - worker.seen_at >= self.silence_s:
-                self.counters["dead_workers"] += 1
-                silent_ms = round((now - worker.seen_at) * 1000)
-                actions += self.on_worker_gone(worker_id, f"was silent for {silent_ms} ms", now)
+        silent = {
+            worker_id: f"was silent for {(now - worker.seen_at) * 1000:.0f} ms"
+            for worker_id, worker in self.workers.items()
+            if now - worker.seen_at >= self._silence_limit_s(worker)
+        }
+        self.counters["dead_workers"] += len(silent)
+        actions = self._drop_workers(silent, now)
         for record in [r for r in self.steps.values() if now >= r.deadline_at]:
             actions += self._refuse(record, "deadline", self._why_late(record, now))
         for session_id, session in list(self.sessions.items()):
@@ -342,6 +361,17 @@ class BrokerState:
         return actions
 
     # --- decisions
+
+    def _silence_limit_s(self, worker: Worker) -> float:
+        """A worker that beats slowly, as it says, is not taken for dead between two beats."""
+        return max(self.silence_s, MISSED_AT_LEAST * worker.announce.heartbeat_ms / 1000)
+
+    def _send_again(self, record: StepRecord, now: float) -> list[Action]:
+        """A step in flight for long may have been lost on its way; a worker takes it twice."""
+        if record.worker_id is None or now - record.sent_at < SEND_AGAIN_S:
+            return []
+        record.sent_at = now
+        return [Dispatched(record.worker_id, record.step.key, record.attempts, 0)]
 
     def _refuse_at_once(
         self, step: Step, service: ServiceKey, edge_id: bytes, now: float
@@ -385,15 +415,21 @@ class BrokerState:
         del self.steps[record.step.key]
         if record.worker_id is None:
             self.queues[record.service].remove(record.step.key)
+        elif record.worker_id in self.workers:
+            self.workers[record.worker_id].in_flight.discard(record.step.key)
         return [Forget(record.step.key)]
 
     def _refuse(self, record: StepRecord, code: str, reason: str) -> list[Action]:
         self.counters["refused"] += 1
         return [*self._remove(record), Refuse(record.edge_id, record.step.key, code, reason)]
 
-    def _take_in_flight(self, key: StepKey, worker_id: str, attempt: int) -> StepRecord | None:
+    def _take_in_flight(
+        self, key: StepKey, worker_id: str, attempt: int, now: float
+    ) -> StepRecord | None:
         """The record of a step that this worker was asked for in this attempt, else None."""
         worker = self.workers.get(worker_id)
+        if worker is not None:
+            worker.seen_at = now  # an answer is a sign of life
         record = self.steps.get(key)
         is_current = (
             record is not None and record.worker_id == worker_id and record.attempts == attempt
@@ -402,9 +438,10 @@ class BrokerState:
             worker.in_flight.discard(key)
         return record if worker is not None and is_current else None
 
-    def _try_elsewhere(
+    def _requeue_failed(
         self, record: StepRecord, worker_id: str, reason: str, now: float
     ) -> list[Action]:
+        """Put a step that a worker failed back into its queue, or refuse it after too many."""
         record.failures.append((worker_id, reason))
         record.worker_id = None
         record.queued_at = now
@@ -413,7 +450,7 @@ class BrokerState:
             tried = "; ".join(f"worker {w}: {why}" for w, why in record.failures)
             return self._refuse(record, "failed", f"{record.attempts} workers failed: {tried}")
         self.counters["redispatched"] += 1
-        return self._dispatch(record.service, now)
+        return []
 
     def _dispatch_for(self, worker_id: str, now: float) -> list[Action]:
         """A worker has room again: look at the queues it serves."""
@@ -433,27 +470,35 @@ class BrokerState:
         workers = [w for w in self.workers.values() if w.serves(service)]
         actions: list[Action] = []
         for key in list(queue):
-            if not any(w.room > 0 for w in workers):
+            with_room = [w for w in workers if w.room > 0 and self._is_fresh(w, now)]
+            if not with_room:
                 break
             record = self.steps[key]
-            worker = self._pick_worker(record, workers)
+            worker = self._pick_worker(record, workers, with_room)
             if worker is None:
                 continue
             queue.remove(key)
             record.worker_id = worker.announce.worker_id
             record.attempts += 1
+            record.sent_at = now
             worker.in_flight.add(key)
             queue_us = max(0, round((now - record.queued_at) * 1e6))
             actions.append(Dispatched(record.worker_id, key, record.attempts, queue_us))
         return actions
 
-    def _pick_worker(self, record: StepRecord, workers: list[Worker]) -> Worker | None:
+    def _is_fresh(self, worker: Worker, now: float) -> bool:
+        """Heard of lately. When a whole pool pauses, a step does not go from silent to silent."""
+        return now - worker.seen_at < FRESH_PART * self._silence_limit_s(worker)
+
+    def _pick_worker(
+        self, record: StepRecord, workers: list[Worker], with_room: list[Worker]
+    ) -> Worker | None:
         session = self.sessions.get(record.step.session_id)
         warm = self.workers.get(session.worker_id) if session and session.worker_id else None
-        candidates = [w for w in workers if w.room > 0]
-        fresh = [w for w in candidates if not record.failed_on(w.announce.worker_id)]
-        if fresh:
-            candidates = fresh
+        candidates = with_room
+        untried = [w for w in candidates if not record.failed_on(w.announce.worker_id)]
+        if untried:
+            candidates = untried
         elif any(not record.failed_on(w.announce.worker_id) for w in workers if not w.draining):
             return None  # wait for room at a worker that has not failed it yet
         if warm is not None and not record.failed_on(warm.announce.worker_id):

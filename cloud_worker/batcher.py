@@ -43,6 +43,10 @@ class Batcher:
         """Forget what is ready of a session: it is over, or a newer step has come."""
         self._ready = deque(t for t in self._ready if t.step.session_id != session_id)
 
+    def session_ids(self) -> set[bytes]:
+        """Whose steps are ready: their KV must stay."""
+        return {task.step.session_id for task in self._ready}
+
     def pick(self) -> list[Task]:
         """Take the next batch out of what is ready."""
         batch: list[Task] = []

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from common.kv_rows import KvRows
-from common.messages import Step
+from common.messages import Step, StepReply
 
 
 @dataclass(slots=True)
@@ -22,6 +22,7 @@ class WarmSession:
     committed: int = 0
     commit_in_flight: bool = False
     pieces_of_step: int | None = None  # the step of which a first piece was committed
+    last_reply: tuple[StepReply, bytes] | None = None  # for a step that is sent again
 
     @property
     def is_dirty(self) -> bool:

@@ -24,6 +24,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from common.kv_rows import KvRows
 
 ATTENTION_NAME = "midspan"
+# what models hand to every attention function; others would be ignored, and results be wrong
+KNOWN_ARGUMENTS = {
+    "dropout", "scaling", "is_causal", "softcap", "position_ids", "use_cache", "output_attentions",
+    "output_hidden_states", "return_dict", "cache_position", "logits_to_keep",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +114,9 @@ def packed_attention(
 
     `sliding_window` is the number of keys a row sees, itself included (Mistral, Qwen2).
     """
+    unknown = {name for name, value in kwargs.items() if value is not None} - KNOWN_ARGUMENTS
+    if unknown:
+        raise ValueError(f"it uses {', '.join(sorted(unknown))}, which midspan does not know")
     if packed is None:
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return output, None

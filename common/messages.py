@@ -186,10 +186,9 @@ class StatusQuery:
 
 @dataclass(frozen=True, slots=True)
 class StatusReport:
-    """Workers, services, queues and counters, as plain maps (see broker/report.py)."""
+    """Workers, queues and counters: one body frame, a MessagePack map (BrokerState.report)."""
 
     kind: ClassVar[str] = "status"
-    report: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ HEARTBEATS_MISSED = 5  # a worker that is silent for this many intervals is dead
 MAX_ATTEMPTS = 3  # a step that failed on this many workers is refused
 MAX_QUEUED_STEPS = 4096  # in one broker, over all services
 MAX_BODY_BYTES = 256 * 1024 * 1024
-MAX_HEADER_BYTES = 64 * 1024
+MAX_HEADER_BYTES = 16 * 1024
 MAX_FRAMES = 8
 
 PREFILL_ROWS = 256  # rows of one step; a longer prompt goes in several

@@ -179,7 +179,27 @@ def read_config(checkpoint: Checkpoint) -> Any:
             f"{checkpoint.directory} holds a {config.model_type} model; "
             "midspan cuts decoder-only language models"
         )
+    _refuse_what_depends_on_the_whole_text(checkpoint, config)
     return config
+
+
+def _refuse_what_depends_on_the_whole_text(checkpoint: Checkpoint, config: Any) -> None:
+    """Raise CheckpointError for attention that our packed and chunked steps would get wrong."""
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    foreign = layer_types - {"full_attention", "sliding_attention"}
+    if foreign:
+        raise CheckpointError(
+            f"{checkpoint.directory}: {config.model_type} models with {', '.join(sorted(foreign))} "
+            "layers cannot be cut yet"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {v.get("rope_type") for v in (rope, *rope.values()) if isinstance(v, dict)}
+    for kind in ("longrope", "dynamic"):
+        if kind in kinds:
+            raise CheckpointError(
+                f"{checkpoint.directory}: rope type {kind!r} depends on the length of the whole "
+                "text, so a session's numbers would depend on how its steps are cut"
+            )
 
 
 def context_length(config: Any) -> int | None:
@@ -202,7 +222,7 @@ def load_span(
     config = copy.deepcopy(read_config(checkpoint))
     num_layers = config.num_hidden_layers
     causal_lm = _build_on_meta(checkpoint, config, dtype)
-    decoder, layers_name = _find_decoder(causal_lm, num_layers)
+    decoder, layers_name = find_decoder(causal_lm, num_layers)
     packs = bool(getattr(causal_lm, "_supports_attention_backend", False))
     if packs:
         register_attention()
@@ -257,7 +277,7 @@ def _build_on_meta(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> A
         ) from error
 
 
-def _find_decoder(causal_lm: Any, num_layers: int) -> tuple[nn.Module, str]:
+def find_decoder(causal_lm: Any, num_layers: int) -> tuple[nn.Module, str]:
     """The module that owns the list of decoder layers, and the list's name in it."""
     for module in causal_lm.base_model.modules():
         for name, child in module.named_children():

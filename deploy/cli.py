@@ -12,7 +12,9 @@ from common.errors import MidspanError
 COMMANDS = {
     "ask": ("edge_agent.cli:ask", "Answer a prompt with the pool's help."),
     "broker": ("broker.cli:broker", "Run the broker."),
+    "calibrate": ("deploy.calibrate:calibrate", "Measure what calibrated codecs need to know."),
     "demo": ("deploy.demo:demo", "See it all work in a minute."),
+    "eval": ("deploy.evaluate:evaluate", "Measure quality against bytes."),
     "status": ("deploy.status:status", "Show workers, sessions and queues."),
     "up": ("deploy.up:up", "Run a whole pool on this machine."),
     "worker": ("cloud_worker.cli:worker", "Run a worker."),

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import msgpack
 import zmq
 
 from common.errors import (
@@ -70,7 +71,8 @@ class BrokerClient:
             while (left_s := give_up_at - time.monotonic()) > 0:
                 received = self._receive(left_s)
                 if received is not None and isinstance(received[0], StatusReport):
-                    return received[0].report
+                    report: dict[str, Any] = msgpack.unpackb(received[1])
+                    return report
             self._use_next_broker()
         raise BrokerUnavailable(self._unavailable(timeout_s))
 
@@ -80,15 +82,15 @@ class BrokerClient:
         """Have a step computed: its StepReply with the body, or a NeedRows.
 
         The opening goes along unless the broker `is_known` to have it, and when it asks for it.
-        Raises NoWorker (unless told to wait for one), StepRefused, or BrokerUnavailable when
-        nobody answered within the client's timeout.
+        Raises NoWorker (unless told to wait for one), StepRefused when the pool gave up or did not
+        answer within the client's timeout, BrokerUnavailable when no broker did.
         """
         frames = [encode_header(step), body]
         if not is_known:
             frames.append(encode_header(opening))
         give_up_at = time.monotonic() + self._timeout_s
         send_at = heard_at = time.monotonic()
-        sent_before = False
+        sent_before = was_heard = False
         while (now := time.monotonic()) < give_up_at:
             if now >= send_at:
                 if now - heard_at > SILENCE_S:
@@ -105,6 +107,7 @@ class BrokerClient:
             if _key_of(message) != step.key:
                 continue  # the answer to something asked before
             heard_at = time.monotonic()
+            was_heard = True
             if isinstance(message, StepReply | NeedRows):
                 return message, answer_body
             if isinstance(message, Busy):
@@ -118,6 +121,11 @@ class BrokerClient:
                 if not wait_for_worker:
                     raise NoWorker(message.reason)
                 send_at = heard_at + NO_WORKER_RETRY_S
+        if was_heard:
+            raise StepRefused(
+                f"the broker at {self.broker} has the step, but no worker answered it within "
+                f"{self._timeout_s:g} s; see `midspan status`"
+            )
         raise BrokerUnavailable(self._unavailable(self._timeout_s))
 
     def end_session(self, session_id: bytes) -> None:

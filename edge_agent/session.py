@@ -18,7 +18,7 @@ from torch import Tensor
 from common.codecs.calibration import Calibration
 from common.codecs.codec import make_codec
 from common.codecs.spec import DEFAULT_CODEC
-from common.errors import NonFiniteError, ProtocolError, SettingsError
+from common.errors import NonFiniteError, ProtocolError, SettingsError, StepRefused
 from common.messages import NeedRows, Opening, Step, StepReply
 from common.settings import PREFILL_ROWS
 from edge_agent.client import BrokerClient
@@ -26,6 +26,8 @@ from edge_agent.ends import ModelEnds
 from edge_agent.replay_log import Encoded, ReplayLog, parts_of
 from edge_agent.sampler import Sampler, SamplingSettings
 from edge_agent.stats import GenerationStats
+
+MAX_REPLAYS = 16  # in one step; every worker that dies on the way costs one or two
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +182,7 @@ class Session:
         Returns the rows (end - start, D) and the seconds spent in queues and in the middle layers.
         """
         parts: list[Tensor] = []
-        position, queue_s, middle_s = start, 0.0, 0.0
+        position, queue_s, middle_s, replays = start, 0.0, 0.0, 0
         while position < end:
             pieces = self._log.read(position, self._settings.prefill_rows)
             first, last = pieces[0].start, pieces[-1].end
@@ -196,6 +198,12 @@ class Session:
                 received = max(0, answer.have - start)
                 parts = [torch.cat(parts)[:received]] if parts and received else []
                 position = answer.have
+                replays += 1
+                if replays > MAX_REPLAYS:
+                    raise StepRefused(
+                        f"workers lost the session's KV {replays} times in one step; is their "
+                        "--cache-mb smaller than one session, and Redis down?"
+                    )
                 continue
             if reply_rows:
                 parts.append(self._decode(answer, body, pieces, down))

@@ -30,6 +30,12 @@ class TextTokenizer:
         ids: list[int] = self._tokenizer(prompt)["input_ids"]
         return ids
 
+    @property
+    def end_ids(self) -> list[int]:
+        """What ends a document: the end-of-sequence token, if there is one."""
+        end = self._tokenizer.eos_token_id
+        return [] if end is None else [end]
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text without special tokens."""
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)

@@ -69,16 +69,22 @@ def generate_together(
 ) -> list[list[int]]:
     """All prompts at once, each in a thread and with a client of its own."""
     answers: list[list[int]] = [[] for _ in prompts_ids]
+    errors: list[Exception] = []
     barrier = threading.Barrier(len(prompts_ids))
 
     def work(index: int) -> None:
         torch.set_num_threads(1)
         barrier.wait()
-        answers[index], _ = generate(pool, ends, prompts_ids[index], count)
+        try:
+            answers[index], _ = generate(pool, ends, prompts_ids[index], count)
+        except Exception as error:  # shown in the main thread
+            errors.append(error)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(prompts_ids))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    if errors:
+        raise errors[0]
     return answers

@@ -139,7 +139,7 @@ def test_rows_of_nan_are_refused_by_the_worker(pool: LocalPool, demo_ends: Model
 def test_a_model_that_computes_nan_is_refused_after_three_tries(
     demo_directory: Path, tmp_path: Path
 ) -> None:
-    for file in demo_directory.iterdir():
+    for file in filter(Path.is_file, demo_directory.iterdir()):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.4.mlp.down_proj.weight"].fill_(float("nan"))

@@ -193,15 +193,15 @@ def test_a_draining_worker_gets_nothing_new_and_finishes_what_it_has() -> None:
     state.on_step(STEP, OPENING, EDGE, now=0.0)
     assert without_notes(state.on_drain("w1", now=0.1)) == [AcceptDrain("w1")]
     assert state.on_step(OTHER, OPENING, EDGE, now=0.2) == [Dispatched("w2", OTHER.key, 1, 0)]
-    assert state.on_answer(reply("w1"), now=0.3)[0] == Answer(EDGE, STEP.key)
+    assert state.on_answer(reply("w1"), now=0.25)[0] == Answer(EDGE, STEP.key)
     second = dataclasses.replace(STEP, step=1, position=1)
-    assert state.on_step(second, OPENING, EDGE, now=0.4) == [Dispatched("w2", second.key, 1, 0)]
+    assert state.on_step(second, OPENING, EDGE, now=0.29) == [Dispatched("w2", second.key, 1, 0)]
 
 
 def test_an_undeliverable_step_costs_no_attempt() -> None:
     state = make_state("w1", "w2")
     state.on_step(STEP, OPENING, EDGE, now=0.0)
-    actions = without_notes(state.on_undeliverable("w1", STEP.key, now=0.1))
+    actions = without_notes(state.on_undeliverable(Dispatched("w1", STEP.key, 1, 0), now=0.1))
     assert actions == [Dispatched("w2", STEP.key, 1, 100_000)]
     assert "w1" not in state.workers
 
@@ -237,6 +237,57 @@ def test_an_opening_is_asked_for_once_and_then_remembered() -> None:
     state.on_answer(reply("w1"), now=0.2)
     second = dataclasses.replace(STEP, step=1, position=1)
     assert state.on_step(second, None, EDGE, now=0.3) == [Dispatched("w1", second.key, 1, 0)]
+
+
+def test_workers_that_die_together_cost_a_step_one_attempt() -> None:
+    state = make_state("w1", "w2", "w3")
+    state.on_step(STEP, OPENING, EDGE, now=0.0)
+    assert without_notes(state.on_tick(now=5.0)) == []
+    assert state.steps[STEP.key].attempts == 1
+    actions = without_notes(state.on_announce(announce("w4"), now=5.1))
+    assert actions == [Dispatched("w4", STEP.key, 2, 100_000)]
+
+
+def test_what_was_overtaken_is_not_sent_and_not_queued_twice() -> None:
+    state = make_state("w1", "w2")
+    (first,) = state.on_step(STEP, OPENING, EDGE, now=0.0)
+    assert isinstance(first, Dispatched)
+    state.on_worker_gone("w1", "died", now=0.1)
+    assert not state.is_current(first)
+    assert without_notes(state.on_undeliverable(first, now=0.2)) == []
+    assert list(state.queues[MODEL, SPAN]) == []
+    state.on_end(STEP.session_id)
+    assert state.on_undeliverable(first, now=0.3) == []
+
+
+def test_a_session_that_ends_gives_its_credit_back() -> None:
+    state = make_state("w1")
+    state.on_step(STEP, OPENING, EDGE, now=0.0)
+    state.on_end(STEP.session_id)
+    assert state.workers["w1"].in_flight == set()
+
+
+def test_a_step_in_flight_for_long_is_sent_again_to_the_same_worker() -> None:
+    state = make_state("w1")
+    state.on_step(STEP, OPENING, EDGE, now=0.0)
+    assert state.on_step(STEP, None, EDGE, now=0.9) == [TellPending(EDGE, STEP.key)]
+    again = [TellPending(EDGE, STEP.key), Dispatched("w1", STEP.key, 1, 0)]
+    assert state.on_step(STEP, None, EDGE, now=1.1) == again
+    assert state.on_step(STEP, None, EDGE, now=1.6) == [TellPending(EDGE, STEP.key)]
+
+
+def test_asking_again_does_not_put_the_deadline_off() -> None:
+    state = make_state("w1")
+    state.on_step(dataclasses.replace(STEP, deadline_ms=300), OPENING, EDGE, now=0.0)
+    state.on_step(dataclasses.replace(STEP, deadline_ms=300), None, EDGE, now=0.2)
+    assert isinstance(state.on_tick(now=0.3)[-1], Refuse)
+
+
+def test_a_worker_that_beats_slowly_is_not_taken_for_dead() -> None:
+    state = make_state()
+    state.on_announce(dataclasses.replace(announce("w1"), heartbeat_ms=1000), now=0.0)
+    assert state.on_tick(now=2.9) == []
+    assert state.on_tick(now=3.1) != []
 
 
 def test_silent_sessions_are_forgotten() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import redis
 import torch
-from pools import PROMPTS, generate, reference_tokens
+from pools import PROMPTS, generate, generate_together, reference_tokens
 
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.ends import ModelEnds
@@ -147,6 +148,75 @@ def test_the_broker_is_restarted(
     tokens, session = generate_with_harm(pool, demo_ends, prompt_ids, harm)
     assert tokens == reference
     assert session.stats.rows_replayed == 0
+
+
+@pytest.mark.parametrize("redis_dies", [False, True])
+def test_a_cache_that_holds_no_session_changes_no_token(
+    demo_ends: ModelEnds, whole_model: torch.nn.Module, redis_dies: bool
+) -> None:
+    tokenizer = TextTokenizer(demo_ends.directory)
+    prompts = PROMPTS[:6]
+    references = reference_tokens(whole_model, tokenizer, prompts, 24)
+    options = ["--cache-mb", "0", "--max-batch-steps", "2"]
+    with LocalPool(PoolSettings(workers=1, worker_options=options)) as tiny:
+        if redis_dies:
+            assert tiny.redis is not None
+            tiny.redis.child.kill()
+        prompts_ids = [tokenizer.encode(prompt) for prompt in prompts]
+        assert generate_together(tiny, demo_ends, prompts_ids, 24) == references
+
+
+def test_a_pool_that_cannot_keep_a_session_anywhere_says_so(demo_ends: ModelEnds) -> None:
+    ids = (TextTokenizer(demo_ends.directory).encode(PROMPTS[0]) * 20)[:300]
+    other = (TextTokenizer(demo_ends.directory).encode(PROMPTS[1]) * 20)[:300]
+    options = ["--cache-mb", "0"]
+    with LocalPool(PoolSettings(workers=1, worker_options=options)) as tiny:
+        assert tiny.redis is not None
+        tiny.redis.child.kill()
+        both = generate_together(tiny, demo_ends, [ids, other], 2)
+        assert [len(tokens) for tokens in both] == [2, 2]
+
+
+def test_a_whole_pool_killed_at_once_leaves_the_broker_alive(
+    demo_ends: ModelEnds, prompt_ids: list[int], reference: list[int]
+) -> None:
+    with LocalPool(PoolSettings(workers=3)) as three:
+        timers: list[threading.Timer] = []
+
+        def harm(_: Session) -> None:
+            for child in three.workers.values():
+                child.signal(signal.SIGKILL)
+            three.workers.clear()
+            timers.append(threading.Timer(0.5, three.start_worker))
+            timers[0].start()
+
+        tokens, _ = generate_with_harm(three, demo_ends, prompt_ids, harm)
+        timers[0].join()
+        assert tokens == reference
+        assert three.broker is not None
+        three.broker.check()
+
+
+def test_workers_that_pause_together_lose_nothing(
+    demo_ends: ModelEnds, whole_model: torch.nn.Module
+) -> None:
+    tokenizer = TextTokenizer(demo_ends.directory)
+    references = reference_tokens(whole_model, tokenizer, PROMPTS[:4], NEW_TOKENS)
+    with LocalPool(PoolSettings(workers=3)) as three:
+        children = list(three.workers.values())
+
+        def pause_and_wake(number: signal.Signals) -> None:
+            for child in children:
+                child.signal(number)
+
+        timers = [
+            threading.Timer(0.15, pause_and_wake, [signal.SIGSTOP]),
+            threading.Timer(1.65, pause_and_wake, [signal.SIGCONT]),
+        ]
+        for timer in timers:
+            timer.start()
+        prompts_ids = [tokenizer.encode(prompt) for prompt in PROMPTS[:4]]
+        assert generate_together(three, demo_ends, prompts_ids, NEW_TOKENS) == references
 
 
 def test_a_drained_worker_hands_its_session_over(

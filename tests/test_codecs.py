@@ -31,7 +31,7 @@ UNCALIBRATED = [
     "bool", "bool:channel", "fp8-e4m3", "fp8-e5m2", "fp3.2", "fp2.1:tensor", "fp1.0", "fp5.0",
     "int5/2@0.25", "int8/4@.5:affine+zstd", "fp32+zstd", "int1:token:affine",
 ]  # fmt: skip
-CALIBRATED = ["compact", "smallest", "int4:token:affine+norm", "step0.02+fisher+zstd",
+CALIBRATED = ["compact", "smallest", "int4:token:affine+norm", "fisher0.002+zstd",
               "int5/2@0.3+norm+hadamard64+predict"]  # fmt: skip
 D = 48
 
@@ -321,7 +321,7 @@ def test_a_zstd_body_that_lies_about_its_size_allocates_nothing() -> None:
         ("int8+hadamard3", "a power of two"),
         ("int8+magic", "option 'magic' is not known"),
         ("fp6.5", "is unknown"),
-        ("step0.1", r"add \+fisher"),
+        ("fisher0.1+norm", "takes .predict and .zstd only"),
         ("int2/5@0.5", "the first width must be the larger one"),
         ("int5/2@0.5:tensor", "two widths go with token granularity"),
         ("fp16+norm", "takes .zstd only"),

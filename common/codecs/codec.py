@@ -110,7 +110,7 @@ class Codec:
             return 0
         if spec.kind == "cast":
             return rows * hidden * CAST_DTYPES[spec.exponent].itemsize
-        if spec.kind == "step":
+        if spec.kind == "fisher":
             return None
         if spec.low_bits:
             high = self._high_rows(rows)
@@ -157,14 +157,14 @@ class Codec:
         if self._predictor is not None:
             assert uplink is not None, "prediction needs the uplink rows"
             values = values - self._predictor.predict(uplink.float())
-        if self._known is not None and self.spec.fisher:
+        if self._known is not None and self.spec.kind == "fisher":
             return (values - self._known.mean) @ self._known.fisher
         if self._known is not None and self.spec.norm:
             values = (values - self._known.mean) / self._known.scale
         return _rotate(values, self.spec.hadamard)
 
     def _after_quantizing(self, values: Tensor, uplink: Tensor | None) -> Tensor:
-        if self._known is not None and self.spec.fisher:
+        if self._known is not None and self.spec.kind == "fisher":
             values = (values @ self._known.fisher_inverse).add_(self._known.mean)
         else:
             values = _rotate(values, self.spec.hadamard)  # a symmetric rotation undoes itself
@@ -177,8 +177,8 @@ class Codec:
 
     def _quantize(self, values: Tensor) -> bytes:
         spec = self.spec
-        if spec.kind == "step":
-            return encode_symbols((values / spec.step).round_(), self._deviations())
+        if spec.kind == "fisher":
+            return encode_symbols(values.div(self._step()).round_(), self._deviations())
         if not len(values):
             return b""
         if not spec.low_bits:
@@ -192,8 +192,8 @@ class Codec:
 
     def _dequantize(self, data: memoryview, rows: int, hidden: int) -> Tensor:
         spec = self.spec
-        if spec.kind == "step":
-            return decode_symbols(data, rows, self._deviations()).mul_(spec.step)
+        if spec.kind == "fisher":
+            return decode_symbols(data, rows, self._deviations()).mul_(self._step())
         if not spec.low_bits:
             return dequantize(data, spec, rows, hidden, spec.bits)
         mask_bytes = -(-rows // 8)
@@ -217,9 +217,14 @@ class Codec:
         high[largest.topk(self._high_rows(len(values))).indices] = True
         return high
 
+    def _step(self) -> float:
+        """Rounding errors of D coordinates cost D * step^2 / 24 nats, half their squared length."""
+        assert self._known is not None
+        return math.sqrt(24 * self.spec.budget / len(self._known.mean))
+
     def _deviations(self) -> Tensor:
         assert self._known is not None
-        return self._known.deviation / self.spec.step
+        return self._known.deviation / self._step()
 
 
 def make_codec(name: str, direction: str, calibration: Calibration | None = None) -> Codec:

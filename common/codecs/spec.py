@@ -3,13 +3,14 @@
     NAME   = fp32 | fp16 | bf16 | int8 | compact | smallest | SPEC
     SPEC   = FORMAT [: GRANULARITY] [: sym | affine] {+ OPTION}
     FORMAT = intN (N 1 to 8) | intN/M@F | bool | fp8-e4m3 | fp8-e5m2 | fpE.M
-           | fp32 | fp16 | bf16 | stepS
+           | fp32 | fp16 | bf16 | fisherS
     GRANULARITY = token | tensor | channel | group:G
-    OPTION = norm | hadamardB | predict | fisher | zstd
+    OPTION = norm | hadamardB | predict | zstd
 
 For example `int4:token:affine+hadamard64+predict`. `intN/M@F` gives the fraction F of the rows
-that would lose most N bits and the others M. `stepS` is a uniform step S in the calibrated
-Fisher metric, entropy-coded: `step0.2+fisher+predict`. norm, predict and fisher need a calibration.
+that would lose most N bits and the others M. `fisherS` quantizes in the calibrated Fisher metric,
+with a step that is expected to cost S nats per token, and entropy-codes the result:
+`fisher0.01+predict`. norm, predict and fisher need a calibration.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SHORT_NAMES = {
     "int8": "int8:token:sym",
     "bool": "int1:token:sym",
     "compact": "int5:token:sym+norm+hadamard64+predict",
-    "smallest": "step0.05+fisher+predict",
+    "smallest": "fisher0.01+predict",
     "fp8-e4m3": "fp4.3",
     "fp8-e5m2": "fp5.2",
 }
@@ -35,7 +36,7 @@ GRANULARITIES = ("token", "tensor", "channel", "group")
 
 @dataclass(frozen=True, slots=True)
 class CodecSpec:
-    """A codec in full. `kind` is cast, float, int or step."""
+    """A codec in full. `kind` is cast, float, int or fisher."""
 
     name: str  # as typed
     kind: str
@@ -47,16 +48,15 @@ class CodecSpec:
     granularity: str = "token"
     group: int = 0
     affine: bool = False
-    step: float = 0.0
+    budget: float = 0.0  # of fisher, in nats per token
     norm: bool = False
     hadamard: int = 0  # block size, 0 for none
     predict: bool = False
-    fisher: bool = False
     zstd: bool = False
 
     @property
     def needs_calibration(self) -> bool:
-        return self.norm or self.predict or self.fisher
+        return self.norm or self.predict or self.kind == "fisher"
 
 
 def parse_codec(name: str) -> CodecSpec:
@@ -101,9 +101,9 @@ def _parse_format(name: str, text: str) -> dict[str, object]:
     match = re.fullmatch(r"fp([1-8])\.(\d)", text)
     if match and int(match[1]) + int(match[2]) <= 7:
         return {"kind": "float", "exponent": int(match[1]), "mantissa": int(match[2])}
-    match = re.fullmatch(r"step(\d*\.?\d+)", text)
+    match = re.fullmatch(r"fisher(\d*\.?\d+)", text)
     if match and float(match[1]) > 0:
-        return {"kind": "step", "step": float(match[1])}
+        return {"kind": "fisher", "budget": float(match[1])}
     raise SettingsError(
         f"codec {name!r} is unknown; known are fp32, fp16, bf16, int8, compact, smallest, bool, "
         "fp8-e4m3, fp8-e5m2, and what the grammar allows, for example "
@@ -112,20 +112,20 @@ def _parse_format(name: str, text: str) -> dict[str, object]:
 
 
 def _parse_option(name: str, option: str) -> dict[str, object]:
-    if option in ("norm", "predict", "fisher", "zstd"):
+    if option in ("norm", "predict", "zstd"):
         return {option: True}
     match = re.fullmatch(r"hadamard(\d+)", option)
     if match and int(match[1]) >= 2 and int(match[1]).bit_count() == 1:
         return {"hadamard": int(match[1])}
     raise SettingsError(
         f"codec {name!r}: option {option!r} is not known; expected norm, hadamardB with B a power "
-        "of two, predict, fisher or zstd"
+        "of two, predict or zstd"
     )
 
 
 def _check(spec: CodecSpec) -> None:
-    if spec.kind == "step" and not spec.fisher:
-        raise SettingsError(f"codec {spec.name!r}: step works in the Fisher metric; add +fisher")
+    if spec.kind == "fisher" and (spec.norm or spec.hadamard):
+        raise SettingsError(f"codec {spec.name!r}: fisher takes +predict and +zstd only")
     if spec.kind == "cast" and (spec.needs_calibration or spec.hadamard):
         raise SettingsError(f"codec {spec.name!r}: {spec.name.split('+')[0]} takes +zstd only")
     if spec.low_bits and spec.granularity != "token":

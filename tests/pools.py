@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from common.codecs.calibration import Calibration
 from common.settings import PREFILL_ROWS
 from deploy.pool import LocalPool
 from edge_agent.client import BrokerClient
@@ -50,10 +51,11 @@ def generate(
     on_token: Callable[[int, Session], None] = lambda index, session: None,
     timeout_s: float = 60.0,
     prefill_rows: int = PREFILL_ROWS,
+    calibration: Calibration | None = None,
 ) -> tuple[list[int], Session]:
     """One session through the pool; `on_token` may do harm on the way."""
     client = BrokerClient([pool.edge_endpoint], timeout_s)
-    session = Session(ends, client, uniform_settings(codec, prefill_rows=prefill_rows))
+    session = Session(ends, client, uniform_settings(codec, prefill_rows=prefill_rows), calibration)
     tokens = []
     try:
         for token in session.generate(prompt_ids, count, sampling):

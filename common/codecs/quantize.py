@@ -63,7 +63,7 @@ def quantize(values: Tensor, spec: CodecSpec, bits: int) -> bytes:
         scales = _to_bf16(cells.abs().mean(dim=1, keepdim=True))
         codes = (cells >= 0).to(torch.uint8)
     elif spec.affine:
-        low, high = cells.amin(dim=1, keepdim=True), cells.amax(dim=1, keepdim=True)
+        low, high = torch.aminmax(cells, dim=1, keepdim=True)
         # a row far from zero with little spread: the zero point must fit into 16 bits
         needed = torch.maximum(
             (high - low) / max(1, 2**bits - 2), torch.maximum(low.abs(), high.abs()) / 30000
@@ -107,8 +107,8 @@ def dequantize(body: memoryview, spec: CodecSpec, rows: int, hidden: int, bits: 
 
 
 def _largest(cells: Tensor) -> Tensor:
-    largest: Tensor = torch.linalg.vector_norm(cells, torch.inf, dim=1, keepdim=True)
-    return largest
+    low, high = torch.aminmax(cells, dim=1, keepdim=True)
+    return torch.maximum(-low, high)
 
 
 def _to_bf16(scales: Tensor) -> Tensor:

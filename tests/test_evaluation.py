@@ -1,0 +1,229 @@
+"""Perplexity, calibration and the rate-distortion table, over the real path."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from pools import PROMPTS, generate
+from random_models import save_random_model
+from test_cli import error_line, run_midspan
+from transformers import LlamaConfig
+
+from common.checkpoint import Checkpoint
+from common.codecs.calibration import load_calibration
+from common.errors import StepRefused
+from deploy.pool import LocalPool, PoolSettings
+from deploy.texts import read_tokens
+from edge_agent.client import BrokerClient
+from edge_agent.ends import ModelEnds, load_ends
+from edge_agent.perplexity import PerplexityMeter, Window, sliding_windows
+from edge_agent.session import Session, uniform_settings
+from edge_agent.tokenizer import TextTokenizer
+
+
+def test_windows_score_every_token_but_the_first_once() -> None:
+    windows = list(sliding_windows(10, length=4, stride=2))
+    assert windows == [
+        Window(0, 4, 3), Window(2, 6, 2), Window(4, 8, 2), Window(6, 10, 2),
+    ]  # fmt: skip
+    for length, stride in ((4, 4), (5, 3), (99, 7), (3, 1)):
+        assert sum(w.scored for w in sliding_windows(10, length, stride)) >= 10 - -(-10 // length)
+    assert sum(w.scored for w in sliding_windows(10, 5, 3)) == 9
+
+
+@torch.no_grad()
+def huggingface_perplexity(
+    model: torch.nn.Module, ids: list[int], window: int, stride: int
+) -> float:
+    """The loop of transformers' documentation (perplexity of fixed-length models), on labels."""
+    nats, count, previous_end = 0.0, 0, 0
+    for begin in range(0, len(ids), stride):
+        end = min(begin + window, len(ids))
+        fresh = end - previous_end
+        inputs = torch.tensor([ids[begin:end]])
+        labels = inputs.clone()
+        labels[:, :-fresh] = -100
+        loss = model(inputs, labels=labels).loss
+        scored = int((labels[:, 1:] != -100).sum())
+        nats, count = nats + float(loss) * scored, count + scored
+        previous_end = end
+        if end == len(ids):
+            break
+    return float(torch.exp(torch.tensor(nats / count)))
+
+
+def test_perplexity_through_the_pool_is_that_of_the_whole_model(
+    demo_ends: ModelEnds, whole_model: torch.nn.Module
+) -> None:
+    text = demo_ends.directory / "validation.txt"
+    ids = read_tokens(text, TextTokenizer(demo_ends.directory), True, 700)
+    meter = PerplexityMeter()
+    with LocalPool(PoolSettings(workers=1)) as pool:
+        client = BrokerClient([pool.edge_endpoint])
+        for part in sliding_windows(len(ids), 200, 100):
+            tokens = ids[part.begin : part.end]
+            session = Session(demo_ends, client, uniform_settings("fp32"))
+            meter.add(session.score(tokens), tokens, part.scored)
+        client.close()
+    want = huggingface_perplexity(whole_model, ids, 200, 100)
+    assert meter.perplexity == pytest.approx(want, rel=1e-5)  # float32 over several shapes
+
+
+def test_the_demo_models_codecs_keep_their_promises(tmp_path: Path, demo_directory: Path) -> None:
+    table, plot = tmp_path / "table.csv", tmp_path / "plot.png"
+    done = run_midspan(
+        "eval", "codec", "stories-llama", "--text", str(demo_directory / "validation.txt"),
+        "--documents", "--tokens", "3000", "--codec", "int8", "--codec", "compact",
+        "--codec", "smallest", "--codec", "int8,compact",
+        "--csv", str(table), "--plot", str(plot),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(table.open()))
+    header = "codec,cut,window_tokens,wire_bits_per_value,perplexity,loss_percent"
+    assert ",".join(rows[0]) == header
+    bits = {row["codec"]: float(row["wire_bits_per_value"]) for row in rows}
+    loss = {row["codec"]: float(row["loss_percent"]) for row in rows}
+    assert (rows[0]["codec"], loss["fp32"]) == ("fp32", 0.0)
+    assert bits["int8"] <= 8.3
+    assert loss["int8"] <= 0.1
+    assert bits["compact"] <= 5.2
+    assert loss["compact"] <= 0.5
+    assert bits["smallest"] <= 4.0
+    assert loss["smallest"] <= 1.0
+    assert bits["compact"] < bits["int8,compact"] < bits["int8"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("codec", ["compact", "smallest", "int5/2@0.3+norm+predict", "int4:tensor"])
+def test_a_killed_worker_changes_nothing_with_any_codec(demo_ends: ModelEnds, codec: str) -> None:
+    from common.codecs.calibration import open_calibration
+
+    span = (demo_ends.cut.begin, demo_ends.cut.end)
+    calibration = open_calibration(None, demo_ends.directory, demo_ends.fingerprint, span)
+    ids = TextTokenizer(demo_ends.directory).encode(PROMPTS[5])
+
+    def run(pool: LocalPool, harm: bool) -> tuple[list[int], Session]:
+        def on_token(index: int, session: Session) -> None:
+            if harm and index == 15:
+                pool.kill_worker(session.last_worker_id)
+                assert pool.redis is not None
+                pool.redis.restart()
+
+        return generate(
+            pool, demo_ends, ids, 30, codec=codec, calibration=calibration, on_token=on_token
+        )
+
+    with LocalPool(PoolSettings(workers=2)) as pool:
+        undisturbed, _ = run(pool, harm=False)
+        disturbed, session = run(pool, harm=True)
+    assert disturbed == undisturbed
+    assert session.stats.rows_replayed > 0
+
+
+def test_different_codecs_for_prompt_and_decode_and_for_both_directions() -> None:
+    with LocalPool(PoolSettings(workers=1)) as pool:
+        done = run_midspan(
+            "ask", PROMPTS[0], "--broker", pool.edge_endpoint, "-n", "20", "--json",
+            "--codec-prefill", "int4,int8", "--codec-decode", "compact,fp16",
+        )  # fmt: skip
+    stats = json.loads(done.stdout)["stats"]
+    hidden, header = 128, 70
+    assert hidden * 5 // 8 < stats["bytes_up_per_token"] < hidden * 5 // 8 + header
+    assert hidden * 2 < stats["bytes_down_per_token"] < hidden * 2 + header
+
+
+def test_a_wide_decode_token_costs_at_most_8_3_bits_per_value(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=4096, intermediate_size=16, num_hidden_layers=3,
+        num_attention_heads=1, head_dim=16, num_key_value_heads=1, max_position_embeddings=128,
+        bos_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    directory = save_random_model(config, tmp_path)
+    ends = load_ends(directory, "1:2")
+    settings = PoolSettings(workers=1, model=str(directory), span="1-2")
+    with LocalPool(settings) as pool:
+        _, session = generate(pool, ends, [1, 2, 3], 20, codec="int8")
+    stats = session.stats.to_json()
+    assert stats["bytes_up_per_token"] * 8 / 4096 <= 8.3
+    assert stats["bytes_down_per_token"] * 8 / 4096 <= 8.3
+
+
+def test_a_calibration_is_made_for_any_cut_and_refused_for_another(
+    tmp_path: Path, demo_directory: Path
+) -> None:
+    made = tmp_path / "calibration"
+    command = [
+        "calibrate", "stories-llama", "--text", str(demo_directory / "validation.txt"),
+        "--cut", "1:7", "-o", str(made), "--tokens", "600", "--documents",
+    ]  # fmt: skip
+    done = run_midspan(*command)
+    assert done.returncode == 0, done.stderr
+    calibration = load_calibration(made)
+    fingerprint = Checkpoint(demo_directory).fingerprint()
+    assert (calibration.model, calibration.span) == (fingerprint, (1, 7))
+    line = error_line("ask", "hi", "--calibration", str(made), "--broker", "tcp://127.0.0.1:1")
+    assert "no broker answers" in line
+    with LocalPool(PoolSettings(workers=1)) as pool:
+        options = ["--calibration", str(made), "--codec", "compact"]
+        line = error_line("ask", "hi", *options, "--broker", pool.edge_endpoint)
+    assert "was calibrated for span 1-7" in line
+    assert "not for 2-6" in line
+
+
+def test_an_edge_and_a_worker_with_different_calibrations_refuse(
+    tmp_path: Path, demo_directory: Path, demo_ends: ModelEnds
+) -> None:
+    made = tmp_path / "other"
+    text = str(demo_directory / "validation.txt")
+    run_midspan("calibrate", "stories-llama", "--text", text, "-o", str(made), "--tokens", "600")
+    settings = PoolSettings(workers=1, worker_options=["--calibration", str(made)])
+    ours = load_calibration(demo_directory / "calibration" / "2-6")
+    theirs = load_calibration(made)
+    words = f"the edge has calibration {ours.fingerprint} and this worker {theirs.fingerprint}"
+    with LocalPool(settings) as pool, pytest.raises(StepRefused, match=words):
+        generate(pool, demo_ends, [0, 5, 6], 3, codec="compact", calibration=ours)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["eval", "codec", "stories-llama", "--text", "nowhere.txt"], "nowhere.txt cannot be read"),
+        (["calibrate", "stories-llama", "--text", "nowhere.txt"], "nowhere.txt cannot be read"),
+        (
+            ["eval", "codec", "stories-llama", "--text", "README.md", "--codec", "int9"],
+            "codec 'int9' is unknown",
+        ),
+        (
+            ["eval", "codec", "stories-llama", "--text", "README.md", "--cut", "1:7",
+             "--codec", "compact"],
+            "codec 'compact' needs a calibration of this model and cut",
+        ),
+        (
+            ["calibrate", "stories-llama", "--text", "README.md", "--tokens", "99"],
+            "99 tokens are too few to calibrate 128 channels",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_measured_is_said(arguments: list[str], words: str) -> None:
+    assert words in error_line(*arguments)
+
+
+def test_the_shipped_calibration_belongs_to_the_shipped_model(demo_directory: Path) -> None:
+    calibration = load_calibration(demo_directory / "calibration" / "2-6")
+    assert calibration.model == Checkpoint(demo_directory).fingerprint()
+
+
+def test_the_codec_benchmark_runs() -> None:
+    script = Path(__file__).resolve().parent.parent / "benchmarks" / "codec.py"
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, script, "--hidden", "64", "--tokens", "4", "--json"],
+        cwd=script.parent.parent, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert {row["codec"] for row in json.loads(done.stdout)} >= {"int8", "compact", "smallest"}

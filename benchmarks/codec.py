@@ -2,9 +2,10 @@
 
     python benchmarks/codec.py [--json]
 
-For every codec at hidden 256, 2048 and 4096 and for 1 and 256 tokens: encode + decode against a
-Llama layer (intermediate 2.7 times hidden, heads of 64) in the same run, on the same number of threads. A
-calibration is made up, since only its shapes matter here.
+For every codec at hidden 256, 2048 and 4096 and for 1 and 256 tokens: what an edge does for a step,
+encoding the uplink and decoding the downlink, against a Llama layer (intermediate 2.7 times
+hidden, heads of 64) in the same run on the same number of threads. A calibration is made up, since
+only its shapes matter here.
 """
 
 from __future__ import annotations

@@ -14,12 +14,11 @@ from typing import Any
 import msgpack
 import zmq
 
-from broker.state import (
+from broker.actions import (
     AcceptDrain,
     Action,
     Answer,
     AskOpening,
-    BrokerState,
     Dispatched,
     Forget,
     ForwardEnd,
@@ -28,6 +27,8 @@ from broker.state import (
     TellBusy,
     TellPending,
 )
+from broker.report import make_report
+from broker.state import BrokerState
 from common.errors import ProtocolError, SettingsError
 from common.messages import (
     Announce,
@@ -158,7 +159,7 @@ class BrokerServer:
                 actions.append(Forget(message.key))
             self._perform(actions)
         elif isinstance(message, StatusQuery):
-            report = self.state.report(now) | {"bad_messages": self._bad_messages}
+            report = make_report(self.state, now) | {"bad_messages": self._bad_messages}
             self._send(self._edges, edge_id, [encode_header(StatusReport()), msgpack.packb(report)])
         elif isinstance(message, EndSession):
             self._perform(self.state.on_end(message.session_id))

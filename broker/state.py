@@ -13,10 +13,21 @@ idle. Without a warm worker the least loaded one with room gets it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
+from broker.actions import (
+    AcceptDrain,
+    Action,
+    Answer,
+    AskOpening,
+    Dispatched,
+    Forget,
+    ForwardEnd,
+    Note,
+    Refuse,
+    TellBusy,
+    TellPending,
+)
 from common.messages import (
     Announce,
     NeedRows,
@@ -36,102 +47,6 @@ BUSY_RETRY_MS = 200
 SEND_AGAIN_S = 1.0
 FRESH_PART = 0.6  # of the time after which a silent worker is dead
 MISSED_AT_LEAST = 3  # heartbeats of a worker that announces slower ones than we expect
-
-
-@dataclass(frozen=True, slots=True)
-class Dispatched:
-    """Send the step to the worker."""
-
-    worker_id: str
-    key: StepKey
-    attempt: int
-    queue_us: int
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """Pass the worker's answer on to the edge that asked."""
-
-    edge_id: bytes
-    key: StepKey
-
-
-@dataclass(frozen=True, slots=True)
-class Refuse:
-    """Tell the edge that the step will not be computed."""
-
-    edge_id: bytes
-    key: StepKey
-    code: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class TellPending:
-    """Tell the edge that its step is known and being worked on."""
-
-    edge_id: bytes
-    key: StepKey
-
-
-@dataclass(frozen=True, slots=True)
-class AskOpening:
-    """Ask the edge for the opening of a session that the broker does not know."""
-
-    edge_id: bytes
-    key: StepKey
-
-
-@dataclass(frozen=True, slots=True)
-class TellBusy:
-    """Tell the edge to ask again later."""
-
-    edge_id: bytes
-    key: StepKey
-    retry_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class Forget:
-    """Drop the frames kept for a step."""
-
-    key: StepKey
-
-
-@dataclass(frozen=True, slots=True)
-class ForwardEnd:
-    """Tell the worker that a session is over."""
-
-    worker_id: str
-    session_id: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class AcceptDrain:
-    """Tell the worker that nothing new will come."""
-
-    worker_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Note:
-    """Write a line to the log."""
-
-    text: str
-
-
-Action = (
-    Dispatched
-    | Answer
-    | Refuse
-    | TellPending
-    | AskOpening
-    | TellBusy
-    | Forget
-    | ForwardEnd
-    | AcceptDrain
-    | Note
-)
 
 
 @dataclass(slots=True)
@@ -507,44 +422,6 @@ class BrokerState:
             if not warm.draining and warm in workers:
                 candidates = [w for w in candidates if not w.in_flight]
         return min(candidates, key=lambda w: len(w.in_flight), default=None)
-
-    # --- the report
-
-    def report(self, now: float) -> dict[str, Any]:
-        """Plain maps for StatusReport: workers, queues, sessions and counters."""
-        return {
-            "uptime_s": round(now - self.started_at, 1),
-            "workers": [dict(self._report_worker(w, now)) for w in self.workers.values()],
-            "queues": [
-                {"model": model, "span": f"{span[0]}-{span[1]}", "queued": len(queue)}
-                for (model, span), queue in self.queues.items()
-            ],
-            "sessions": len(self.sessions),
-            "steps_in_flight": sum(len(w.in_flight) for w in self.workers.values()),
-            "counters": dict(self.counters),
-        }
-
-    def _report_worker(self, worker: Worker, now: float) -> Iterator[tuple[str, Any]]:
-        announce = worker.announce
-        state = "draining" if worker.draining else "ready" if announce.ready else "starting"
-        warm_here = sum(s.worker_id == announce.worker_id for s in self.sessions.values())
-        yield "worker_id", announce.worker_id
-        yield "state", state
-        yield "host", announce.host
-        yield "pid", announce.pid
-        yield (
-            "services",
-            [
-                {"model": s.model, "name": s.name, "span": f"{s.span[0]}-{s.span[1]}"}
-                for s in announce.services
-            ],
-        )
-        yield "in_flight", len(worker.in_flight)
-        yield "capacity", announce.capacity
-        yield "warm_sessions", warm_here
-        yield "steps_done", worker.steps_done
-        yield "seen_ms_ago", round((now - worker.seen_at) * 1000)
-        yield "stats", announce.stats
 
 
 def describe_service(service: Service) -> str:

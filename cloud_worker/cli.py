@@ -76,7 +76,7 @@ def worker(
     from common.codecs.calibration import open_calibration
     from common.demo_model import find_model
     from common.messages import Service
-    from common.span_model import (
+    from common.span_loading import (
         check_device,
         context_length,
         load_span,

@@ -186,7 +186,7 @@ class StatusQuery:
 
 @dataclass(frozen=True, slots=True)
 class StatusReport:
-    """Workers, queues and counters: one body frame, a MessagePack map (BrokerState.report)."""
+    """Workers, queues and counters: one body frame, a MessagePack map (broker/report.py)."""
 
     kind: ClassVar[str] = "status"
 

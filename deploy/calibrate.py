@@ -45,7 +45,7 @@ def calibrate(
     from common.codecs.calibration import default_directory, save_calibration
     from common.demo_model import find_model
     from common.processes import set_up_torch
-    from common.span_model import read_config
+    from common.span_loading import read_config
     from common.spans import parse_cut
     from deploy.texts import read_tokens
     from edge_agent.tokenizer import TextTokenizer
@@ -73,7 +73,7 @@ def measure_calibration(
 
     from common.codecs.calibration import fit_calibration
     from common.errors import SettingsError
-    from common.span_model import find_decoder
+    from common.span_loading import find_decoder
 
     model: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint.directory, dtype=torch.float32

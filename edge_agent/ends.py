@@ -12,7 +12,8 @@ from torch import Tensor
 from common.attention import Segment
 from common.checkpoint import Checkpoint
 from common.kv_rows import KvRows
-from common.span_model import SpanModel, context_length, load_span, parse_dtype, read_config
+from common.span_loading import context_length, load_span, parse_dtype, read_config
+from common.span_model import SpanModel
 from common.spans import Cut, parse_cut
 
 

@@ -2,12 +2,11 @@
 
 import dataclasses
 
-from broker.state import (
+from broker.actions import (
     AcceptDrain,
     Action,
     Answer,
     AskOpening,
-    BrokerState,
     Dispatched,
     Forget,
     ForwardEnd,
@@ -16,6 +15,7 @@ from broker.state import (
     TellBusy,
     TellPending,
 )
+from broker.state import BrokerState
 from common.messages import Announce, NeedRows, Opening, Part, Service, Step, StepFailed, StepReply
 
 MODEL, SPAN = "f" * 16, (2, 6)

@@ -29,7 +29,8 @@ from transformers import (
 from common.attention import Segment
 from common.checkpoint import Checkpoint
 from common.errors import CheckpointError
-from common.span_model import SpanModel, load_span, read_config
+from common.span_loading import load_span, read_config
+from common.span_model import SpanModel
 from common.spans import Span
 
 SIZE = {

@@ -1,0 +1,103 @@
+"""What a BrokerState decides and its server performs, one dataclass each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.messages import StepKey
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatched:
+    """Send the step to the worker."""
+
+    worker_id: str
+    key: StepKey
+    attempt: int
+    queue_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Pass the worker's answer on to the edge that asked."""
+
+    edge_id: bytes
+    key: StepKey
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Tell the edge that the step will not be computed."""
+
+    edge_id: bytes
+    key: StepKey
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TellPending:
+    """Tell the edge that its step is known and being worked on."""
+
+    edge_id: bytes
+    key: StepKey
+
+
+@dataclass(frozen=True, slots=True)
+class AskOpening:
+    """Ask the edge for the opening of a session that the broker does not know."""
+
+    edge_id: bytes
+    key: StepKey
+
+
+@dataclass(frozen=True, slots=True)
+class TellBusy:
+    """Tell the edge to ask again later."""
+
+    edge_id: bytes
+    key: StepKey
+    retry_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Drop the frames kept for a step."""
+
+    key: StepKey
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardEnd:
+    """Tell the worker that a session is over."""
+
+    worker_id: str
+    session_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptDrain:
+    """Tell the worker that nothing new will come."""
+
+    worker_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Write a line to the log."""
+
+    text: str
+
+
+Action = (
+    Dispatched
+    | Answer
+    | Refuse
+    | TellPending
+    | AskOpening
+    | TellBusy
+    | Forget
+    | ForwardEnd
+    | AcceptDrain
+    | Note
+)

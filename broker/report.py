@@ -1,0 +1,44 @@
+"""What `midspan status` shows of a BrokerState, as plain maps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from broker.state import BrokerState, Worker
+
+
+def make_report(state: BrokerState, now: float) -> dict[str, Any]:
+    """Workers, queues, sessions and counters; goes into the body of a StatusReport."""
+    return {
+        "uptime_s": round(now - state.started_at, 1),
+        "workers": [_report_worker(state, worker, now) for worker in state.workers.values()],
+        "queues": [
+            {"model": model, "span": f"{span[0]}-{span[1]}", "queued": len(queue)}
+            for (model, span), queue in state.queues.items()
+        ],
+        "sessions": len(state.sessions),
+        "steps_in_flight": sum(len(w.in_flight) for w in state.workers.values()),
+        "counters": dict(state.counters),
+    }
+
+
+def _report_worker(state: BrokerState, worker: Worker, now: float) -> dict[str, Any]:
+    announce = worker.announce
+    return {
+        "worker_id": announce.worker_id,
+        "state": "draining" if worker.draining else "ready" if announce.ready else "starting",
+        "host": announce.host,
+        "pid": announce.pid,
+        "services": [
+            {"model": s.model, "name": s.name, "span": f"{s.span[0]}-{s.span[1]}"}
+            for s in announce.services
+        ],
+        "in_flight": len(worker.in_flight),
+        "capacity": announce.capacity,
+        "warm_sessions": sum(
+            session.worker_id == announce.worker_id for session in state.sessions.values()
+        ),
+        "steps_done": worker.steps_done,
+        "seen_ms_ago": round((now - worker.seen_at) * 1000),
+        "stats": announce.stats,
+    }

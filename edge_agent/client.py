@@ -34,7 +34,7 @@ from common.messages import (
     StepReply,
 )
 from common.messages import StepRefused as StepRefusedMessage
-from common.sockets import Context, connect_dealer
+from common.sockets import Context, connect_dealer, wire_bytes
 from common.wire import check_frames, decode_header, encode_header
 
 ASK_AGAIN_S = 0.5  # a step that is not answered is sent again after this
@@ -146,7 +146,7 @@ class BrokerClient:
             self._socket.send_multipart(frames)
         except zmq.Again:
             return
-        self.bytes_up += sum(map(len, frames))
+        self.bytes_up += wire_bytes(frames)
 
     def _receive(self, timeout_s: float) -> tuple[Message, bytes] | None:
         self._socket.setsockopt(zmq.RCVTIMEO, max(1, round(timeout_s * 1000)))
@@ -154,7 +154,7 @@ class BrokerClient:
             frames = self._socket.recv_multipart()
         except zmq.Again:
             return None
-        self.bytes_down += sum(map(len, frames))
+        self.bytes_down += wire_bytes(frames)
         try:
             check_frames(frames)
             return decode_header(frames[0]), frames[1] if len(frames) > 1 else b""

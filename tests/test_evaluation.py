@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import socket
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from deploy.texts import read_tokens
 from edge_agent.client import BrokerClient
 from edge_agent.ends import ModelEnds, load_ends
 from edge_agent.perplexity import PerplexityMeter, Window, sliding_windows
+from edge_agent.sampler import SamplingSettings
 from edge_agent.session import Session, uniform_settings
 from edge_agent.tokenizer import TextTokenizer
 
@@ -135,6 +138,44 @@ def test_different_codecs_for_prompt_and_decode_and_for_both_directions() -> Non
     hidden, header = 128, 70
     assert hidden * 5 // 8 < stats["bytes_up_per_token"] < hidden * 5 // 8 + header
     assert hidden * 2 < stats["bytes_down_per_token"] < hidden * 2 + header
+
+
+class CountingProxy:
+    """Forwards one TCP connection and counts what passes, apart from everything of ours."""
+
+    def __init__(self, port: int) -> None:
+        self.up = self.down = 0
+        self._target = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        client, _ = self._listener.accept()
+        server = socket.create_connection(("127.0.0.1", self._target))
+        down = threading.Thread(target=self._pump, args=(server, client, "down"), daemon=True)
+        down.start()
+        self._pump(client, server, "up")
+
+    def _pump(self, source: socket.socket, target: socket.socket, direction: str) -> None:
+        while data := source.recv(1 << 16):
+            setattr(self, direction, getattr(self, direction) + len(data))
+            target.sendall(data)
+
+
+def test_the_bytes_that_stats_report_are_those_on_the_wire(demo_ends: ModelEnds) -> None:
+    handshake = 400  # ZMTP's greeting and READY, at most
+    with LocalPool(PoolSettings(workers=1)) as pool:
+        proxy = CountingProxy(int(pool.edge_endpoint.rpartition(":")[2]))
+        client = BrokerClient([proxy.endpoint])
+        for codec in ("int8", "fp32", "int4"):
+            session = Session(demo_ends, client, uniform_settings(codec))
+            tokens = list(session.generate([0, 5, 6, 7], 30, SamplingSettings()))
+        assert len(tokens) == 30
+        client.status()  # everything before it has passed
+        assert client.bytes_up <= proxy.up <= client.bytes_up + handshake
+        assert client.bytes_down <= proxy.down <= client.bytes_down + handshake
+        client.close()
 
 
 def test_a_wide_decode_token_costs_at_most_8_3_bits_per_value(tmp_path: Path) -> None:

@@ -160,8 +160,7 @@ class RedisKvStore:
         connection: Any = self._pool.make_connection()
         connection.connect()
         for name in ("commit", "load", "delete"):
-            source = resources.files("cloud_worker").joinpath(f"{name}.lua").read_bytes()
-            connection.send_command("SCRIPT", "LOAD", source)
+            connection.send_command("SCRIPT", "LOAD", read_script(name))
             self._sha[name] = connection.read_response().decode()
         return connection
 
@@ -273,6 +272,11 @@ class RedisKvStore:
         load = loading.load
         rows = b"".join(loading.parts)[: max(0, loading.end - load.start) * load.row_bytes]
         self._events.append(Loaded(load.session_id, load.generation, load.start, rows))
+
+
+def read_script(name: str) -> bytes:
+    """The source of one of the Lua scripts beside this file."""
+    return resources.files("cloud_worker").joinpath(f"{name}.lua").read_bytes()
 
 
 def _record_key(session_id: bytes) -> str:

@@ -188,11 +188,15 @@ def plot_rate_distortion(measured: list[Measurement], path: Path) -> None:
         )  # fmt: skip
         for m in points:
             axes.annotate(
-                m.codec, (m.wire_bits_per_value, m.loss_percent), fontsize=7,
-                xytext=(3, 3), textcoords="offset points",
+                m.codec, (m.wire_bits_per_value, m.loss_percent), fontsize=7, rotation=25,
+                xytext=(2, 3), textcoords="offset points",
             )  # fmt: skip
+    lowest = min(m.loss_percent for m in measured)
     axes.axhline(0, color="gray", linewidth=0.5)
     axes.set_yscale("symlog", linthresh=0.1)
+    highest = max(m.loss_percent for m in measured)
+    axes.set_ylim(min(1.5 * lowest, -0.02), max(4 * highest, 0.1))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("bits on the wire per value, headers and scales included")
     axes.set_ylabel("rise of perplexity over fp32, %")
     axes.legend()

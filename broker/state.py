@@ -362,8 +362,9 @@ class BrokerState:
         record.queued_at = now
         self.queues[record.service].appendleft(record.step.key)
         if record.attempts >= self.max_attempts:
-            tried = "; ".join(f"worker {w}: {why}" for w, why in record.failures)
-            return self._refuse(record, "failed", f"{record.attempts} workers failed: {tried}")
+            reasons = dict.fromkeys(f"worker {w}: {why}" for w, why in record.failures)
+            tried = f"failed {record.attempts} times: {'; '.join(reasons)}"
+            return self._refuse(record, "failed", tried)
         self.counters["redispatched"] += 1
         return []
 

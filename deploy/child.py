@@ -41,9 +41,16 @@ class Child:
         """Raise ProcessFailed with the process's last words if it has ended."""
         if self.is_running():
             return
+        raise ProcessFailed(self.last_words())
+
+    def last_words(self) -> str:
+        """How a process that has ended did so."""
+        code = self._process.returncode
+        if code < 0:
+            return f"{self.name} was killed by signal {-code} ({signal.Signals(-code).name})"
         lines = [line for line in self.log_text().splitlines() if line.strip()]
-        words = lines[-1] if lines else "it said nothing"
-        raise ProcessFailed(f"{self.name} ended with exit code {self._process.returncode}: {words}")
+        words = lines[-1].removeprefix("Error: ") if lines else "it said nothing"
+        return f"{self.name} ended with exit code {code}: {words}"
 
     def wait_for(self, text: str, timeout_s: float = 60.0) -> str:
         """The first line of output that holds `text`. Raises ProcessFailed if it does not come."""

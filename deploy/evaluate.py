@@ -92,8 +92,10 @@ def codec(
     measured: list[Measurement] = []
     for cut_text in cuts or (None,):
         ends = load_ends(directory, cut_text)
-        length = min(window or ends.context or 1024, ends.context or 1 << 30)
-        measured += measure_codecs(ends, names, ids, length, stride or length // 2, calibration)
+        length = min(window or ends.context or 1024, ends.context or 1 << 30, len(ids))
+        measured += measure_codecs(
+            ends, names, ids, length, stride or max(1, length // 2), calibration
+        )
     rows = [tuple(asdict(m).values()) for m in measured]
     headers = list(Measurement.__slots__)
     if csv_path is not None:
@@ -153,7 +155,7 @@ def measure_codecs(
             bits = (client.bytes_up + client.bytes_down) * 8 / values
             client.close()
             base = measured[0].perplexity if measured else meter.perplexity
-            loss = (meter.perplexity / base - 1) * 100
+            loss = (meter.perplexity / base - 1) * 100 + 0.0
             measured.append(
                 Measurement(
                     name, str(ends.cut), window, round(bits, 3), round(meter.perplexity, 5),

@@ -7,10 +7,11 @@ import shutil
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from common.errors import BrokerUnavailable, ProcessFailed
 from deploy.child import Child, midspan_command
@@ -18,6 +19,8 @@ from deploy.embedded_redis import EmbeddedRedis
 from edge_agent.client import BrokerClient
 
 START_LIMIT_S = 120.0
+MAX_RESTARTS, RESTART_MEMORY_S = 10, 60.0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ class LocalPool:
         self.edge_endpoint = settings.edge_endpoint
         self.worker_endpoint = settings.worker_endpoint
         self._workers_started = 0
+        self._restarts: list[float] = []
 
     def __enter__(self) -> LocalPool:
         try:
@@ -138,6 +142,32 @@ class LocalPool:
     def drain_worker(self, name: str) -> None:
         """Let a worker finish, commit and leave."""
         self.workers.pop(name).stop()
+
+    def heal(self) -> list[str]:
+        """Start again what has ended; returns what happened, a line each.
+
+        Raises ProcessFailed when that does not help: a process ended again and again.
+        """
+        lines = []
+        for name in [name for name, child in self.workers.items() if not child.is_running()]:
+            words = self.workers.pop(name).last_words()
+            lines.append(f"{words}; starting {self._start_again(words, self.start_worker)}")
+        if self.broker is not None and not self.broker.is_running():
+            words = self.broker.last_words()
+            self._start_again(words, self.start_broker)
+            lines.append(f"{words}; started it again")
+        if self.redis is not None and not self.redis.child.is_running():
+            words = self.redis.child.last_words()
+            self._start_again(words, self.redis.restart)
+            lines.append(f"{words}; started an empty one")
+        return lines
+
+    def _start_again(self, words: str, start: Callable[[], T]) -> T:
+        now = time.monotonic()
+        self._restarts = [at for at in self._restarts if now - at < RESTART_MEMORY_S] + [now]
+        if len(self._restarts) > MAX_RESTARTS:
+            raise ProcessFailed(f"{words}; too much has ended in the last minute, giving up")
+        return start()
 
     def check(self) -> None:
         """Raise ProcessFailed if any process has ended by itself."""

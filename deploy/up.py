@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from pathlib import Path
 
 import click
 
@@ -15,6 +16,11 @@ from common.settings import EDGE_ENDPOINT, WORKER_ENDPOINT, parse_endpoint
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(min=1))
 @click.option("--model", help="Hugging Face directory.  [default: the demo model]")
 @click.option("--span", help="Layers the workers serve, as a-b.  [default: the middle half]")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="For calibrated codecs.  [default: the one in the model directory]",
+)
 @click.option("--dtype", default="float32", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="Of each worker.  [default: cores / N]")
 @click.option("--redis-url", help="A server of yours.  [default: an embedded one]")
@@ -24,13 +30,17 @@ def up(
     workers: int,
     model: str | None,
     span: str | None,
+    calibration: Path | None,
     dtype: str,
     threads: int | None,
     redis_url: str | None,
     edges: str,
     worker_endpoint: str,
 ) -> None:
-    """Start Redis, a broker and N workers here; Ctrl-C drains and stops them."""
+    """Start Redis, a broker and N workers here; Ctrl-C drains and stops them.
+
+    What dies in between is started again.
+    """
     from deploy.pool import LocalPool, PoolSettings
 
     stopped = threading.Event()
@@ -43,14 +53,17 @@ def up(
         dtype=dtype,
         threads=threads or max(1, (os.cpu_count() or 1) // workers),
         redis_url=redis_url,
+        worker_options=["--calibration", str(calibration)] if calibration else [],
         edge_endpoint=parse_endpoint(edges, "--edges"),
         worker_endpoint=parse_endpoint(worker_endpoint, "--worker-endpoint"),
     )
-    click.echo(f"starting a broker and {workers} workers …")
+    store = redis_url or "an embedded Redis"
+    click.echo(f"starting a broker and {workers} worker{'s' * (workers > 1)}, with {store} …")
     with LocalPool(settings) as pool:
         click.echo(f"ready: edges at {pool.edge_endpoint}, workers at {pool.worker_endpoint}")
         click.echo('try: midspan ask "Once upon a time" --stats      Ctrl-C stops')
         while not stopped.wait(0.5):
-            pool.check()
+            for line in pool.heal():
+                click.echo(line)
         click.echo("draining …")
     click.echo("stopped")

@@ -98,16 +98,19 @@ def ask(
         stops,
     )
     freeze_loaded_objects()
-    for piece in generation.stream():
+    try:
+        for piece in generation.stream():
+            if not as_json:
+                click.echo(piece, nl=False)
+    finally:
+        client.close()
         if not as_json:
-            click.echo(piece, nl=False)
-    client.close()
+            click.echo()  # an error that cuts the text off begins a line of its own
     stats = generation.stats.to_json() | {"finish_reason": generation.finish_reason}
     if as_json:
         answer = {"text": generation.text, "token_ids": generation.token_ids, "stats": stats}
         click.echo(json.dumps(answer))
         return
-    click.echo()
     if with_stats:
         click.echo(f"\n{format_stats(stats)}", err=True)
 
@@ -126,4 +129,4 @@ def format_stats(stats: dict[str, Any]) -> str:
         ("rows by worker", workers),
         ("rows replayed", str(stats["rows_replayed"])),
     ]  # fmt: skip
-    return format_table(("", "median over decode steps where per token"), rows)
+    return format_table(("what it cost", "per token: after the first, times are medians"), rows)

@@ -89,13 +89,15 @@ class BrokerClient:
         if not is_known:
             frames.append(encode_header(opening))
         give_up_at = time.monotonic() + self._timeout_s
-        send_at = heard_at = time.monotonic()
-        sent_before = was_heard = False
+        send_at = time.monotonic()
+        patient_from = send_at  # when the broker in use was last heard, or came into use
+        heard_at = -SILENCE_S
+        sent_before = False
         while (now := time.monotonic()) < give_up_at:
             if now >= send_at:
-                if now - heard_at > SILENCE_S:
+                if now - patient_from > SILENCE_S:
                     self._use_next_broker()
-                    heard_at = now
+                    patient_from = now
                 self._send(frames, min(ASK_AGAIN_S, give_up_at - now))
                 self.asked_again += sent_before
                 sent_before = True
@@ -106,8 +108,7 @@ class BrokerClient:
             message, answer_body = received
             if _key_of(message) != step.key:
                 continue  # the answer to something asked before
-            heard_at = time.monotonic()
-            was_heard = True
+            heard_at = patient_from = time.monotonic()
             if isinstance(message, StepReply | NeedRows):
                 return message, answer_body
             if isinstance(message, Busy):
@@ -121,7 +122,7 @@ class BrokerClient:
                 if not wait_for_worker:
                     raise NoWorker(message.reason)
                 send_at = heard_at + NO_WORKER_RETRY_S
-        if was_heard:
+        if heard_at > give_up_at - SILENCE_S:
             raise StepRefused(
                 f"the broker at {self.broker} has the step, but no worker answered it within "
                 f"{self._timeout_s:g} s; see `midspan status`"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def codec_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options to a click command; their values go to `read_codec_options`."""
-    for option in (
+    options = (
         click.option(
             "--codec", default=DEFAULT_CODEC, show_default=True,
             help="What rows are sent as: fp32, fp16, bf16, int8, compact, smallest or the grammar.",
@@ -33,7 +33,8 @@ def codec_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--calibration", type=click.Path(path_type=Path),
             help="For calibrated codecs.  [default: the one in the model directory]",
         ),
-    ):  # fmt: skip
+    )  # fmt: skip
+    for option in reversed(options):
         command = option(command)
     return command
 

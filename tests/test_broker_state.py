@@ -124,7 +124,7 @@ def test_a_step_that_failed_three_workers_is_refused_with_the_reasons() -> None:
     assert state.on_failed(failed("w1"), now=0.1) == [Dispatched("w2", STEP.key, 2, 0)]
     assert state.on_failed(failed("w2", attempt=2), now=0.2) == [Dispatched("w3", STEP.key, 3, 0)]
     forget, refuse = state.on_failed(failed("w3", attempt=3), now=0.3)
-    reason = "3 workers failed: worker w1: boom; worker w2: boom; worker w3: boom"
+    reason = "failed 3 times: worker w1: boom; worker w2: boom; worker w3: boom"
     assert (forget, refuse) == (Forget(STEP.key), Refuse(EDGE, STEP.key, "failed", reason))
     assert state.steps == {}
 

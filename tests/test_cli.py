@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from pools import PROMPTS
+from pools import PROMPTS, generate
 from random_models import save_random_model
 from transformers import LlamaConfig
 
-from deploy.child import midspan_command
+from common.errors import BrokerUnavailable
+from deploy.child import Child, midspan_command
 from deploy.pool import LocalPool, PoolSettings
+from edge_agent.ends import ModelEnds
+from edge_agent.session import Session
 from edge_agent.tokenizer import TextTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -172,6 +178,46 @@ def test_a_device_that_is_not_there_is_named(pool: LocalPool) -> None:
     assert "device 'cuda' cannot be used" in line
 
 
+def test_up_starts_again_what_dies_and_drains_on_a_signal(tmp_path: Path) -> None:
+    endpoints = [f"ipc://{tmp_path}/edges", f"ipc://{tmp_path}/workers"]
+    command = midspan_command(
+        "up", "--workers", "1", "--edges", endpoints[0], "--worker-endpoint", endpoints[1]
+    )
+    up = Child("up", command, tmp_path)
+    try:
+        up.wait_for("ready: edges at")
+        (worker,) = status_of(endpoints[0])["workers"]
+        os.kill(worker["pid"], signal.SIGKILL)
+        up.wait_for("w1 was killed by signal 9 (SIGKILL); starting w2")
+        ask = run_midspan("ask", PROMPTS[0], "--broker", endpoints[0], "-n", "5", "--timeout", "30")
+        while ask.returncode and "no workers at all" in ask.stderr:
+            ask = run_midspan("ask", PROMPTS[0], "--broker", endpoints[0], "-n", "5")
+        assert ask.returncode == 0, ask.stderr
+    finally:
+        up.stop()
+    assert up.log_text().endswith("stopped\n")
+
+
+def status_of(endpoint: str) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads(
+        run_midspan("status", "--broker", endpoint, "--json").stdout
+    )
+    return report
+
+
+def test_a_broker_that_goes_away_is_not_said_to_have_the_step(demo_ends: ModelEnds) -> None:
+    with LocalPool(PoolSettings(workers=1)) as dying:
+
+        def harm(index: int, _: Session) -> None:
+            if index == 3:
+                assert dying.broker is not None
+                dying.broker.kill()
+
+        ids = TextTokenizer(demo_ends.directory).encode(PROMPTS[0])
+        with pytest.raises(BrokerUnavailable, match="no broker answers"):
+            generate(dying, demo_ends, ids, 9, on_token=harm, timeout_s=4)
+
+
 def test_up_says_which_process_failed_and_why() -> None:
     line = error_line("up", "--workers", "1", "--redis-url", "redis://127.0.0.1:1")
-    assert "w1 ended with exit code 1: Error: Redis at redis://127.0.0.1:1" in line
+    assert "w1 ended with exit code 1: Redis at redis://127.0.0.1:1" in line

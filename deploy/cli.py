@@ -13,6 +13,7 @@ COMMANDS = {
     "ask": ("edge_agent.cli:ask", "Answer a prompt with the pool's help."),
     "broker": ("broker.cli:broker", "Run the broker."),
     "calibrate": ("deploy.calibrate:calibrate", "Measure what calibrated codecs need to know."),
+    "chaos": ("deploy.chaos:chaos", "Break a pool on purpose and compare every token."),
     "demo": ("deploy.demo:demo", "See it all work in a minute."),
     "eval": ("deploy.evaluate:evaluate", "Measure quality against bytes."),
     "status": ("deploy.status:status", "Show workers, sessions and queues."),

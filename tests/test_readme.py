@@ -22,9 +22,12 @@ def readme_commands() -> list[str]:
 
 @pytest.mark.parametrize("line", readme_commands())
 def test_a_command_of_the_readme_exists_with_its_options(line: str) -> None:
-    name = line.split()[1]
-    command = midspan.get_command(click.Context(midspan), name)
+    command: click.Command | None = midspan
+    for word in line.split()[1:]:
+        if isinstance(command, click.Group):
+            command = command.get_command(click.Context(command), word)
     assert command is not None
+    assert not isinstance(command, click.Group)
     known = {option for parameter in command.params for option in parameter.opts}
     used = set(re.findall(r"(?<=\s)--?[a-z][a-z-]*", line))
     assert used <= known

@@ -216,11 +216,15 @@ class BrokerState:
         return actions
 
     def on_worker_gone(self, worker_id: str, why: str, now: float) -> list[Action]:
-        """A worker left or died: its steps go to others."""
-        return self._drop_workers({worker_id: why}, now)
+        """A worker left or cannot be reached: its steps go to others, and are not to blame."""
+        return self._drop_workers({worker_id: why}, now, blame_steps=False)
 
-    def _drop_workers(self, reasons: dict[str, str], now: float) -> list[Action]:
-        """Forget workers that are gone, all before any of their steps is handed out again."""
+    def _drop_workers(self, reasons: dict[str, str], now: float, blame_steps: bool) -> list[Action]:
+        """Forget workers that are gone, all before any of their steps is handed out again.
+
+        A step whose workers fall silent one after another may be what kills them: that counts as
+        an attempt. A worker that leaves or loses its connection says nothing about its steps.
+        """
         gone = {name: self.workers.pop(name) for name in reasons if name in self.workers}
         actions: list[Action] = [Note(f"worker {name} {reasons[name]}") for name in gone]
         for session in self.sessions.values():
@@ -229,8 +233,12 @@ class BrokerState:
         for name, worker in gone.items():
             for key in worker.in_flight:
                 record = self.steps.get(key)
-                if record is not None and record.worker_id == name:
+                if record is None or record.worker_id != name:
+                    continue
+                if blame_steps:
                     actions += self._requeue_failed(record, name, reasons[name], now)
+                else:
+                    self._requeue(record, now)
         for worker in gone.values():
             for service in worker.announce.services:
                 actions += self._dispatch((service.model, service.span), now)
@@ -248,13 +256,7 @@ class BrokerState:
     def on_undeliverable(self, action: Dispatched, now: float) -> list[Action]:
         """A step could not be sent: no attempt was made, and the worker is gone."""
         if self.is_current(action):
-            record = self.steps[action.key]
-            record.attempts -= 1
-            record.worker_id = None
-            self.queues[record.service].appendleft(action.key)
-            worker = self.workers.get(action.worker_id)
-            if worker is not None:
-                worker.in_flight.discard(action.key)
+            self._requeue(self.steps[action.key], now)
         return self.on_worker_gone(action.worker_id, "is not connected", now)
 
     # --- time
@@ -267,7 +269,7 @@ class BrokerState:
             if now - worker.seen_at >= self._silence_limit_s(worker)
         }
         self.counters["dead_workers"] += len(silent)
-        actions = self._drop_workers(silent, now)
+        actions = self._drop_workers(silent, now, blame_steps=True)
         for record in [r for r in self.steps.values() if now >= r.deadline_at]:
             actions += self._refuse(record, "deadline", self._why_late(record, now))
         for session_id, session in list(self.sessions.items()):
@@ -352,6 +354,16 @@ class BrokerState:
         if worker is not None and (record is None or is_current or record.worker_id != worker_id):
             worker.in_flight.discard(key)
         return record if worker is not None and is_current else None
+
+    def _requeue(self, record: StepRecord, now: float) -> None:
+        """Put a step back into its queue as if it had never been sent."""
+        worker = self.workers.get(record.worker_id or "")
+        if worker is not None:
+            worker.in_flight.discard(record.step.key)
+        record.attempts -= 1
+        record.worker_id = None
+        record.queued_at = now
+        self.queues[record.service].appendleft(record.step.key)
 
     def _requeue_failed(
         self, record: StepRecord, worker_id: str, reason: str, now: float

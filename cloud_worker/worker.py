@@ -129,7 +129,7 @@ class Worker:
             services=[self._service],
             capacity=self._settings.capacity,
             heartbeat_ms=round(self._settings.heartbeat_s * 1000),
-            ready=True,
+            ready=not self._drain_requested,
             pid=os.getpid(),
             host=host_info.gethostname(),
             stats={

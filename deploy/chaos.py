@@ -206,6 +206,7 @@ def chaos(
         while time.monotonic() + every_s < stop_at:
             time.sleep(every_s)
             outcome.faults[saboteur.do_harm()] += 1
+            pool.heal()  # a worker cannot start while Redis is away; as a supervisor would
         for thread in threads:
             thread.join()
     result = outcome.to_json()

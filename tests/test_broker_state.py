@@ -111,10 +111,11 @@ def test_a_step_that_is_asked_again_is_not_computed_twice() -> None:
 def test_a_late_answer_of_an_earlier_attempt_is_dropped() -> None:
     state = make_state("w1", "w2")
     state.on_step(STEP, OPENING, EDGE, now=0.0)
-    state.on_worker_gone("w1", "died", now=0.1)
-    state.on_announce(announce("w1"), now=0.2)  # the zombie wakes up
-    assert state.on_answer(reply("w1", attempt=1), now=0.3) == []
-    assert state.on_answer(reply("w2", attempt=2), now=0.4)[0] == Answer(EDGE, STEP.key)
+    state.on_announce(announce("w2"), now=0.4)
+    assert Dispatched("w2", STEP.key, 2, 0) in state.on_tick(now=0.5)
+    state.on_announce(announce("w1"), now=0.6)  # the zombie wakes up
+    assert state.on_answer(reply("w1", attempt=1), now=0.7) == []
+    assert state.on_answer(reply("w2", attempt=2), now=0.8)[0] == Answer(EDGE, STEP.key)
     assert state.counters["late_answers"] == 1
 
 
@@ -202,7 +203,7 @@ def test_an_undeliverable_step_costs_no_attempt() -> None:
     state = make_state("w1", "w2")
     state.on_step(STEP, OPENING, EDGE, now=0.0)
     actions = without_notes(state.on_undeliverable(Dispatched("w1", STEP.key, 1, 0), now=0.1))
-    assert actions == [Dispatched("w2", STEP.key, 1, 100_000)]
+    assert actions == [Dispatched("w2", STEP.key, 1, 0)]
     assert "w1" not in state.workers
 
 
@@ -246,6 +247,14 @@ def test_workers_that_die_together_cost_a_step_one_attempt() -> None:
     assert state.steps[STEP.key].attempts == 1
     actions = without_notes(state.on_announce(announce("w4"), now=5.1))
     assert actions == [Dispatched("w4", STEP.key, 2, 100_000)]
+
+
+def test_a_worker_that_leaves_costs_its_steps_no_attempt() -> None:
+    state = make_state("w1", "w2")
+    state.on_step(STEP, OPENING, EDGE, now=0.0)
+    actions = without_notes(state.on_worker_gone("w1", "left", now=0.1))
+    assert actions == [Dispatched("w2", STEP.key, 1, 0)]
+    assert state.steps[STEP.key].failures == []
 
 
 def test_what_was_overtaken_is_not_sent_and_not_queued_twice() -> None:

@@ -242,6 +242,10 @@ class Worker:
         except MidspanError as error:
             self._fail(task, str(error))
             return
+        except Exception as error:  # a step must never end a worker
+            log.exception("a step could not be checked")
+            self._fail(task, f"{type(error).__name__}: {error}")
+            return
         session = self._warm.open(step)
         if session.last_reply is not None and session.last_reply[0].key == step.key:
             last, body = session.last_reply

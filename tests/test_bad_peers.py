@@ -112,6 +112,8 @@ def ask(
         ({"position": 600}, {}, 512, "the context has 512"),
         ({}, {"hidden": 64}, 512, "session has hidden 64; the model has 128"),
         ({}, {"codecs": ["int9"]}, 512, "codec 'int9' is unknown"),
+        ({}, {"codecs": ["int8:group:\u00b2"]}, 512, "group needs a size"),
+        ({}, {"codecs": ["int8:group:1" + "0" * 30]}, 512, "group needs a size"),
         ({}, {"codecs": ["compact"]}, 512, "names a calibrated codec but no calibration"),
         ({}, {"calibration": "f" * 16}, 512, f"the edge has calibration {'f' * 16} and this"),
     ],

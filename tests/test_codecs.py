@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from common.codecs.bits import pack_bits, packed_bytes, unpack_bits
 from common.codecs.calibration import (
@@ -265,6 +266,38 @@ def test_what_is_too_far_from_the_calibrated_mean_is_refused(calibration: Calibr
         make_codec("smallest", "up", calibration).encode(torch.full((1, D), 1e8))
 
 
+@pytest.mark.parametrize("name", ["int1", "int4:tensor", "fp3.2", "int2:token:affine"])
+def test_a_scale_beyond_bfloat16_is_refused_by_the_sender(name: str) -> None:
+    with pytest.raises(NonFiniteError, match="cannot hold"):
+        make_codec(name, "up").encode(torch.tensor([[3.4e38, -3.4e38, 3.4e38, 3.4e38]]))
+
+
+def test_a_group_larger_than_a_row_is_the_row() -> None:
+    rows = make_rows((3, 10), 1)
+    assert torch.equal(
+        round_trip(make_codec("int5:group:999999", "up"), rows),
+        round_trip(make_codec("int5:token", "up"), rows),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("up.mean", torch.zeros(1), "up.mean has shape"),
+        ("up.deviation", torch.full((D,), float("nan")), "finite"),
+        ("down.scale", torch.zeros(D), "not positive"),
+    ],
+)
+def test_a_calibration_that_cannot_be_computed_with_is_refused(
+    name: str, value: torch.Tensor, words: str, calibration: Calibration, tmp_path: Path
+) -> None:
+    save_calibration(calibration, tmp_path)
+    tensors = load_file(tmp_path / "calibration.safetensors") | {name: value}
+    save_file(tensors, tmp_path / "calibration.safetensors")
+    with pytest.raises(CheckpointError, match=words):
+        load_calibration(tmp_path)
+
+
 def test_nan_on_the_wire_is_refused() -> None:
     body = torch.full((1, 4), float("nan")).numpy().tobytes()
     with pytest.raises(NonFiniteError, match="fp32 body decodes to NaN"):
@@ -318,6 +351,10 @@ def test_a_zstd_body_that_lies_about_its_size_allocates_nothing() -> None:
         ("", "is unknown"),
         ("int8:row", "'row' is not known; expected token, tensor, channel"),
         ("int8:group", "group needs a size"),
+        ("int8:group:\u00b2", "group needs a size"),
+        ("int8:group:1" + "0" * 30, "group needs a size"),
+        ("int8+hadamard1" + "0" * 9, "a power of two"),
+        ("fisher" + "1" * 5000, "5006 characters; at most 120"),
         ("int8+hadamard3", "a power of two"),
         ("int8+magic", "option 'magic' is not known"),
         ("fp6.5", "is unknown"),

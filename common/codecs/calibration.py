@@ -176,6 +176,7 @@ def load_calibration(directory: Path) -> Calibration:
             for name in ("up", "down", "residual")
         }
         predictor = Predictor(*(tensors[f"predictor.{f}"] for f in Predictor.__slots__))
+        _check_tensors(tensors)
         calibration = Calibration(
             record["model"], (record["span"][0], record["span"][1]), record["tokens"],
             parts["up"], parts["down"], parts["residual"], predictor, _fingerprint(data),
@@ -188,6 +189,25 @@ def load_calibration(directory: Path) -> Calibration:
             f"but {RECORD_FILE} says {record.get('fingerprint')}"
         )
     return calibration
+
+
+def _check_tensors(tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError unless every tensor has its shape and holds what can be computed with."""
+    hidden = tensors["up.fisher"].shape[0]
+    rank = tensors["predictor.expand"].shape[0]
+    shapes = {
+        "mean": (hidden,), "scale": (hidden,), "deviation": (hidden,), "fisher": (hidden, hidden),
+        "fisher_inverse": (hidden, hidden), "diagonal": (hidden,), "constant": (hidden,),
+        "reduce": (hidden, rank), "expand": (rank, hidden),
+    }  # fmt: skip
+    for name, tensor in tensors.items():
+        field = name.partition(".")[2]
+        if tuple(tensor.shape) != shapes.get(field):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shapes[field]}")
+        if tensor.dtype != torch.float32 or not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} holds other things than finite float32 numbers")
+        if field in ("scale", "deviation") and not (tensor > 0).all():
+            raise ValueError(f"{name} holds numbers that are not positive")
 
 
 def open_calibration(

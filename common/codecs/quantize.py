@@ -7,7 +7,8 @@ no value falls beyond the last level; an affine zero point is a whole number of 
 What is lost, with s the scale that travels and max, min taken over its values:
 
     intN sym      s = max|x| / (2^(N-1) - 1), at most s/2 per value; N = 1: see `bool`
-    intN affine   s = (max - min) / (2^N - 2), at most s/2 per value
+    intN affine   s = (max - min) / (2^N - 2), or max|x| / 30000 if that is more, so that the zero
+                  point fits into 16 bits; at most s/2 per value
     bool          x becomes s or -s with s = mean|x|
     fpE.M         s brings max|x| to the largest number of the format; at most 2^-(M+1) of
                   |x| for numbers that are normal in the format, half a subnormal step below
@@ -24,8 +25,10 @@ from torch import Tensor
 
 from common.codecs.bits import pack_bits, packed_bytes, unpack_bits
 from common.codecs.spec import CodecSpec
+from common.errors import NonFiniteError
 
 SMALLEST = torch.finfo(torch.float32).tiny
+LARGEST_VALUE = 1e38  # beyond it, scales and what they give back may leave float32
 ZERO_POINT_BYTES = 2
 SCALE_BYTES = 2
 
@@ -53,7 +56,13 @@ def body_bytes(spec: CodecSpec, rows: int, hidden: int, bits: int) -> int:
 
 
 def quantize(values: Tensor, spec: CodecSpec, bits: int) -> bytes:
-    """Scales, zero points if affine, then codes; values float32 (T, D), finite."""
+    """Scales, zero points if affine, then codes; values float32 (T, D), finite.
+
+    Raises NonFiniteError beyond ±1e38.
+    """
+    largest = values.abs().max().item()
+    if largest > LARGEST_VALUE:
+        raise NonFiniteError(f"{spec.name} cannot hold {largest:.4g}; at most {LARGEST_VALUE:g}")
     cells = _to_cells(values, spec)  # (R, values of one scale)
     zero_points = b""
     if spec.kind == "float":
@@ -131,10 +140,11 @@ def _to_cells(values: Tensor, spec: CodecSpec) -> Tensor:
     if spec.granularity == "channel":
         return values.T.contiguous()
     if spec.granularity == "group":
-        missing = -values.shape[1] % spec.group
+        group = min(spec.group, values.shape[1])
+        missing = -values.shape[1] % group
         if missing:
             values = torch.cat([values, values[:, -1:].expand(-1, missing)], dim=1)
-        return values.reshape(-1, spec.group)
+        return values.reshape(-1, group)
     return values
 
 

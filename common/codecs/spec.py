@@ -31,6 +31,7 @@ SHORT_NAMES = {
     "fp8-e5m2": "fp5.2",
 }
 PLAIN_FORMATS = ("fp32", "fp16", "bf16")
+MAX_NAME = 120
 GRANULARITIES = ("token", "tensor", "channel", "group")
 
 
@@ -61,6 +62,8 @@ class CodecSpec:
 
 def parse_codec(name: str) -> CodecSpec:
     """Read a codec's name. Raises SettingsError, which says what was not understood."""
+    if len(name) > MAX_NAME:
+        raise SettingsError(f"codec {name[:20]!r}… has {len(name)} characters; at most {MAX_NAME}")
     text = SHORT_NAMES.get(name, name)
     body, *options = text.split("+")
     head, *rest = body.split(":")
@@ -72,7 +75,7 @@ def parse_codec(name: str) -> CodecSpec:
         if word in ("sym", "affine"):
             values["affine"] = word == "affine"
         elif word == "group":
-            if not rest or not rest[0].isdigit() or int(rest[0]) < 1:
+            if not rest or not re.fullmatch(r"[1-9][0-9]{0,5}", rest[0]):
                 raise SettingsError(f"codec {name!r}: group needs a size, as in group:64")
             values |= {"granularity": "group", "group": int(rest.pop(0))}
         elif word in GRANULARITIES:
@@ -92,16 +95,16 @@ def parse_codec(name: str) -> CodecSpec:
 def _parse_format(name: str, text: str) -> dict[str, object]:
     if text in PLAIN_FORMATS:
         return {"kind": "cast", "exponent": PLAIN_FORMATS.index(text)}
-    match = re.fullmatch(r"int([1-8])(?:/([1-8])@(0?\.\d+))?", text)
+    match = re.fullmatch(r"int([1-8])(?:/([1-8])@(0?\.[0-9]{1,6}))?", text)
     if match:
         values: dict[str, object] = {"kind": "int", "bits": int(match[1])}
         if match[2]:
             values |= {"low_bits": int(match[2]), "high_fraction": float(match[3])}
         return values
-    match = re.fullmatch(r"fp([1-8])\.(\d)", text)
+    match = re.fullmatch(r"fp([1-8])\.([0-9])", text)
     if match and int(match[1]) + int(match[2]) <= 7:
         return {"kind": "float", "exponent": int(match[1]), "mantissa": int(match[2])}
-    match = re.fullmatch(r"fisher(\d*\.?\d+)", text)
+    match = re.fullmatch(r"fisher([0-9]{0,6}\.?[0-9]{1,9})", text)
     if match and float(match[1]) > 0:
         return {"kind": "fisher", "budget": float(match[1])}
     raise SettingsError(
@@ -114,7 +117,7 @@ def _parse_format(name: str, text: str) -> dict[str, object]:
 def _parse_option(name: str, option: str) -> dict[str, object]:
     if option in ("norm", "predict", "zstd"):
         return {option: True}
-    match = re.fullmatch(r"hadamard(\d+)", option)
+    match = re.fullmatch(r"hadamard([0-9]{1,4})", option)
     if match and int(match[1]) >= 2 and int(match[1]).bit_count() == 1:
         return {"hadamard": int(match[1])}
     raise SettingsError(

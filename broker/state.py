@@ -175,9 +175,7 @@ class BrokerState:
             serving = ", ".join(describe_service(s) for s in announce.services)
             actions.append(Note(f"worker {announce.worker_id} joined, serving {serving}"))
         worker.announce, worker.seen_at = announce, now
-        for service in announce.services:
-            actions += self._dispatch((service.model, service.span), now)
-        return actions
+        return actions + self._dispatch_for(announce.worker_id, now)
 
     def on_answer(self, answer: StepReply | NeedRows, now: float) -> list[Action]:
         """A worker answered a step. Answers of any but the latest attempt are dropped."""
@@ -211,9 +209,7 @@ class BrokerState:
             return [AcceptDrain(worker_id)]
         worker.draining = True
         actions: list[Action] = [Note(f"worker {worker_id} is draining"), AcceptDrain(worker_id)]
-        for service in worker.announce.services:
-            actions += self._dispatch((service.model, service.span), now)
-        return actions
+        return actions + self._dispatch_for(worker_id, now)
 
     def on_worker_gone(self, worker_id: str, why: str, now: float) -> list[Action]:
         """A worker left or cannot be reached: its steps go to others, and are not to blame."""
@@ -238,10 +234,9 @@ class BrokerState:
                 if blame_steps:
                     actions += self._requeue_failed(record, name, reasons[name], now)
                 else:
-                    self._requeue(record, now)
+                    self._requeue_unsent(record, now)
         for worker in gone.values():
-            for service in worker.announce.services:
-                actions += self._dispatch((service.model, service.span), now)
+            actions += self._dispatch_services(worker.announce.services, now)
         return actions
 
     def is_current(self, action: Dispatched) -> bool:
@@ -256,7 +251,7 @@ class BrokerState:
     def on_undeliverable(self, action: Dispatched, now: float) -> list[Action]:
         """A step could not be sent: no attempt was made, and the worker is gone."""
         if self.is_current(action):
-            self._requeue(self.steps[action.key], now)
+            self._requeue_unsent(self.steps[action.key], now)
         return self.on_worker_gone(action.worker_id, "is not connected", now)
 
     # --- time
@@ -356,23 +351,25 @@ class BrokerState:
         return record if worker is not None and is_current else None
 
     def _requeue(self, record: StepRecord, now: float) -> None:
-        """Put a step back into its queue as if it had never been sent."""
+        """Take a step back from its worker, to the front of its queue."""
         worker = self.workers.get(record.worker_id or "")
         if worker is not None:
             worker.in_flight.discard(record.step.key)
-        record.attempts -= 1
         record.worker_id = None
         record.queued_at = now
         self.queues[record.service].appendleft(record.step.key)
+
+    def _requeue_unsent(self, record: StepRecord, now: float) -> None:
+        """The same, as if it had never been sent: no attempt was made."""
+        record.attempts -= 1
+        self._requeue(record, now)
 
     def _requeue_failed(
         self, record: StepRecord, worker_id: str, reason: str, now: float
     ) -> list[Action]:
         """Put a step that a worker failed back into its queue, or refuse it after too many."""
         record.failures.append((worker_id, reason))
-        record.worker_id = None
-        record.queued_at = now
-        self.queues[record.service].appendleft(record.step.key)
+        self._requeue(record, now)
         if record.attempts >= self.max_attempts:
             reasons = dict.fromkeys(f"worker {w}: {why}" for w, why in record.failures)
             tried = f"failed {record.attempts} times: {'; '.join(reasons)}"
@@ -381,12 +378,13 @@ class BrokerState:
         return []
 
     def _dispatch_for(self, worker_id: str, now: float) -> list[Action]:
-        """A worker has room again: look at the queues it serves."""
+        """A worker's room may have changed: look at the queues it serves."""
         worker = self.workers.get(worker_id)
-        if worker is None:
-            return []
+        return self._dispatch_services(worker.announce.services, now) if worker else []
+
+    def _dispatch_services(self, services: list[Service], now: float) -> list[Action]:
         actions: list[Action] = []
-        for service in worker.announce.services:
+        for service in services:
             actions += self._dispatch((service.model, service.span), now)
         return actions
 

@@ -73,13 +73,14 @@ class ForwardEnd:
 
     worker_id: str
     session_id: bytes
+    owner: str
 
 
 @dataclass(frozen=True, slots=True)
 class AcceptDrain:
     """Tell the worker that nothing new will come."""
 
-    worker_id: str
+    address: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ class Note:
     """Write a line to the log."""
 
     text: str
+    is_warning: bool = False
 
 
 Action = (

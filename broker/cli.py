@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import signal
+from pathlib import Path
 
 import click
 
+from common.errors import SettingsError
+from common.keys import is_public
 from common.processes import set_up_logging
 from common.settings import (
     EDGE_ENDPOINT,
@@ -14,6 +17,7 @@ from common.settings import (
     HEARTBEATS_MISSED,
     MAX_ATTEMPTS,
     MAX_QUEUED_STEPS,
+    MAX_SESSIONS_PER_EDGE,
     WORKER_ENDPOINT,
     parse_endpoint,
 )
@@ -45,9 +49,30 @@ log = logging.getLogger("midspan.broker")
     type=click.IntRange(min=1),
     help="Workers that may fail a step before it is refused.",
 )
+@click.option(
+    "--max-sessions",
+    default=MAX_SESSIONS_PER_EDGE,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Sessions that one edge may have open.",
+)
+@click.option(
+    "--keys",
+    type=click.Path(path_type=Path),
+    help="Directory with broker.key_secret and authorized/: admit only these (midspan keys).",
+)
+@click.option("--insecure", is_flag=True, help="Bind an address that others reach, without keys.")
 @click.option("--verbose", is_flag=True, help="Log more.")
 def broker(
-    edges: str, workers: str, silence_ms: int, max_queued: int, max_attempts: int, verbose: bool
+    edges: str,
+    workers: str,
+    silence_ms: int,
+    max_queued: int,
+    max_attempts: int,
+    max_sessions: int,
+    keys: Path | None,
+    insecure: bool,
+    verbose: bool,
 ) -> None:
     """Run the broker: edges send it steps, it hands them to workers.
 
@@ -57,12 +82,21 @@ def broker(
     from broker.server import BrokerServer
 
     set_up_logging(verbose)
+    for option, endpoint in (("--edges", edges), ("--workers", workers)):
+        if is_public(endpoint) and keys is None and not insecure:
+            raise SettingsError(
+                f"{option} {endpoint} can be reached from other machines, and without --keys "
+                "anyone there could use the pool or pose as a worker; make keys with "
+                "`midspan keys new broker`, or say --insecure"
+            )
     server = BrokerServer(
         parse_endpoint(edges, "--edges"),
         parse_endpoint(workers, "--workers"),
         silence_s=silence_ms / 1000,
         max_queued_steps=max_queued,
         max_attempts=max_attempts,
+        max_sessions_per_edge=max_sessions,
+        keys=keys.expanduser() if keys else None,
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())

@@ -30,7 +30,12 @@ def _report_worker(state: BrokerState, worker: Worker, now: float) -> dict[str, 
         "host": announce.host,
         "pid": announce.pid,
         "services": [
-            {"model": s.model, "name": s.name, "span": f"{s.span[0]}-{s.span[1]}"}
+            {
+                "model": s.model,
+                "name": s.name,
+                "span": f"{s.span[0]}-{s.span[1]}",
+                "hidden": s.hidden,
+            }
             for s in announce.services
         ],
         "in_flight": len(worker.in_flight),

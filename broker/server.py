@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgpack
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from broker.actions import (
     AcceptDrain,
@@ -27,10 +29,12 @@ from broker.actions import (
     TellBusy,
     TellPending,
 )
+from broker.admission import Admission
 from broker.report import make_report
-from broker.state import BrokerState
+from broker.state import BrokerState, Peer
 from common.errors import ProtocolError, SettingsError
 from common.messages import (
+    Alive,
     Announce,
     Busy,
     Dispatch,
@@ -52,19 +56,21 @@ from common.messages import (
     StepReply,
 )
 from common.settings import MAX_BODY_BYTES
-from common.sockets import Context, Socket, has_message
+from common.sockets import Context, Socket, has_message, receive_frames
 from common.wire import check_frames, decode_header, encode_header
 
 log = logging.getLogger("midspan.broker")
 
 MAX_TICK_S = 0.05
+COMPLAIN_EVERY_S = 1.0
 RECEIVE_BURST = 256  # messages read from one socket before the other gets a turn
 
 
 class BrokerServer:
     """Binds both sockets on construction; `run` serves until `stop`.
 
-    Raises SettingsError when an address cannot be bound.
+    With `keys`, a directory (see common/keys.py), only authorized peers are admitted. Raises
+    SettingsError when an address cannot be bound or the keys cannot be read.
     """
 
     def __init__(
@@ -72,37 +78,44 @@ class BrokerServer:
         edge_endpoint: str,
         worker_endpoint: str,
         clock: Callable[[], float] = time.monotonic,
+        keys: Path | None = None,
         **state_settings: Any,
     ) -> None:
         self._clock = clock
         self._context: Context = zmq.Context()
+        self._admission: Admission | None = None
         try:
-            self._edges = self._bind(edge_endpoint, "--edges")
-            self._workers = self._bind(worker_endpoint, "--workers")
+            if keys is not None:
+                self._admission = Admission(self._context, keys)
+            self._edges = self._bind(edge_endpoint, "edge")
+            self._workers = self._bind(worker_endpoint, "worker")
         except SettingsError:
-            self._context.destroy(linger=0)
+            self._close(linger=0)
             raise
+        self._worker_links = self._workers.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self.edge_endpoint = self._edges.getsockopt_string(zmq.LAST_ENDPOINT)
         self.worker_endpoint = self._workers.getsockopt_string(zmq.LAST_ENDPOINT)
         self.state = BrokerState(started_at=clock(), **state_settings)
         self._frames: dict[StepKey, list[bytes]] = {}
         self._answer: list[bytes] = []
         self._bad_messages = 0
+        self._complained_at = -COMPLAIN_EVERY_S
         self._stopping = False
 
-    def _bind(self, endpoint: str, option: str) -> Socket:
+    def _bind(self, endpoint: str, role: str) -> Socket:
         socket = self._context.socket(zmq.ROUTER)
         socket.setsockopt(zmq.LINGER, 200)
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_BODY_BYTES)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         socket.setsockopt(zmq.SNDTIMEO, 0)
+        if self._admission is not None:
+            self._admission.guard(socket, role)
         try:
             socket.bind(endpoint)
         except zmq.ZMQError as error:
             socket.close(linger=0)
             raise SettingsError(
-                f"{option} {endpoint} cannot be bound: {zmq.strerror(error.errno or 0)}; "
+                f"--{role}s {endpoint} cannot be bound: {zmq.strerror(error.errno or 0)}; "
                 "is another broker running?"
             ) from error
         return socket
@@ -116,6 +129,7 @@ class BrokerServer:
         poller = zmq.Poller()
         poller.register(self._edges, zmq.POLLIN)
         poller.register(self._workers, zmq.POLLIN)
+        poller.register(self._worker_links, zmq.POLLIN)
         tick_s = min(MAX_TICK_S, self.state.silence_s / 4)
         next_tick_at = self._clock() + tick_s
         try:
@@ -124,6 +138,8 @@ class BrokerServer:
                 ready = dict(poller.poll(round(wait_s * 1000) + 1))
                 if self._workers in ready:
                     self._receive(self._workers, self._on_worker_message)
+                if self._worker_links in ready:  # after what was said before the end
+                    self._receive_disconnections()
                 if self._edges in ready:
                     self._receive(self._edges, self._on_edge_message)
                 now = self._clock()
@@ -133,36 +149,62 @@ class BrokerServer:
                     self._perform(self.state.on_tick(now))
                     next_tick_at = now + tick_s
         finally:
-            self._context.destroy(linger=200)
+            self._close(linger=200)
+
+    def _close(self, linger: int) -> None:
+        if self._admission is not None:
+            self._admission.stop()
+        self._context.destroy(linger=linger)
 
     def _receive(
-        self, socket: Socket, handle: Callable[[bytes, Message, list[bytes]], None]
+        self, socket: Socket, handle: Callable[[Peer, Message, list[bytes]], None]
     ) -> None:
         for _ in range(RECEIVE_BURST):
             if not has_message(socket):
                 return
-            peer_id, *frames = socket.recv_multipart()
+            first = socket.recv(copy=False)
+            frames = receive_frames(socket) if first.more else []
             try:
                 check_frames(frames)
-                handle(peer_id, decode_header(frames[0]), frames)
+                handle(self._read_peer(first), decode_header(frames[0]), frames)
             except ProtocolError as error:
-                self._bad_messages += 1
-                log.warning("dropped a message: %s", error)
+                self._count_bad_message(error)
 
-    def _on_edge_message(self, edge_id: bytes, message: Message, frames: list[bytes]) -> None:
+    def _read_peer(self, address: zmq.Frame) -> Peer:
+        key = "" if self._admission is None else str(address.get("User-Id"))
+        return Peer(address.bytes, key, int(address.get(zmq.SRCFD)))
+
+    def _count_bad_message(self, error: ProtocolError) -> None:
+        self._bad_messages += 1
+        now = self._clock()
+        if now - self._complained_at > COMPLAIN_EVERY_S:  # a flood must not fill the disk
+            self._complained_at = now
+            log.warning("dropped a message, the %dth: %s", self._bad_messages, error)
+
+    def _receive_disconnections(self) -> None:
+        while has_message(self._worker_links):
+            event = recv_monitor_message(self._worker_links)
+            self._perform(self.state.on_disconnected(event["value"], self._clock()))
+
+    def _on_edge_message(self, edge: Peer, message: Message, frames: list[bytes]) -> None:
         now = self._clock()
         if isinstance(message, Step):
             opening = self._read_opening(frames)
-            self._frames.setdefault(message.key, frames[:2])
-            actions = self.state.on_step(message, opening, edge_id, now)
-            if message.key not in self.state.steps:
-                actions.append(Forget(message.key))
+            known = message.key in self.state.steps
+            actions = self.state.on_step(message, opening, edge, len(frames[1]), now)
+            if not known and message.key in self.state.steps:
+                self._frames[message.key] = frames[:2]
             self._perform(actions)
         elif isinstance(message, StatusQuery):
-            report = make_report(self.state, now) | {"bad_messages": self._bad_messages}
-            self._send(self._edges, edge_id, [encode_header(StatusReport()), msgpack.packb(report)])
+            report = make_report(self.state, now) | {
+                "bad_messages": self._bad_messages,
+                "refused_connections": dict(self._admission.refused) if self._admission else {},
+            }
+            self._send(
+                self._edges, edge.address, [encode_header(StatusReport()), msgpack.packb(report)]
+            )
         elif isinstance(message, EndSession):
-            self._perform(self.state.on_end(message.session_id))
+            self._perform(self.state.on_end(message.session_id, edge))
         else:
             raise ProtocolError(f"an edge may not send {message.kind!r}")
 
@@ -176,19 +218,26 @@ class BrokerServer:
             raise ProtocolError(f"step carries {opening.kind!r}; expected an opening")
         return opening
 
-    def _on_worker_message(self, peer_id: bytes, message: Message, frames: list[bytes]) -> None:
+    def _on_worker_message(self, peer: Peer, message: Message, frames: list[bytes]) -> None:
         now = self._clock()
+        if isinstance(message, StepReply | NeedRows | StepFailed | Drain | Leave):
+            forged = self.state.check_sender(message.worker_id, peer)
+            if forged is not None:
+                self._perform([forged])
+                return
         if isinstance(message, StepReply | NeedRows):
             self._answer = frames
             self._perform(self.state.on_answer(message, now))
             self._answer = []
         elif isinstance(message, Announce):
-            self._perform(self.state.on_announce(message, now))
+            self._perform(self.state.on_announce(message, peer, now))
+        elif isinstance(message, Alive):
+            self._perform(self.state.on_alive(message.worker_id, peer, now))
         elif isinstance(message, StepFailed):
             log.warning("worker %s failed a step: %s", message.worker_id, message.reason)
             self._perform(self.state.on_failed(message, now))
         elif isinstance(message, Drain):
-            self._perform(self.state.on_drain(message.worker_id, now))
+            self._perform(self.state.on_drain(message.worker_id, peer, now))
         elif isinstance(message, Leave):
             self._perform(self.state.on_worker_gone(message.worker_id, "left", now))
         else:
@@ -200,11 +249,10 @@ class BrokerServer:
                 case Dispatched(worker_id, key, attempt, queue_us):
                     if not self.state.is_current(action):
                         continue
-                    header = encode_header(Dispatch(attempt, queue_us))
-                    opening = encode_header(self.state.sessions[key[0]].opening)
-                    frames = [header, *self._frames[key], opening]
-                    sent = self._send(self._workers, worker_id.encode(), frames)
-                    if not sent:
+                    session = self.state.sessions[key[0]]
+                    header = encode_header(Dispatch(attempt, queue_us, session.edge.key))
+                    frames = [header, *self._frames[key], encode_header(session.opening)]
+                    if not self._send_to_worker(worker_id, frames):
                         now = self._clock()
                         self._perform(self.state.on_undeliverable(action, now))
                 case Answer(edge_id, _):
@@ -220,14 +268,16 @@ class BrokerServer:
                     self._send(self._edges, edge_id, [encode_header(NeedOpening(*key))])
                 case TellBusy(edge_id, key, retry_ms):
                     self._send(self._edges, edge_id, [encode_header(Busy(*key, retry_ms))])
-                case ForwardEnd(worker_id, session_id):
-                    self._send(
-                        self._workers, worker_id.encode(), [encode_header(EndSession(session_id))]
-                    )
-                case AcceptDrain(worker_id):
-                    self._send(self._workers, worker_id.encode(), [encode_header(DrainAccepted())])
-                case Note(text):
-                    log.info(text)
+                case ForwardEnd(worker_id, session_id, owner):
+                    self._send_to_worker(worker_id, [encode_header(EndSession(session_id, owner))])
+                case AcceptDrain(address):
+                    self._send(self._workers, address, [encode_header(DrainAccepted())])
+                case Note(text, is_warning):
+                    log.log(logging.WARNING if is_warning else logging.INFO, "%s", text)
+
+    def _send_to_worker(self, worker_id: str, frames: list[bytes]) -> bool:
+        worker = self.state.workers.get(worker_id)
+        return worker is not None and self._send(self._workers, worker.peer.address, frames)
 
     def _send(self, socket: Socket, peer_id: bytes, frames: list[bytes]) -> bool:
         """False when the peer is gone or takes nothing more; whoever needs it will ask again."""

@@ -7,12 +7,17 @@ at one worker, or answered and forgotten.
 
 A step goes to the worker that is warm for its session (it computed the session's last step), as
 long as that worker has room; when it has not, the step waits for it unless another worker is
-idle. Without a warm worker the least loaded one with room gets it.
+idle. Without a warm worker the least loaded one with room gets it. A session has one step here at
+most, its newest, so that the queue goes round all sessions: a long prompt, which comes in many
+steps, holds up the others for one of them at a time.
+
+A peer is known by its connection. A worker's id belongs to whoever announced it as long as that
+one is alive; a session belongs to the edge, by its key, that opened it.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from broker.actions import (
@@ -38,7 +43,14 @@ from common.messages import (
     StepKey,
     StepReply,
 )
-from common.settings import HEARTBEAT_S, HEARTBEATS_MISSED, MAX_ATTEMPTS, MAX_QUEUED_STEPS
+from common.settings import (
+    HEARTBEAT_S,
+    HEARTBEATS_MISSED,
+    MAX_ATTEMPTS,
+    MAX_QUEUED_BYTES,
+    MAX_QUEUED_STEPS,
+    MAX_SESSIONS_PER_EDGE,
+)
 
 ServiceKey = tuple[str, tuple[int, int]]  # model fingerprint, span
 
@@ -49,15 +61,35 @@ FRESH_PART = 0.6  # of the time after which a silent worker is dead
 MISSED_AT_LEAST = 3  # heartbeats of a worker that announces slower ones than we expect
 
 
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who sent a message: a connection, and the CURVE key behind it."""
+
+    address: bytes  # ROUTER's name for the connection
+    key: str = ""  # empty where keys are not used
+    connection: int = -1  # its file descriptor
+
+    @property
+    def account(self) -> bytes:
+        """Whose sessions are counted together."""
+        return self.key.encode() or self.address
+
+
 @dataclass(slots=True)
 class Worker:
-    """A worker as its last heartbeat described it."""
+    """A worker as it last announced itself."""
 
     announce: Announce
+    peer: Peer
     seen_at: float
     draining: bool = False
     in_flight: set[StepKey] = field(default_factory=set)
     steps_done: int = 0
+
+    @property
+    def claim(self) -> tuple[str, str, int]:
+        """What makes it the same worker after a reconnection."""
+        return self.peer.key, self.announce.host, self.announce.pid
 
     @property
     def room(self) -> int:
@@ -75,7 +107,8 @@ class StepRecord:
 
     step: Step
     service: ServiceKey
-    edge_id: bytes
+    edge: Peer
+    body_bytes: int
     arrived_at: float
     queued_at: float
     deadline_at: float
@@ -93,9 +126,16 @@ class SessionRecord:
     """How a session was opened, where its KV is warm, and its newest step."""
 
     opening: Opening
+    edge: Peer
     worker_id: str | None
     newest: StepKey
     seen_at: float
+
+
+COUNTERS = (
+    "steps", "answers", "redispatched", "refused", "busy", "late_answers", "dead_workers",
+    "foreign_sessions", "forged_workers",
+)  # fmt: skip
 
 
 class BrokerState:
@@ -107,54 +147,73 @@ class BrokerState:
         silence_s: float = HEARTBEAT_S * HEARTBEATS_MISSED,
         max_queued_steps: int = MAX_QUEUED_STEPS,
         max_attempts: int = MAX_ATTEMPTS,
+        max_queued_bytes: int = MAX_QUEUED_BYTES,
+        max_sessions_per_edge: int = MAX_SESSIONS_PER_EDGE,
     ) -> None:
         self.started_at = started_at
         self.silence_s = silence_s
         self.max_queued_steps = max_queued_steps
         self.max_attempts = max_attempts
+        self.max_queued_bytes = max_queued_bytes
+        self.max_sessions_per_edge = max_sessions_per_edge
         self.workers: dict[str, Worker] = {}
         self.steps: dict[StepKey, StepRecord] = {}
         self.queues: dict[ServiceKey, deque[StepKey]] = {}
         self.sessions: dict[bytes, SessionRecord] = {}
-        self.counters = dict.fromkeys(
-            ("steps", "answers", "redispatched", "refused", "busy", "late_answers", "dead_workers"),
-            0,
-        )
+        self.counters = dict.fromkeys(COUNTERS, 0)
+        self._queued_bytes = 0
+        self._sessions_of: Counter[bytes] = Counter()
 
     # --- what arrives from edges
 
     def on_step(
-        self, step: Step, opening: Opening | None, edge_id: bytes, now: float
+        self, step: Step, opening: Opening | None, edge: Peer, body_bytes: int, now: float
     ) -> list[Action]:
         """A step arrived, for the first time or again, with its session's opening or without."""
+        session = self.sessions.get(step.session_id)
+        if session is not None and session.edge.key != edge.key:
+            why = "the session belongs to another edge"
+            return [Refuse(edge.address, step.key, "invalid", why), self._note_foreign(edge)]
         record = self.steps.get(step.key)
         if record is not None:
-            record.edge_id = edge_id
-            return [TellPending(edge_id, step.key), *self._send_again(record, now)]
+            record.edge = edge
+            return [TellPending(edge.address, step.key), *self._send_again(record, now)]
         self.counters["steps"] += 1
-        session = self.sessions.get(step.session_id)
         if session is not None and step.key[1:] < session.newest[1:]:
-            return [Refuse(edge_id, step.key, "stale", "a newer step of this session has arrived")]
-        if opening is None and session is None:
-            return [AskOpening(edge_id, step.key)]
+            why = "a newer step of this session has arrived"
+            return [Refuse(edge.address, step.key, "stale", why)]
+        if opening is None:
+            if session is None:
+                return [AskOpening(edge.address, step.key)]
+            opening = session.opening
         actions = self._abandon_older(step)
-        opening = opening or self.sessions[step.session_id].opening
         service = (opening.model, opening.span)
-        refusal = self._refuse_at_once(step, service, edge_id, now)
+        refusal = self._refuse_at_once(step, service, edge, body_bytes, now)
         if refusal is not None:
             return [*actions, refusal]
-        warm_worker = session.worker_id if session else None
-        self.sessions[step.session_id] = SessionRecord(opening, warm_worker, step.key, now)
+        warm_worker = None
+        if session is not None:
+            warm_worker = session.worker_id if session.worker_id != step.shun else None
+            self._forget_session(step.session_id)
+        self.sessions[step.session_id] = SessionRecord(opening, edge, warm_worker, step.key, now)
+        self._sessions_of[edge.account] += 1
         deadline_at = now + step.deadline_ms / 1000
-        self.steps[step.key] = StepRecord(step, service, edge_id, now, now, deadline_at)
+        record = StepRecord(step, service, edge, body_bytes, now, now, deadline_at)
+        if step.shun:
+            record.failures.append((step.shun, "its answer could not be used"))
+        self.steps[step.key] = record
+        self._queued_bytes += body_bytes
         self.queues.setdefault(service, deque()).append(step.key)
         return [*actions, *self._dispatch(service, now)]
 
-    def on_end(self, session_id: bytes) -> list[Action]:
+    def on_end(self, session_id: bytes, edge: Peer) -> list[Action]:
         """An edge says that a session is over."""
-        session = self.sessions.pop(session_id, None)
+        session = self.sessions.get(session_id)
         if session is None:
             return []
+        if session.edge.key != edge.key:
+            return [self._note_foreign(edge)]
+        self._forget_session(session_id)
         actions: list[Action] = []
         record = self.steps.get(session.newest)
         if record is not None:
@@ -162,20 +221,65 @@ class BrokerState:
         target = session.worker_id
         if target is None or target not in self.workers:
             target = next(iter(self.workers), None)
-        return [*actions, ForwardEnd(target, session_id)] if target else actions
+        return [*actions, ForwardEnd(target, session_id, edge.key)] if target else actions
+
+    def _forget_session(self, session_id: bytes) -> None:
+        account = self.sessions.pop(session_id).edge.account
+        self._sessions_of[account] -= 1
+        if not self._sessions_of[account]:
+            del self._sessions_of[account]
+
+    def _note_foreign(self, edge: Peer) -> Note:
+        self.counters["foreign_sessions"] += 1
+        return Note(f"edge {edge.key} named a session of another edge: refused", is_warning=True)
 
     # --- what arrives from workers
 
-    def on_announce(self, announce: Announce, now: float) -> list[Action]:
-        """A heartbeat: a new worker, or a known one that is alive."""
-        worker = self.workers.get(announce.worker_id)
+    def on_announce(self, announce: Announce, peer: Peer, now: float) -> list[Action]:
+        """A worker describes itself: a new one, a known one, or one that has connected anew."""
+        name = announce.worker_id
+        worker = self.workers.get(name)
         actions: list[Action] = []
         if worker is None:
-            worker = self.workers[announce.worker_id] = Worker(announce, now)
+            worker = self.workers[name] = Worker(announce, peer, now)
             serving = ", ".join(describe_service(s) for s in announce.services)
-            actions.append(Note(f"worker {announce.worker_id} joined, serving {serving}"))
-        worker.announce, worker.seen_at = announce, now
-        return actions + self._dispatch_for(announce.worker_id, now)
+            actions.append(Note(f"worker {name} joined, serving {serving}"))
+        elif worker.claim != (peer.key, announce.host, announce.pid):
+            return [self._note_forged(name, peer)]
+        worker.announce, worker.peer, worker.seen_at = announce, peer, now
+        return actions + self._dispatch_for(name, now)
+
+    def on_alive(self, worker_id: str, peer: Peer, now: float) -> list[Action]:
+        """A heartbeat, over a connection of its own."""
+        worker = self.workers.get(worker_id)
+        if worker is None:
+            return []
+        if worker.peer.key != peer.key:
+            return [self._note_forged(worker_id, peer)]
+        worker.seen_at = now
+        return []
+
+    def check_sender(self, worker_id: str, peer: Peer) -> Note | None:
+        """None if a message comes from the worker that it names, or if nobody has that name."""
+        worker = self.workers.get(worker_id)
+        if worker is None or worker.peer.address == peer.address:
+            return None
+        return self._note_forged(worker_id, peer)
+
+    def _note_forged(self, worker_id: str, peer: Peer) -> Note:
+        self.counters["forged_workers"] += 1
+        who = f"the worker with key {peer.key}" if peer.key else "another connection"
+        return Note(f"{who} claims to be worker {worker_id}, which it is not", is_warning=True)
+
+    def on_disconnected(self, connection: int, now: float) -> list[Action]:
+        """A connection of the workers' side ended: whoever was behind it is gone."""
+        gone = {
+            name: "lost its connection"
+            for name, worker in self.workers.items()
+            if worker.peer.connection == connection
+        }
+        self.counters["dead_workers"] += len(gone)
+        return self._drop_workers(gone, now, blame_steps=True)
 
     def on_answer(self, answer: StepReply | NeedRows, now: float) -> list[Action]:
         """A worker answered a step. Answers of any but the latest attempt are dropped."""
@@ -188,8 +292,8 @@ class BrokerState:
         session = self.sessions.get(record.step.session_id)
         if session is not None:
             session.worker_id, session.seen_at = answer.worker_id, now
-        del self.steps[answer.key]
-        actions: list[Action] = [Answer(record.edge_id, answer.key), Forget(answer.key)]
+        self._drop_record(record)
+        actions: list[Action] = [Answer(record.edge.address, answer.key), Forget(answer.key)]
         return actions + self._dispatch_for(answer.worker_id, now)
 
     def on_failed(self, failed: StepFailed, now: float) -> list[Action]:
@@ -202,14 +306,15 @@ class BrokerState:
         actions += self._dispatch(record.service, now)
         return actions + self._dispatch_for(failed.worker_id, now)
 
-    def on_drain(self, worker_id: str, now: float) -> list[Action]:
+    def on_drain(self, worker_id: str, peer: Peer, now: float) -> list[Action]:
         """A worker wants to leave: it gets nothing new."""
         worker = self.workers.get(worker_id)
-        if worker is None:
-            return [AcceptDrain(worker_id)]
+        accepted: list[Action] = [AcceptDrain(peer.address)]
+        if worker is None or worker.draining:
+            return accepted
         worker.draining = True
-        actions: list[Action] = [Note(f"worker {worker_id} is draining"), AcceptDrain(worker_id)]
-        return actions + self._dispatch_for(worker_id, now)
+        rerouted = self._dispatch_for(worker_id, now)
+        return [Note(f"worker {worker_id} is draining"), *accepted, *rerouted]
 
     def on_worker_gone(self, worker_id: str, why: str, now: float) -> list[Action]:
         """A worker left or cannot be reached: its steps go to others, and are not to blame."""
@@ -218,8 +323,8 @@ class BrokerState:
     def _drop_workers(self, reasons: dict[str, str], now: float, blame_steps: bool) -> list[Action]:
         """Forget workers that are gone, all before any of their steps is handed out again.
 
-        A step whose workers fall silent one after another may be what kills them: that counts as
-        an attempt. A worker that leaves or loses its connection says nothing about its steps.
+        A step whose workers fall silent or die one after another may be what kills them: that
+        counts as an attempt. A worker that leaves says nothing about its steps.
         """
         gone = {name: self.workers.pop(name) for name in reasons if name in self.workers}
         actions: list[Action] = [Note(f"worker {name} {reasons[name]}") for name in gone]
@@ -269,7 +374,7 @@ class BrokerState:
             actions += self._refuse(record, "deadline", self._why_late(record, now))
         for session_id, session in list(self.sessions.items()):
             if now - session.seen_at > SESSION_MEMORY_S:
-                del self.sessions[session_id]
+                self._forget_session(session_id)
         return actions
 
     # --- decisions
@@ -286,15 +391,21 @@ class BrokerState:
         return [Dispatched(record.worker_id, record.step.key, record.attempts, 0)]
 
     def _refuse_at_once(
-        self, step: Step, service: ServiceKey, edge_id: bytes, now: float
+        self, step: Step, service: ServiceKey, edge: Peer, body_bytes: int, now: float
     ) -> Action | None:
         settled = now - self.started_at >= self.silence_s
         if settled and not any(w.serves(service) for w in self.workers.values()):
             self.counters["refused"] += 1
-            return Refuse(edge_id, step.key, "no_worker", self._why_no_worker(service))
-        if len(self.steps) >= self.max_queued_steps:
+            return Refuse(edge.address, step.key, "no_worker", self._why_no_worker(service))
+        is_new = step.session_id not in self.sessions
+        if is_new and self._sessions_of[edge.account] >= self.max_sessions_per_edge:
+            self.counters["refused"] += 1
+            why = f"this edge has {self.max_sessions_per_edge} sessions open; end some first"
+            return Refuse(edge.address, step.key, "invalid", why)
+        too_large = self.steps and self._queued_bytes + body_bytes > self.max_queued_bytes
+        if len(self.steps) >= self.max_queued_steps or too_large:
             self.counters["busy"] += 1
-            return TellBusy(edge_id, step.key, BUSY_RETRY_MS)
+            return TellBusy(edge.address, step.key, BUSY_RETRY_MS)
         return None
 
     def _why_no_worker(self, service: ServiceKey) -> str:
@@ -324,7 +435,7 @@ class BrokerState:
         return self._remove(record) if record else []
 
     def _remove(self, record: StepRecord) -> list[Action]:
-        del self.steps[record.step.key]
+        self._drop_record(record)
         if record.worker_id is None:
             self.queues[record.service].remove(record.step.key)
         elif record.worker_id in self.workers:
@@ -333,7 +444,11 @@ class BrokerState:
 
     def _refuse(self, record: StepRecord, code: str, reason: str) -> list[Action]:
         self.counters["refused"] += 1
-        return [*self._remove(record), Refuse(record.edge_id, record.step.key, code, reason)]
+        return [*self._remove(record), Refuse(record.edge.address, record.step.key, code, reason)]
+
+    def _drop_record(self, record: StepRecord) -> None:
+        del self.steps[record.step.key]
+        self._queued_bytes -= record.body_bytes
 
     def _take_in_flight(
         self, key: StepKey, worker_id: str, attempt: int, now: float

@@ -19,6 +19,20 @@ class Task:
     source: int  # index of the broker it came from
     broker_queue_us: int
     arrived_at: float
+    owner: str = ""  # the edge's public key
+
+    @property
+    def session_key(self) -> bytes:
+        """Names the session here and in the store: two edges that choose one id share nothing.
+
+        In the store it is also the right to touch the session, see cloud_worker/store.py.
+        """
+        return make_session_key(self.step.session_id, self.owner)
+
+
+def make_session_key(session_id: bytes, owner: str) -> bytes:
+    """An edge's session: its id, then the edge's key."""
+    return session_id + owner.encode()
 
 
 class Batcher:
@@ -39,13 +53,13 @@ class Batcher:
     def add(self, task: Task) -> None:
         self._ready.append(task)
 
-    def drop_session(self, session_id: bytes) -> None:
+    def drop_session(self, session_key: bytes) -> None:
         """Forget what is ready of a session: it is over, or a newer step has come."""
-        self._ready = deque(t for t in self._ready if t.step.session_id != session_id)
+        self._ready = deque(t for t in self._ready if t.session_key != session_key)
 
-    def session_ids(self) -> set[bytes]:
+    def session_keys(self) -> set[bytes]:
         """Whose steps are ready: their KV must stay."""
-        return {task.step.session_id for task in self._ready}
+        return {task.session_key for task in self._ready}
 
     def pick(self) -> list[Task]:
         """Take the next batch out of what is ready."""
@@ -55,9 +69,9 @@ class Batcher:
         rows = 0
         for task in self._ready:
             fits = not batch or rows + task.step.rows <= self._max_rows
-            if fits and len(batch) < self._max_steps and task.step.session_id not in sessions:
+            if fits and len(batch) < self._max_steps and task.session_key not in sessions:
                 batch.append(task)
-                sessions.add(task.step.session_id)
+                sessions.add(task.session_key)
                 rows += task.step.rows
             else:
                 left.append(task)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from common.keys import load_client_keys, read_pair
 from common.processes import freeze_loaded_objects, set_up_logging, set_up_torch
 from common.settings import HEARTBEAT_S, WORKER_ENDPOINT, parse_endpoint
 
@@ -43,6 +44,13 @@ log = logging.getLogger("midspan.worker")
 @click.option(
     "--heartbeat-ms", default=round(HEARTBEAT_S * 1000), show_default=True, type=click.IntRange(10)
 )
+@click.option("--key", type=click.Path(path_type=Path), help="This worker's .key_secret.")
+@click.option("--broker-key", help="The broker's public key: its .key file, or the text.")
+@click.option(
+    "--pool-key",
+    type=click.Path(path_type=Path),
+    help="The pool's .key_secret: opens the keys of sessions with --encrypt-kv.",
+)
 @click.option("--id", "worker_id", default="", help="Name in tables and logs.  [default: random]")
 @click.option("--verbose", is_flag=True, help="Log more.")
 def worker(
@@ -59,6 +67,9 @@ def worker(
     capacity: int,
     cache_mb: int,
     heartbeat_ms: int,
+    key: Path | None,
+    broker_key: str | None,
+    pool_key: Path | None,
     worker_id: str,
     verbose: bool,
 ) -> None:
@@ -67,6 +78,8 @@ def worker(
     SIGTERM or Ctrl-C drains it: what it has is finished and committed, then it leaves.
     """
     endpoints = [parse_endpoint(broker, "--broker") for broker in brokers]
+    keys = load_client_keys(key, broker_key)
+    pool_pair = read_pair(pool_key) if pool_key else None
     set_up_logging(verbose)
     set_up_torch(threads)
     from cloud_worker.executor import TextExecutor
@@ -90,7 +103,9 @@ def worker(
     config = read_config(checkpoint)
     span = parse_span(span_text, config.num_hidden_layers)
     model = load_span(checkpoint, span, parse_dtype(dtype), check_device(device))
-    service = Service(checkpoint.fingerprint(), checkpoint.name, (span.first, span.last))
+    service = Service(
+        checkpoint.fingerprint(), checkpoint.name, (span.first, span.last), model.hidden
+    )
     known = open_calibration(calibration, checkpoint.directory, service.model, service.span)
     checkpoint.close()
     megabytes = sum(model.bytes_read.values()) / 1e6
@@ -109,6 +124,8 @@ def worker(
             capacity=capacity,
             cache_bytes=cache_mb << 20,
             heartbeat_s=heartbeat_ms / 1000,
+            keys=keys,
+            pool_key=pool_pair,
         ),
         worker_id,
     )

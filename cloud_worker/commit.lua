@@ -1,8 +1,15 @@
 -- Check the fence and write rows in one atomic step; see cloud_worker/store.py for the rules.
 -- KEYS: record, the chunk to write, then every other chunk of the session
 -- ARGV: shape, generation, fork, step, writer, start, end, continues, byte offset in the chunk,
---       time to live in ms, rows
+--       time to live in ms, rows, session key
 -- Returns {code, position}; code is committed, stale or gap.
+-- Whoever does not know the session's key has no right to it: keys are named by its SHA-1.
+local home = 'midspan:{' .. redis.sha1hex(ARGV[12]) .. '}:'
+for i = 1, #KEYS do
+  if string.sub(KEYS[i], 1, #home) ~= home then
+    return redis.error_reply('FOREIGN this session was not given to the caller')
+  end
+end
 local record = redis.call('HMGET', KEYS[1], 'shape', 'generation', 'step', 'writer', 'position')
 local shape, generation, fork = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local step, writer = tonumber(ARGV[4]), ARGV[5]

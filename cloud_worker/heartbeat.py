@@ -1,32 +1,35 @@
-"""Announce a worker to its brokers from a thread of its own: computing is not death."""
+"""Say that a worker is alive from a thread of its own: computing is not death."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import zmq
 
-from common.messages import Announce
+from common.keys import ClientKeys
+from common.messages import Alive
 from common.sockets import Context, connect_dealer
 from common.wire import encode_header
 
 
 class Heartbeat:
-    """Sends what `describe` returns to every broker each `interval_s`, until `stop`."""
+    """Sends `Alive` to every broker each `interval_s`, until `stop`."""
 
     def __init__(
         self,
         context: Context,
         brokers: Sequence[str],
-        describe: Callable[[], Announce],
+        worker_id: str,
         interval_s: float,
+        keys: ClientKeys | None,
     ) -> None:
         self._context = context
         self._brokers = brokers
-        self._describe = describe
+        self._header = encode_header(Alive(worker_id))
         self._interval_s = interval_s
+        self._keys = keys
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -39,11 +42,10 @@ class Heartbeat:
         self._thread.join()
 
     def _run(self) -> None:
-        sockets = [connect_dealer(self._context, broker) for broker in self._brokers]
+        sockets = [connect_dealer(self._context, broker, self._keys) for broker in self._brokers]
         while not self._stopped.wait(self._interval_s):
-            header = encode_header(self._describe())
             for socket in sockets:
                 with contextlib.suppress(zmq.Again):  # no broker there: it will hear the next one
-                    socket.send(header, zmq.NOBLOCK)
+                    socket.send(self._header, zmq.NOBLOCK)
         for socket in sockets:
             socket.close(linger=0)

@@ -36,8 +36,8 @@ class MemoryKvStore:
         self._events.append(self._commit(commit))
 
     def _commit(self, commit: Commit) -> StoreEvent:
-        key = (commit.session_id, commit.generation)
-        session = self._sessions.get(commit.session_id)
+        key = (commit.session_key, commit.generation)
+        session = self._sessions.get(commit.session_key)
         valid = 0
         if session is not None:
             if session.generation > commit.generation:
@@ -60,22 +60,22 @@ class MemoryKvStore:
             session.rows if session is not None and session.shape == commit.shape else bytearray()
         )
         rows[commit.start * commit.row_bytes :] = commit.rows
-        self._sessions[commit.session_id] = _Session(
+        self._sessions[commit.session_key] = _Session(
             commit.shape, commit.generation, commit.step, commit.writer, commit.end, rows
         )
         return Committed(*key, commit.end)
 
     def begin_load(self, load: Load) -> None:
-        session = self._sessions.get(load.session_id)
+        session = self._sessions.get(load.session_key)
         rows = b""
         if session is not None and session.shape == load.shape:
             valid = usable_rows(session.generation, session.position, load.generation, load.fork)
             end = min(valid, load.end)
             rows = bytes(session.rows[load.start * load.row_bytes : end * load.row_bytes])
-        self._events.append(Loaded(load.session_id, load.generation, load.start, rows))
+        self._events.append(Loaded(load.session_key, load.generation, load.start, rows))
 
-    def begin_delete(self, session_id: bytes) -> None:
-        self._sessions.pop(session_id, None)
+    def begin_delete(self, session_key: bytes) -> None:
+        self._sessions.pop(session_key, None)
 
     def poll(self) -> list[StoreEvent]:
         events, self._events = self._events, []

@@ -5,13 +5,16 @@ order, so a load always sees the commits before it and the worker's loop needs n
 answer that takes longer than `timeout_s` condemns the connection: everything pending fails, and a
 thread connects anew while the worker goes on without a store.
 
-Keys of a session share the hash tag {session}, so they lie in one slot of a cluster:
+Keys of a session share the hash tag {SESSION}, so they lie in one slot of a cluster:
     midspan:{SESSION}:record    shape, generation, step, writer, position, chunks
     midspan:{SESSION}:kv:N      chunk N, about 1 MB of rows at fixed offsets
+SESSION is the SHA-1 of the session's key, and every script wants the key itself: a worker that was
+never given a session cannot name the key, though it may see the names of Redis's keys.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import time
@@ -100,17 +103,17 @@ class RedisKvStore:
         rows_per_chunk = chunk_rows(commit.row_bytes)
         chunk, row_in_chunk = divmod(commit.start, rows_per_chunk)
         assert (commit.end - 1) // rows_per_chunk == chunk, "a commit lies within one chunk"
-        written = _chunk_key(commit.session_id, chunk)
-        others = [_chunk_key(commit.session_id, other) for other in range(chunk)]
+        written = chunk_key(commit.session_key, chunk)
+        others = [chunk_key(commit.session_key, other) for other in range(chunk)]
         self._send(
             lambda answer: self._on_committed(commit, answer),
             lambda reason: self._events.append(
-                CommitFailed(commit.session_id, commit.generation, reason)
+                CommitFailed(commit.session_key, commit.generation, reason)
             ),
-            "commit", 2 + len(others), _record_key(commit.session_id), written, *others,
+            "commit", 2 + len(others), record_key(commit.session_key), written, *others,
             commit.shape, commit.generation, commit.fork, commit.step, commit.writer,
             commit.start, commit.end, int(commit.continues), row_in_chunk * commit.row_bytes,
-            self._ttl_ms, commit.rows,
+            self._ttl_ms, commit.rows, commit.session_key,
         )  # fmt: skip
 
     def begin_load(self, load: Load) -> None:
@@ -118,11 +121,11 @@ class RedisKvStore:
         for _ in range(LOADS_IN_FLIGHT):
             self._load_next_part(loading)
 
-    def begin_delete(self, session_id: bytes) -> None:
+    def begin_delete(self, session_key: bytes) -> None:
         self._send(
             lambda answer: None,
             lambda reason: None,
-            "delete", 1, _record_key(session_id), _chunk_prefix(session_id),
+            "delete", 1, record_key(session_key), session_key,
         )  # fmt: skip
 
     def poll(self) -> list[StoreEvent]:
@@ -223,9 +226,9 @@ class RedisKvStore:
     def _on_committed(self, commit: Commit, answer: Any) -> None:
         code, position = answer[0].decode(), int(answer[1])
         if code == "committed":
-            event: StoreEvent = Committed(commit.session_id, commit.generation, position)
+            event: StoreEvent = Committed(commit.session_key, commit.generation, position)
         else:
-            event = CommitRefused(commit.session_id, commit.generation, code, position)
+            event = CommitRefused(commit.session_key, commit.generation, code, position)
         self._events.append(event)
 
     def _load_next_part(self, loading: _Loading) -> None:
@@ -244,8 +247,8 @@ class RedisKvStore:
         self._send(
             lambda answer: self._on_part(loading, start, rows, answer),
             lambda reason: self._on_part(loading, start, rows, []),
-            "load", 2, _record_key(load.session_id), _chunk_key(load.session_id, chunk),
-            first * load.row_bytes, (first + rows) * load.row_bytes - 1,
+            "load", 2, record_key(load.session_key), chunk_key(load.session_key, chunk),
+            first * load.row_bytes, (first + rows) * load.row_bytes - 1, load.session_key,
         )  # fmt: skip
 
     def _on_part(self, loading: _Loading, start: int, rows: int, answer: list[Any]) -> None:
@@ -271,7 +274,7 @@ class RedisKvStore:
     def _finish_load(self, loading: _Loading) -> None:
         load = loading.load
         rows = b"".join(loading.parts)[: max(0, loading.end - load.start) * load.row_bytes]
-        self._events.append(Loaded(load.session_id, load.generation, load.start, rows))
+        self._events.append(Loaded(load.session_key, load.generation, load.start, rows))
 
 
 def read_script(name: str) -> bytes:
@@ -279,16 +282,18 @@ def read_script(name: str) -> bytes:
     return resources.files("cloud_worker").joinpath(f"{name}.lua").read_bytes()
 
 
-def _record_key(session_id: bytes) -> str:
-    return f"midspan:{{{session_id.hex()}}}:record"
+def _home(session_key: bytes) -> str:
+    return f"midspan:{{{hashlib.sha1(session_key, usedforsecurity=False).hexdigest()}}}:"
 
 
-def _chunk_prefix(session_id: bytes) -> str:
-    return f"midspan:{{{session_id.hex()}}}:kv:"
+def record_key(session_key: bytes) -> str:
+    """The key of a session's record."""
+    return _home(session_key) + "record"
 
 
-def _chunk_key(session_id: bytes, chunk: int) -> str:
-    return f"{_chunk_prefix(session_id)}{chunk}"
+def chunk_key(session_key: bytes, chunk: int) -> str:
+    """The key of a chunk of a session's rows."""
+    return f"{_home(session_key)}kv:{chunk}"
 
 
 def _without_password(url: str) -> str:

@@ -12,6 +12,9 @@ The fence. A commit writes rows start..end of (generation, step) and is refused
 A commit of a step that is there already is answered with `Committed` and writes nothing. Check
 and write are one atomic step, else a stale writer could pass the check and write later.
 
+A `session_key` is the session's name and the right to it at once: 16 random bytes from the edge,
+and the edge's own public key where keys are used. A worker learns it with the session's first step.
+
 Repeated steps are computed again rather than answered from a stored reply: KV rows depend only on
 boundary rows, so the result is the same, and a stored reply would double what every step commits.
 """
@@ -28,7 +31,7 @@ CHUNK_BYTES = 1 << 20
 class Commit:
     """Write rows start..end, all within one chunk."""
 
-    session_id: bytes
+    session_key: bytes
     shape: str
     generation: int
     fork: int  # rows below this are the same as in generation - 1
@@ -45,7 +48,7 @@ class Commit:
 class Load:
     """Read rows start..end, or as many of them as are valid for the generation."""
 
-    session_id: bytes
+    session_key: bytes
     shape: str
     generation: int
     fork: int
@@ -58,7 +61,7 @@ class Load:
 class Committed:
     """The store has the session's rows up to `position`."""
 
-    session_id: bytes
+    session_key: bytes
     generation: int
     position: int
 
@@ -67,7 +70,7 @@ class Committed:
 class CommitRefused:
     """`stale`: a newer writer is at work. `gap`: only rows below `position` are there."""
 
-    session_id: bytes
+    session_key: bytes
     generation: int
     code: str
     position: int
@@ -77,7 +80,7 @@ class CommitRefused:
 class CommitFailed:
     """The store could not be asked, or could not write; nothing is known to be committed."""
 
-    session_id: bytes
+    session_key: bytes
     generation: int
     reason: str
 
@@ -86,7 +89,7 @@ class CommitFailed:
 class Loaded:
     """Rows from `start` on: empty when the store has none of them or cannot be asked."""
 
-    session_id: bytes
+    session_key: bytes
     generation: int
     start: int
     rows: bytes
@@ -102,7 +105,7 @@ class KvStore(Protocol):
 
     def begin_load(self, load: Load) -> None: ...
 
-    def begin_delete(self, session_id: bytes) -> None: ...
+    def begin_delete(self, session_key: bytes) -> None: ...
 
     def poll(self) -> list[StoreEvent]:
         """What has finished. Never waits."""

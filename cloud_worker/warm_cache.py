@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
+from cloud_worker.kv_cipher import KvCipher
 from common.kv_rows import KvRows
 from common.messages import Step, StepReply
 
@@ -14,7 +15,7 @@ from common.messages import Step, StepReply
 class WarmSession:
     """One session's KV rows and how much of them is committed."""
 
-    session_id: bytes
+    session_key: bytes
     kv: KvRows
     generation: int
     fork: int
@@ -23,6 +24,7 @@ class WarmSession:
     commit_in_flight: bool = False
     pieces_of_step: int | None = None  # the step of which a first piece was committed
     last_reply: tuple[StepReply, bytes] | None = None  # for a step that is sent again
+    cipher: KvCipher | None = None  # of its rows in the store
 
     @property
     def is_dirty(self) -> bool:
@@ -62,20 +64,20 @@ class WarmCache:
     def __iter__(self) -> Iterator[WarmSession]:
         return iter(list(self._sessions.values()))
 
-    def find(self, session_id: bytes) -> WarmSession | None:
-        return self._sessions.get(session_id)
+    def find(self, session_key: bytes) -> WarmSession | None:
+        return self._sessions.get(session_key)
 
-    def open(self, step: Step) -> WarmSession:
+    def open(self, session_key: bytes, step: Step) -> WarmSession:
         """The session of a step, most recently used from now on; empty if it is new here."""
-        session = self._sessions.get(step.session_id)
+        session = self._sessions.get(session_key)
         if session is None:
-            session = WarmSession(step.session_id, self._new_kv(), step.generation, step.fork)
-            self._sessions[step.session_id] = session
-        self._sessions.move_to_end(step.session_id)
+            session = WarmSession(session_key, self._new_kv(), step.generation, step.fork)
+            self._sessions[session_key] = session
+        self._sessions.move_to_end(session_key)
         return session
 
-    def drop(self, session_id: bytes) -> None:
-        self._sessions.pop(session_id, None)
+    def drop(self, session_key: bytes) -> None:
+        self._sessions.pop(session_key, None)
 
     def used_bytes(self) -> int:
         return sum(session.kv.capacity_bytes for session in self._sessions.values())
@@ -87,9 +89,9 @@ class WarmCache:
         for session in list(self._sessions.values()):
             if used <= self._limit_bytes:
                 break
-            if session.session_id in busy:
+            if session.session_key in busy:
                 continue
             used -= session.kv.capacity_bytes
-            self.drop(session.session_id)
+            self.drop(session.session_key)
             dropped += 1
         return dropped

@@ -19,9 +19,11 @@ from dataclasses import dataclass
 
 import zmq
 
-from cloud_worker.batcher import Batcher, Task
+from cloud_worker.batcher import Batcher, Task, make_session_key
 from cloud_worker.executor import Computed, TextExecutor
 from cloud_worker.heartbeat import Heartbeat
+from cloud_worker.kv_cipher import ROW_OVERHEAD, ForgedRows, KvCipher
+from cloud_worker.self_test import check_executor, check_store
 from cloud_worker.store import (
     Commit,
     CommitFailed,
@@ -34,7 +36,8 @@ from cloud_worker.store import (
     chunk_rows,
 )
 from cloud_worker.warm_cache import WarmCache, WarmSession
-from common.errors import MidspanError, ProtocolError
+from common.errors import MidspanError, ProtocolError, SettingsError, StoreUnavailable
+from common.keys import ClientKeys, KeyPair
 from common.messages import (
     Announce,
     Dispatch,
@@ -50,8 +53,9 @@ from common.messages import (
     StepFailed,
     StepReply,
 )
+from common.sealing import open_sealed
 from common.settings import HEARTBEAT_S
-from common.sockets import Context, Socket, connect_dealer, has_message
+from common.sockets import Context, Socket, connect_dealer, has_message, receive_frames
 from common.wire import check_frames, decode_header, encode_header
 
 log = logging.getLogger("midspan.worker")
@@ -59,6 +63,7 @@ log = logging.getLogger("midspan.worker")
 IDLE_POLL_S = 0.1
 DRAIN_LIMIT_S = 10.0
 KEEP_REPLY_BYTES = 1 << 20
+STORE_RETRY_S = 0.5
 RECOMMIT_S = 1.0  # how often sessions whose commit failed are tried again
 
 
@@ -72,6 +77,8 @@ class WorkerSettings:
     capacity: int = 64  # steps that a broker may have in flight here
     cache_bytes: int = 1 << 30
     heartbeat_s: float = HEARTBEAT_S
+    keys: ClientKeys | None = None
+    pool_key: KeyPair | None = None  # opens the keys of sessions whose KV is encrypted at rest
 
 
 # sessions that are set up alike open with the same bytes
@@ -104,23 +111,21 @@ class Worker:
         self._drain_requested = False
         self._drain_accepted: set[int] = set()
         self._recommit_at = 0.0
+        self._announce_at = 0.0
         self._stats = {
-            "batches": 0, "steps": 0, "rows": 0, "takeovers": 0, "rows_pulled": 0, "rows_asked": 0,
-            "failed": 0, "bad_messages": 0,
+            "batches": 0, "steps": 0, "rows": 0, "takeovers": 0, "rows_pulled": 0,
+            "bytes_pulled": 0, "rows_asked": 0, "failed": 0, "bad_messages": 0,
         }  # fmt: skip
         self._context: Context = zmq.Context()
         self._sockets = [
-            connect_dealer(
-                self._context, broker, identity=self.worker_id.encode(), keep_unsent=True
-            )
-            for broker in settings.brokers
+            connect_dealer(self._context, broker, settings.keys) for broker in settings.brokers
         ]
         self._poller = zmq.Poller()
         for socket in self._sockets:
             self._poller.register(socket, zmq.POLLIN)
         self._polled_store_fd: int | None = None
         self._heartbeat = Heartbeat(
-            self._context, settings.brokers, self._describe, settings.heartbeat_s
+            self._context, settings.brokers, self.worker_id, settings.heartbeat_s, settings.keys
         )
 
     def _describe(self) -> Announce:
@@ -144,9 +149,11 @@ class Worker:
         self._drain_requested = True
 
     def run(self) -> None:
-        """Serve until drained."""
-        for socket in self._sockets:
-            socket.send(encode_header(self._describe()))
+        """Prove to be able to serve, then announce and serve until drained.
+
+        Raises MidspanError if this worker cannot compute.
+        """
+        self._prove_ready()
         self._heartbeat.start()
         try:
             while not self._drain_requested:
@@ -154,16 +161,33 @@ class Worker:
             self._drain()
         finally:
             self._heartbeat.stop()
-            for socket in self._sockets:
-                socket.send(encode_header(Leave(self.worker_id)))
+            for index in range(len(self._sockets)):
+                self._send(index, Leave(self.worker_id))
             self._store.close()
             self._context.destroy(linger=1000)
+
+    def _prove_ready(self) -> None:
+        """A worker that a broker hears of has computed a step, stored its KV and read it back.
+
+        A store that does not do that is waited for: it may be full or paused.
+        """
+        session = check_executor(self._executor, self._service)
+        while not self._drain_requested:
+            try:
+                check_store(
+                    self._store, session, self._shape, self._row_bytes,
+                    lambda: self._drain_requested,
+                )  # fmt: skip
+            except StoreUnavailable as error:
+                log.warning("not ready: %s; trying again", error)
+                time.sleep(STORE_RETRY_S)
+            else:
+                return
 
     def _drain(self) -> None:
         """Go on until nothing more can come and all that is here is answered and committed."""
         log.info("draining")
-        for socket in self._sockets:
-            socket.send(encode_header(Drain(self.worker_id)))
+        self._announce_at = 0.0
         give_up_at = time.monotonic() + DRAIN_LIMIT_S
         while time.monotonic() < give_up_at:
             self._turn(0.01)
@@ -177,6 +201,10 @@ class Worker:
     # --- the loop
 
     def _turn(self, wait_s: float) -> None:
+        now = time.monotonic()
+        if now >= self._announce_at:
+            self._announce_at = now + self._settings.heartbeat_s
+            self._announce()
         self._wait(0.0 if len(self._batcher) else wait_s)
         for index, socket in enumerate(self._sockets):
             self._receive(index, socket)
@@ -191,6 +219,20 @@ class Worker:
             for session in self._warm:
                 self._commit(session)
 
+    def _announce(self) -> None:
+        """Tell all brokers what there is here, over the connections that take the steps."""
+        for index in range(len(self._sockets)):
+            self._send(index, self._describe())
+            if self._drain_requested and index not in self._drain_accepted:
+                self._send(index, Drain(self.worker_id))
+
+    def _send(self, index: int, message: Message, *bodies: bytes) -> None:
+        """To one broker. What cannot be sent now is dropped: the edge will ask again."""
+        try:
+            self._sockets[index].send_multipart([encode_header(message), *bodies], zmq.NOBLOCK)
+        except zmq.Again:
+            log.debug("no broker takes a %s", message.kind)
+
     def _wait(self, wait_s: float) -> None:
         store_fd = self._store.fileno()
         if store_fd != self._polled_store_fd:  # the store has connected anew
@@ -203,7 +245,7 @@ class Worker:
 
     def _receive(self, source: int, socket: Socket) -> None:
         while has_message(socket):
-            frames = socket.recv_multipart()
+            frames = receive_frames(socket)
             try:
                 check_frames(frames)
                 self._on_message(source, decode_header(frames[0]), frames)
@@ -219,13 +261,17 @@ class Worker:
             if not isinstance(step, Step) or not isinstance(opening, Opening):
                 raise ProtocolError(f"dispatch carries {step.kind!r} and {opening.kind!r}")
             now = time.monotonic()
-            task = Task(step, opening, frames[2], message.attempt, source, message.queue_us, now)
+            task = Task(
+                step, opening, frames[2], message.attempt, source, message.queue_us, now,
+                message.owner,
+            )  # fmt: skip
             self._on_step(task)
         elif isinstance(message, EndSession):
-            self._loading.pop(message.session_id, None)
-            self._batcher.drop_session(message.session_id)
-            self._warm.drop(message.session_id)
-            self._store.begin_delete(message.session_id)
+            session_key = make_session_key(message.session_id, message.owner)
+            self._loading.pop(session_key, None)
+            self._batcher.drop_session(session_key)
+            self._warm.drop(session_key)
+            self._store.begin_delete(session_key)
         elif isinstance(message, DrainAccepted):
             self._drain_accepted.add(source)
         else:
@@ -239,6 +285,7 @@ class Worker:
                     f"step is for {opening.model} {opening.span}, not for this worker"
                 )
             self._executor.check(task)
+            cipher = self._open_cipher(task)
         except MidspanError as error:
             self._fail(task, str(error))
             return
@@ -246,17 +293,19 @@ class Worker:
             log.exception("a step could not be checked")
             self._fail(task, f"{type(error).__name__}: {error}")
             return
-        session = self._warm.open(step)
+        session = self._warm.open(task.session_key, step)
         if session.last_reply is not None and session.last_reply[0].key == step.key:
             last, body = session.last_reply
             again = dataclasses.replace(last, attempt=task.attempt)
-            self._sockets[task.source].send_multipart([encode_header(again), body])
+            self._send(task.source, again, body)
             return
         if not session.adjust_to(step):
             self._fail(task, "the session has a newer generation")
             return
-        self._loading.pop(step.session_id, None)
-        self._batcher.drop_session(step.session_id)
+        if session.cipher is None:
+            session.cipher = cipher
+        self._loading.pop(task.session_key, None)
+        self._batcher.drop_session(task.session_key)
         self._prepare(task, session)
 
     def _prepare(self, task: Task, session: WarmSession) -> None:
@@ -265,19 +314,19 @@ class Worker:
         if session.kv.length == step.position:
             self._batcher.add(task)
         else:
-            self._loading[step.session_id] = task
+            self._loading[task.session_key] = task
             self._stats["takeovers"] += 1
             self._store.begin_load(
                 Load(
-                    step.session_id, self._shape, step.generation, step.fork,
-                    session.kv.length, step.position, self._row_bytes,
+                    task.session_key, self._shape_of(session), step.generation, step.fork,
+                    session.kv.length, step.position, self._stored_row_bytes(session),
                 )
             )  # fmt: skip
 
     # --- the store's answers
 
     def _on_store_event(self, event: StoreEvent) -> None:
-        session = self._warm.find(event.session_id)
+        session = self._warm.find(event.session_key)
         if isinstance(event, Loaded):
             self._on_loaded(event, session)
             return
@@ -304,17 +353,19 @@ class Worker:
             session.committed = session.kv.length  # another worker went on; the store has more
 
     def _on_loaded(self, event: Loaded, session: WarmSession | None) -> None:
-        task = self._loading.get(event.session_id)
+        task = self._loading.get(event.session_key)
         if task is None or session is None or task.step.generation != event.generation:
             return
-        if event.rows and session.kv.length == event.start:
-            session.kv.write_bytes(event.start, event.rows)
-            rows = len(event.rows) // self._row_bytes
+        plain = self._decrypt(session, event)
+        if plain and session.kv.length == event.start:
+            session.kv.write_bytes(event.start, plain)
+            rows = len(plain) // self._row_bytes
             session.kv.length += rows
             if session.committed == event.start:
                 session.committed += rows
             self._stats["rows_pulled"] += rows
-        del self._loading[event.session_id]
+            self._stats["bytes_pulled"] += len(event.rows)
+        del self._loading[event.session_key]
         step = task.step
         if session.kv.length >= step.position:
             session.cut_back(step.position)
@@ -322,7 +373,7 @@ class Worker:
             return
         self._stats["rows_asked"] += step.position - session.kv.length
         need = NeedRows(*step.key, task.attempt, session.kv.length, self.worker_id)
-        self._sockets[task.source].send(encode_header(need))
+        self._send(task.source, need)
 
     # --- computing
 
@@ -330,7 +381,7 @@ class Worker:
         started_at = time.monotonic()
         pairs = []
         for task in batch:
-            session = self._warm.open(task.step)
+            session = self._warm.open(task.session_key, task.step)
             if session.kv.length == task.step.position:
                 pairs.append((task, session))
             else:
@@ -350,8 +401,8 @@ class Worker:
             self._reply(task, computed, session, started_at, done_at)
         for _, session in pairs:
             self._commit(session)
-        just_run = {session.session_id for _, session in pairs}
-        self._warm.evict(just_run | self._batcher.session_ids() | self._loading.keys())
+        just_run = {session.session_key for _, session in pairs}
+        self._warm.evict(just_run | self._batcher.session_keys() | self._loading.keys())
 
     def _reply(
         self,
@@ -373,28 +424,60 @@ class Worker:
         )
         keep = len(computed.body) <= KEEP_REPLY_BYTES
         session.last_reply = (reply, computed.body) if keep else None
-        self._sockets[task.source].send_multipart([encode_header(reply), computed.body])
+        self._send(task.source, reply, computed.body)
 
     def _fail(self, task: Task, reason: str) -> None:
         self._stats["failed"] += 1
         log.warning("step failed: %s", reason)
         failed = StepFailed(*task.step.key, task.attempt, self.worker_id, reason[:1000])
-        self._sockets[task.source].send(encode_header(failed))
+        self._send(task.source, failed)
 
     def _commit(self, session: WarmSession) -> None:
         """Begin to commit the next piece that the store does not have, unless one is under way."""
         if not session.is_dirty or session.commit_in_flight or not self._store.is_up():
             return
         start = session.committed
-        rows_per_chunk = chunk_rows(self._row_bytes)
+        row_bytes = self._stored_row_bytes(session)
+        rows_per_chunk = chunk_rows(row_bytes)
         end = min(session.kv.length, (start // rows_per_chunk + 1) * rows_per_chunk)
         session.commit_in_flight = True
         continues = session.pieces_of_step == session.last_step
         session.pieces_of_step = session.last_step
+        rows = session.kv.read_bytes(start, end)
+        if session.cipher is not None:
+            rows = session.cipher.encrypt(rows, start, self._row_bytes)
         self._store.begin_commit(
             Commit(
-                session.session_id, self._shape, session.generation, session.fork,
-                session.last_step, self.worker_id, start, end, continues,
-                session.kv.read_bytes(start, end), self._row_bytes,
+                session.session_key, self._shape_of(session), session.generation, session.fork,
+                session.last_step, self.worker_id, start, end, continues, rows, row_bytes,
             )
         )  # fmt: skip
+
+    # --- encryption at rest
+
+    def _open_cipher(self, task: Task) -> KvCipher | None:
+        sealed = task.opening.sealed_key
+        known = self._warm.find(task.session_key)
+        if not sealed or (known is not None and known.cipher is not None):
+            return None
+        if self._settings.pool_key is None:
+            raise SettingsError(
+                "the session wants its KV encrypted, and this worker has no --pool-key"
+            )
+        return KvCipher(open_sealed(sealed, self._settings.pool_key), task.session_key)
+
+    def _stored_row_bytes(self, session: WarmSession) -> int:
+        return self._row_bytes + (ROW_OVERHEAD if session.cipher is not None else 0)
+
+    def _shape_of(self, session: WarmSession) -> str:
+        return f"{self._shape} encrypted" if session.cipher is not None else self._shape
+
+    def _decrypt(self, session: WarmSession, event: Loaded) -> bytes:
+        """The rows as they were; nothing if they are not what this session wrote."""
+        if session.cipher is None or not event.rows:
+            return event.rows
+        try:
+            return session.cipher.decrypt(event.rows, event.start, self._row_bytes)
+        except ForgedRows:
+            log.warning("the store holds rows of a session that its key does not open")
+            return b""

@@ -3,7 +3,10 @@
     edge -> broker    Step (with its Opening if need be), EndSession, StatusQuery
     broker -> edge    StepReply, NeedRows, NeedOpening, StepPending, StepRefused, Busy, StatusReport
     broker -> worker  Dispatch (in front of a Step and its Opening), EndSession, DrainAccepted
-    worker -> broker  Announce, Drain, Leave, StepReply, NeedRows, StepFailed
+    worker -> broker  Announce, Alive, Drain, Leave, StepReply, NeedRows, StepFailed
+
+A peer is known by its connection (and its CURVE key, where keys are used), never by what it says
+of itself: a message that names another worker, or another edge's session, is refused.
 
 All are idempotent: whoever did not hear an answer asks again. `session_id` is 16 random bytes
 drawn by the edge. Within one `generation` of a session its boundary rows are append-only, so the
@@ -15,6 +18,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
+
+Sealed = bytes  # opaque to the broker; see common/sealing.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,7 @@ class Opening:
     hidden: int  # D
     codecs: list[str]  # steps name them by their index
     calibration: str  # fingerprint, or empty if no codec needs one
+    sealed_key: Sealed = b""  # of the session's KV at rest, for the workers only
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +61,7 @@ class Step:
     reply_rows: int  # how many of the last rows to answer with; 0 for rows that are replayed
     reply_codec: int  # index into the opening's codecs
     deadline_ms: int  # time left to the whole step when it was sent
+    shun: str = ""  # a worker whose answer could not be used: rather not that one
 
     @property
     def rows(self) -> int:
@@ -175,6 +182,7 @@ class EndSession:
 
     kind: ClassVar[str] = "end"
     session_id: bytes
+    owner: str = ""  # filled in by the broker; what an edge says here is not believed
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +206,7 @@ class Dispatch:
     kind: ClassVar[str] = "dispatch"
     attempt: int
     queue_us: int
+    owner: str  # the edge's public key, or empty where keys are not used
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,11 +216,15 @@ class Service:
     model: str  # fingerprint
     name: str  # for people
     span: tuple[int, int]
+    hidden: int  # D
 
 
 @dataclass(frozen=True, slots=True)
 class Announce:
-    """A worker's heartbeat. It says everything, so a broker that has just started knows all."""
+    """Everything about a worker, said again and again: a broker that has just started knows all.
+
+    It comes over the connection that takes the worker's steps, and makes it the way to reach it.
+    """
 
     kind: ClassVar[str] = "announce"
     worker_id: str
@@ -222,6 +235,14 @@ class Announce:
     pid: int = 0
     host: str = ""
     stats: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """A heartbeat from a thread of its own: the worker may be busy, but it is not dead."""
+
+    kind: ClassVar[str] = "alive"
+    worker_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +270,6 @@ class Leave:
 
 Message = (
     Opening | Step | StepReply | NeedRows | NeedOpening | StepFailed | StepPending | StepRefused
-    | Busy | EndSession | StatusQuery | StatusReport | Dispatch | Announce | Drain | DrainAccepted
-    | Leave
+    | Busy | EndSession | StatusQuery | StatusReport | Dispatch | Announce | Alive | Drain
+    | DrainAccepted | Leave
 )  # fmt: skip

@@ -13,10 +13,12 @@ EDGE_ENDPOINT = "tcp://127.0.0.1:5555"
 WORKER_ENDPOINT = "tcp://127.0.0.1:5556"
 
 HEARTBEAT_S = 0.1
-HEARTBEATS_MISSED = 5  # a worker that is silent for this many intervals is dead
+HEARTBEATS_MISSED = 3  # a worker that is silent for this many intervals is dead
 
 MAX_ATTEMPTS = 3  # a step that failed on this many workers is refused
 MAX_QUEUED_STEPS = 4096  # in one broker, over all services
+MAX_QUEUED_BYTES = 2 << 30  # of their bodies
+MAX_SESSIONS_PER_EDGE = 1024
 MAX_BODY_BYTES = 256 * 1024 * 1024
 MAX_HEADER_BYTES = 16 * 1024
 MAX_FRAMES = 8

@@ -1,4 +1,4 @@
-"""How midspan's ZeroMQ sockets are set up on the connecting side."""
+"""How midspan's ZeroMQ sockets are set up on the connecting side, and how messages are taken."""
 
 from __future__ import annotations
 
@@ -6,31 +6,46 @@ from collections.abc import Sequence
 
 import zmq
 
-from common.settings import MAX_BODY_BYTES
+from common.keys import ClientKeys
+from common.settings import MAX_BODY_BYTES, MAX_FRAMES
 
 Context = zmq.Context[zmq.Socket[bytes]]
 Socket = zmq.Socket[bytes]
 
 RECONNECT_MS, RECONNECT_LIMIT_MS = 50, 500
+PING_MS, PING_LIMIT_MS = 1000, 3000  # ZMTP's own heartbeats find links that died without a word
 
 
-def connect_dealer(
-    context: Context, endpoint: str, *, identity: bytes = b"", keep_unsent: bool = False
-) -> Socket:
+def connect_dealer(context: Context, endpoint: str, keys: ClientKeys | None = None) -> Socket:
     """A DEALER that finds its broker again whenever that comes back.
 
-    Without `keep_unsent` nothing is queued for a broker that is not there: sending waits, or
-    raises zmq.Again, so that old requests do not pile up.
+    Nothing is queued for a broker that is not there: sending waits, or raises zmq.Again, so that
+    old messages do not pile up.
     """
     socket = context.socket(zmq.DEALER)
-    if identity:
-        socket.setsockopt(zmq.IDENTITY, identity)
-    socket.setsockopt(zmq.IMMEDIATE, int(not keep_unsent))
+    socket.setsockopt(zmq.IMMEDIATE, 1)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_BODY_BYTES)
     socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_LIMIT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, PING_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, PING_LIMIT_MS)
+    if keys is not None:
+        keys.apply(socket)
     socket.connect(endpoint)
     return socket
+
+
+def receive_frames(socket: Socket, flags: int = 0) -> list[bytes]:
+    """One message. Of one with too many frames the rest is read and dropped, not kept.
+
+    The list is then longer than MAX_FRAMES, by one. Raises zmq.Again as `recv` does.
+    """
+    frames = [socket.recv(flags)]
+    while socket.getsockopt(zmq.RCVMORE):
+        frame = socket.recv()
+        if len(frames) <= MAX_FRAMES:
+            frames.append(frame)
+    return frames
 
 
 def wire_bytes(frames: Sequence[bytes]) -> int:

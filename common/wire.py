@@ -17,6 +17,7 @@ import msgpack
 
 from common.errors import ProtocolError
 from common.messages import (
+    Alive,
     Announce,
     Busy,
     Dispatch,
@@ -45,13 +46,14 @@ MAX_INTEGER = 2**53
 MAX_TEXT = 4096
 SESSION_ID_BYTES = 16
 MAX_PARTS = 512
+MAX_SEALED = 256
 
 KINDS: dict[str, type[Message]] = {
     message.kind: message
     for message in (
         Opening, Step, StepReply, NeedRows, NeedOpening, StepFailed, StepPending, StepRefused,
-        Busy, EndSession, StatusQuery, StatusReport, Dispatch, Announce, Drain, DrainAccepted,
-        Leave,
+        Busy, EndSession, StatusQuery, StatusReport, Dispatch, Announce, Alive, Drain,
+        DrainAccepted, Leave,
     )
 }  # fmt: skip
 
@@ -62,7 +64,7 @@ def encode_header(message: Message) -> bytes:
     if isinstance(message, Step):
         values[PARTS_AT] = [(part.codec, part.rows, part.body_bytes) for part in message.parts]
     elif isinstance(message, Announce):
-        values[SERVICES_AT] = [(s.model, s.name, s.span) for s in message.services]
+        values[SERVICES_AT] = [(s.model, s.name, s.span, s.hidden) for s in message.services]
     packed: bytes = msgpack.packb((VERSION, message.kind, *values))
     return packed
 
@@ -121,6 +123,12 @@ def _session_id(value: Any) -> bytes:
     return value
 
 
+def _sealed(value: Any) -> bytes:
+    if not isinstance(value, bytes) or len(value) > MAX_SEALED:
+        raise ValueError(f"expected at most {MAX_SEALED} bytes, got {value!r:.40}")
+    return value
+
+
 def _span(value: Any) -> tuple[int, int]:
     if not isinstance(value, list) or len(value) != 2:
         raise ValueError(f"expected [first, last], got {value!r:.40}")
@@ -135,9 +143,10 @@ def _services(value: Any) -> list[Service]:
         raise ValueError("expected a list of at most 64 services")
     services = []
     for item in value:
-        if not isinstance(item, list) or len(item) != 3:
-            raise ValueError(f"expected [model, name, span], got {item!r:.40}")
-        services.append(Service(_text(item[0]), _text(item[1]), _span(item[2])))
+        if not isinstance(item, list) or len(item) != 4:
+            raise ValueError(f"expected [model, name, span, hidden], got {item!r:.40}")
+        model, name, hidden = _text(item[0]), _text(item[1]), _integer(item[3])
+        services.append(Service(model, name, _span(item[2]), hidden))
     return services
 
 
@@ -174,6 +183,7 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "int": _integer,
     "str": _text,
     "bytes": _session_id,
+    "Sealed": _sealed,
     "bool": _bool,
     "tuple[int, int]": _span,
     "list[Service]": _services,

@@ -1,31 +1,32 @@
 """`midspan chaos`: break a real pool on a seeded schedule and compare every token.
 
-Sessions generate over and over while workers are killed, paused and drained, the broker is
-restarted, and Redis is emptied, filled up, paused and restarted. Every answer is compared with
-that of an undisturbed run of the same prompt. Links that lose or reorder bytes and workers that
-answer garbage are not in here yet.
+Sessions generate over and over while workers are killed, paused and drained, links to them are cut,
+slow, double, reorder or garble what they carry, the broker is restarted, and Redis is emptied,
+filled up, paused and restarted. Every answer is compared with that of an undisturbed run of the
+same prompt.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
-import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from common.errors import MidspanError
+from common.errors import BrokerUnavailable, MidspanError
 from common.tables import format_table
 from deploy.pool import LocalPool, PoolSettings
+from deploy.saboteur import HarmedPool, Saboteur
 
 if TYPE_CHECKING:
     from edge_agent.ends import ModelEnds
+    from edge_agent.stats import GenerationStats
 
 PROMPTS = (
     "Once upon a time, there was a brave fox named Mia.",
@@ -33,7 +34,7 @@ PROMPTS = (
     "Long ago, near a quiet forest, there lived a kind owl named Ella.",
     "There once was a shy duck named Max who loved the lake.",
 )
-PAUSE_S = 1.2  # longer than the heartbeat limit
+EDIT = " But then a little mouse came by."
 
 
 @dataclass(slots=True)
@@ -47,12 +48,14 @@ class Outcome:
     tokens_lost: int = 0
     tokens_doubled: int = 0
     rows_replayed: int = 0
+    answers_unusable: int = 0
+    bytes_pulled: int = 0
     longest_stall_s: float = 0.0
     faults: Counter[str] = field(default_factory=Counter)
     errors: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, got: list[int], want: list[int], stall_s: float, rows_replayed: int) -> None:
+    def add(self, got: list[int], want: list[int], stall_s: float, stats: GenerationStats) -> None:
         """Count one finished answer."""
         with self.lock:
             self.sessions_completed += 1
@@ -60,7 +63,8 @@ class Outcome:
             self.tokens_different += sum(a != b for a, b in zip(got, want, strict=False))
             self.tokens_lost += max(0, len(want) - len(got))
             self.tokens_doubled += max(0, len(got) - len(want))
-            self.rows_replayed += rows_replayed
+            self.rows_replayed += stats.rows_replayed
+            self.answers_unusable += stats.answers_unusable
             self.longest_stall_s = max(self.longest_stall_s, stall_s)
 
     def add_failure(self, error: MidspanError) -> None:
@@ -75,82 +79,33 @@ class Outcome:
         return numbers | {"faults": dict(self.faults), "errors": self.errors[:10]}
 
 
-class Saboteur:
-    """Does one kind of harm after another to a pool, chosen by a seeded generator."""
+class PullLedger:
+    """What workers have pulled from the store, as far as they lived to tell."""
 
-    def __init__(self, pool: LocalPool, rng: random.Random) -> None:
-        self._pool = pool
-        self._rng = rng
-        self.faults: dict[str, Callable[[], None]] = {
-            "worker killed": self._kill_worker,
-            "worker paused": self._pause_worker,
-            "worker drained": self._drain_worker,
-            "broker restarted": self._restart_broker,
-            "Redis flushed": self._flush_redis,
-            "Redis restarted empty": self._restart_redis,
-            "Redis out of memory": self._fill_redis,
-            "Redis paused": self._pause_redis,
-        }
+    def __init__(self) -> None:
+        self._by_worker: dict[str, int] = {}
 
-    def do_harm(self) -> str:
-        """One fault, and what repairs it; returns its name."""
-        name = self._rng.choice(list(self.faults))
-        self.faults[name]()
-        return name
+    def read(self, pool: LocalPool) -> None:
+        client = pool.connect()
+        with contextlib.suppress(BrokerUnavailable):
+            for worker in client.status(timeout_s=1.0)["workers"]:
+                pulled = worker["stats"].get("bytes_pulled", 0)
+                self._by_worker[worker["worker_id"]] = pulled
+        client.close()
 
-    def _pick_worker(self) -> str:
-        return self._rng.choice(sorted(self._pool.workers))
-
-    def _kill_worker(self) -> None:
-        self._pool.kill_worker(self._pick_worker())
-        self._pool.start_worker()
-
-    def _drain_worker(self) -> None:
-        self._pool.drain_worker(self._pick_worker())
-        self._pool.start_worker()
-
-    def _pause_worker(self) -> None:
-        child = self._pool.workers[self._pick_worker()]
-        child.signal(signal.SIGSTOP)
-        time.sleep(PAUSE_S)
-        child.signal(signal.SIGCONT)
-
-    def _restart_broker(self) -> None:
-        assert self._pool.broker is not None
-        self._pool.broker.kill()
-        self._pool.start_broker()
-
-    def _flush_redis(self) -> None:
-        self._redis().flushall()
-
-    def _restart_redis(self) -> None:
-        assert self._pool.redis is not None
-        self._pool.redis.restart()
-
-    def _fill_redis(self) -> None:
-        client = self._redis()
-        client.config_set("maxmemory", 1)
-        time.sleep(PAUSE_S)
-        client.config_set("maxmemory", 0)
-
-    def _pause_redis(self) -> None:
-        assert self._pool.redis is not None
-        self._pool.redis.child.signal(signal.SIGSTOP)
-        time.sleep(PAUSE_S)
-        self._pool.redis.child.signal(signal.SIGCONT)
-
-    def _redis(self) -> Any:
-        import redis
-
-        return redis.Redis.from_url(self._pool.redis_url)
+    @property
+    def bytes_pulled(self) -> int:
+        return sum(self._by_worker.values())
 
 
 @click.command()
-@click.option("--sessions", default=8, show_default=True, type=click.IntRange(min=1))
-@click.option("--workers", default=3, show_default=True, type=click.IntRange(min=1))
+@click.option("--sessions", default=16, show_default=True, type=click.IntRange(min=1))
+@click.option("--workers", default=4, show_default=True, type=click.IntRange(min=1))
 @click.option("--duration", "duration_s", default=60.0, show_default=True, help="Seconds.")
-@click.option("--every", "every_s", default=4.0, show_default=True, help="Seconds between faults.")
-@click.option("--tokens", default=60, show_default=True, help="Of one answer.")
+@click.option(
+    "--every", "every_s", default=2.0, show_default=True, help="Seconds between faults, on average."
+)
+@click.option("--tokens", default=60, show_default=True, help="Of one answer; a session has two.")
 @click.option("--seed", default=1, show_default=True)
 @click.option("--model", help="Hugging Face directory.  [default: the demo model]")
 @click.option("--cut", help="As A:B.  [default: middle half]")
@@ -182,8 +137,9 @@ def chaos(
     ends, tokenizer = load_ends(directory, cut), TextTokenizer(directory)
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
     settings = PoolSettings(workers=workers, model=str(directory), span=str(ends.cut.middle))
-    with LocalPool(settings) as pool:
-        wanted = [_generate(pool, ends, prompt, tokens, codec)[0] for prompt in prompts]
+    with HarmedPool(settings, seed) as pool:
+        edit = tokenizer.encode(EDIT)[1:]
+        wanted = [_converse(pool, ends, prompt, edit, tokens, codec)[0] for prompt in prompts]
         outcome = Outcome()
         stop_at = time.monotonic() + duration_s
 
@@ -192,7 +148,7 @@ def chaos(
             while time.monotonic() < stop_at:
                 which = turn % len(prompts)
                 try:
-                    answer = _generate(pool, ends, prompts[which], tokens, codec)
+                    answer = _converse(pool, ends, prompts[which], edit, tokens, codec)
                 except MidspanError as error:
                     outcome.add_failure(error)
                 else:
@@ -202,40 +158,59 @@ def chaos(
         threads = [threading.Thread(target=keep_generating, args=(i,)) for i in range(sessions)]
         for thread in threads:
             thread.start()
-        saboteur = Saboteur(pool, random.Random(seed))
-        while time.monotonic() + every_s < stop_at:
-            time.sleep(every_s)
+        rng = random.Random(seed)
+        saboteur, ledger = Saboteur(pool, rng), PullLedger()
+        next_at = time.monotonic() + every_s
+        while next_at < stop_at:
+            time.sleep(max(0.0, next_at - time.monotonic()))
+            next_at += every_s * rng.uniform(0.5, 1.5)
+            ledger.read(pool)
             outcome.faults[saboteur.do_harm()] += 1
             pool.heal()  # a worker cannot start while Redis is away; as a supervisor would
         for thread in threads:
             thread.join()
+        ledger.read(pool)
+        outcome.bytes_pulled = ledger.bytes_pulled
     result = outcome.to_json()
     if as_json:
         click.echo(json.dumps(result))
     else:
-        click.echo(format_table(("what", "how many"), list(result.items())))
+        faults = result.pop("faults")
+        rows = [(name.replace("_", " "), value) for name, value in result.items()]
+        rows += [(f"fault: {name}", count) for name, count in sorted(faults.items())]
+        click.echo(format_table(("what", "how many"), rows))
     wrong = outcome.tokens_different + outcome.tokens_lost + outcome.tokens_doubled
     if outcome.sessions_failed or wrong:
         raise MidspanError("the pool did not keep its promise")
 
 
-def _generate(
-    pool: LocalPool, ends: ModelEnds, prompt_ids: list[int], count: int, codec: str
-) -> tuple[list[int], float, int]:
-    """Tokens, the longest wait for one of them in seconds, and rows replayed."""
-    from edge_agent.client import BrokerClient
+def _converse(
+    pool: LocalPool,
+    ends: ModelEnds,
+    prompt_ids: list[int],
+    edit_ids: list[int],
+    count: int,
+    codec: str,
+) -> tuple[list[int], float, GenerationStats]:
+    """An answer, then another to a prompt that keeps half of the first and goes on otherwise.
+
+    So every session is cut back once. Returns the tokens of both, the longest wait for one of
+    them in seconds, and what they cost.
+    """
     from edge_agent.sampler import SamplingSettings
     from edge_agent.session import Session, uniform_settings
 
-    client = BrokerClient([pool.edge_endpoint])
+    client = pool.connect()
     session = Session(ends, client, uniform_settings(codec))
     tokens: list[int] = []
     stall_s, last_at = 0.0, time.monotonic()
     try:
-        for token in session.generate(prompt_ids, count, SamplingSettings()):
-            tokens.append(token)
-            now = time.monotonic()
-            stall_s, last_at = max(stall_s, now - last_at), now
+        for turn in range(2):
+            asked = prompt_ids if turn == 0 else prompt_ids + tokens[: count // 2] + edit_ids
+            for token in session.generate(asked, count, SamplingSettings(), keep_open=turn == 0):
+                tokens.append(token)
+                now = time.monotonic()
+                stall_s, last_at = max(stall_s, now - last_at), now
     finally:
         client.close()
-    return tokens, stall_s, session.stats.rows_replayed
+    return tokens, stall_s, session.stats

@@ -21,7 +21,6 @@ def demo(prompt: str, seed: int, max_new_tokens: int) -> None:
     from common.errors import MidspanError
     from deploy.pool import LocalPool, PoolSettings
     from edge_agent.cli import format_stats
-    from edge_agent.client import BrokerClient
     from edge_agent.ends import load_ends
     from edge_agent.generation import Generation, start_generation
     from edge_agent.sampler import SamplingSettings
@@ -38,7 +37,7 @@ def demo(prompt: str, seed: int, max_new_tokens: int) -> None:
         )
 
         def begin() -> Generation:
-            client = BrokerClient([pool.edge_endpoint])
+            client = pool.connect()
             sampling = SamplingSettings(temperature=0.7, top_p=0.95, seed=seed)
             session = Session(ends, client)
             return start_generation(session, tokenizer, prompt, max_new_tokens, sampling)

@@ -144,7 +144,7 @@ def measure_codecs(
         ) as bar,
     ):  # fmt: skip
         for name, setting in work:
-            client = BrokerClient([pool.edge_endpoint])
+            client = pool.connect()
             meter = PerplexityMeter()
             values = 0
             for part in windows:

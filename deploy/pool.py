@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from common.errors import BrokerUnavailable, ProcessFailed
+from common.keys import BROKER, ClientKeys, create_key, ensure_member
 from deploy.child import Child, midspan_command
 from deploy.embedded_redis import EmbeddedRedis
 from edge_agent.client import BrokerClient
@@ -36,6 +37,8 @@ class PoolSettings:
     edge_endpoint: str = "tcp://127.0.0.1:*"
     worker_endpoint: str = "tcp://127.0.0.1:*"
     worker_options: list[str] = field(default_factory=list)
+    broker_options: list[str] = field(default_factory=list)
+    keys: Path | None = None  # a directory of common/keys.py; made complete if it is not
 
 
 class LocalPool:
@@ -51,6 +54,7 @@ class LocalPool:
         self.worker_endpoint = settings.worker_endpoint
         self._workers_started = 0
         self._restarts: list[float] = []
+        self.client_keys: ClientKeys | None = None  # of an edge on this machine
 
     def __enter__(self) -> LocalPool:
         try:
@@ -74,6 +78,8 @@ class LocalPool:
 
     def start(self) -> None:
         """Start everything and wait until all workers are known to the broker."""
+        if self.settings.keys is not None:
+            self._complete_keys(self.settings.keys)
         if self.settings.redis_url is None:
             self.redis = EmbeddedRedis(self.directory)
         self.start_broker()
@@ -81,40 +87,54 @@ class LocalPool:
             self.start_worker()
         self.wait_for_workers(self.settings.workers)
 
+    def _complete_keys(self, directory: Path) -> None:
+        if not (directory / f"{BROKER}.key_secret").exists():
+            create_key(directory, BROKER)
+        self.client_keys = ensure_member(directory, "local-edge", "edge")
+        ensure_member(directory, "local-worker", "worker")
+
+    def connect(self, timeout_s: float = 60.0) -> BrokerClient:
+        """An edge's connection to the pool's broker."""
+        return BrokerClient([self.edge_endpoint], timeout_s, self.client_keys)
+
     def start_broker(self) -> None:
         """Start the broker; a second time at the addresses of the first."""
-        self.broker = Child(
-            "broker",
-            midspan_command(
-                "broker", "--edges", self.edge_endpoint, "--workers", self.worker_endpoint
-            ),
-            self.directory,
-        )
+        options = ["--edges", self.edge_endpoint, "--workers", self.worker_endpoint]
+        options += self.settings.broker_options
+        if self.settings.keys is not None:
+            options += ["--keys", str(self.settings.keys)]
+        self.broker = Child("broker", midspan_command("broker", *options), self.directory)
         line = self.broker.wait_for("broker ready")
         match = re.search(r"edges (\S+) workers (\S+)", line)
         assert match is not None, line
         self.edge_endpoint, self.worker_endpoint = match[1], match[2]
 
-    def start_worker(self) -> str:
-        """Start one more worker and return its name at once; see `wait_for_workers`."""
+    def start_worker(self, endpoint: str | None = None) -> str:
+        """Start one more worker and return its name at once; see `wait_for_workers`.
+
+        `endpoint` is another way to the broker than the direct one.
+        """
         self._workers_started += 1
         name = f"w{self._workers_started}"
         settings = self.settings
         options = [
-            "--broker", self.worker_endpoint, "--redis-url", self.redis_url, "--id", name,
-            "--threads", str(settings.threads), "--dtype", settings.dtype,
+            "--broker", endpoint or self.worker_endpoint, "--redis-url", self.redis_url,
+            "--id", name, "--threads", str(settings.threads), "--dtype", settings.dtype,
             *settings.worker_options,
         ]  # fmt: skip
         if settings.model is not None:
             options += ["--model", settings.model]
         if settings.span is not None:
             options += ["--span", settings.span]
+        if settings.keys is not None:
+            options += ["--key", str(settings.keys / "local-worker.key_secret")]
+            options += ["--broker-key", str(settings.keys / f"{BROKER}.key")]
         self.workers[name] = Child(name, midspan_command("worker", *options), self.directory)
         return name
 
     def wait_for_workers(self, count: int) -> None:
         """Wait until the broker knows `count` workers. Raises ProcessFailed if one ends before."""
-        client = BrokerClient([self.edge_endpoint])
+        client = self.connect()
         give_up_at = time.monotonic() + START_LIMIT_S
         try:
             while len(self._ready_workers(client)) < count:

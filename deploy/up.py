@@ -24,6 +24,12 @@ from common.settings import EDGE_ENDPOINT, WORKER_ENDPOINT, parse_endpoint
 @click.option("--dtype", default="float32", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="Of each worker.  [default: cores / N]")
 @click.option("--redis-url", help="A server of yours.  [default: an embedded one]")
+@click.option(
+    "--keys",
+    type=click.Path(path_type=Path),
+    help="Admit only authorized keys (midspan keys); what is missing in there is made.",
+)
+@click.option("--insecure", is_flag=True, help="Bind an address that others reach, without keys.")
 @click.option("--edges", default=EDGE_ENDPOINT, show_default=True)
 @click.option("--worker-endpoint", default=WORKER_ENDPOINT, show_default=True)
 def up(
@@ -34,6 +40,8 @@ def up(
     dtype: str,
     threads: int | None,
     redis_url: str | None,
+    keys: Path | None,
+    insecure: bool,
     edges: str,
     worker_endpoint: str,
 ) -> None:
@@ -53,6 +61,8 @@ def up(
         dtype=dtype,
         threads=threads or max(1, (os.cpu_count() or 1) // workers),
         redis_url=redis_url,
+        keys=keys.expanduser() if keys else None,
+        broker_options=["--insecure"] if insecure else [],
         worker_options=["--calibration", str(calibration)] if calibration else [],
         edge_endpoint=parse_endpoint(edges, "--edges"),
         worker_endpoint=parse_endpoint(worker_endpoint, "--worker-endpoint"),

@@ -10,23 +10,23 @@ from typing import Any
 
 import click
 
+from common.keys import read_public
 from common.processes import freeze_loaded_objects, set_up_torch
-from common.settings import EDGE_ENDPOINT, parse_endpoint
 from common.tables import format_table
 from edge_agent.codec_options import codec_options, find_calibration, read_codec_options
+from edge_agent.connection_options import connect, connection_options
 
 
 @click.command()
 @click.argument("prompt")
 @click.option("--model", "model_name", help="Hugging Face directory.  [default: the demo model]")
 @click.option("--cut", help="Where the middle begins and ends, as A:B.  [default: middle half]")
+@connection_options
 @click.option(
-    "--broker",
-    "brokers",
-    multiple=True,
-    default=[EDGE_ENDPOINT],
-    show_default=True,
-    help="A broker's address for edges; repeat it for a list to fail over to.",
+    "--encrypt-kv",
+    "pool_key",
+    metavar="POOL_KEY",
+    help="Have the KV encrypted at rest for workers with this pool key (a .key file, or the text).",
 )
 @codec_options
 @click.option("-n", "--max-new-tokens", default=200, show_default=True)
@@ -46,6 +46,9 @@ def ask(
     model_name: str | None,
     cut: str | None,
     brokers: tuple[str, ...],
+    key: Path | None,
+    broker_key: str | None,
+    pool_key: str | None,
     codec: str,
     codec_prefill: str | None,
     codec_decode: str | None,
@@ -68,13 +71,13 @@ def ask(
     Text is not sent. Rows of numbers are, and who holds the model's weights can turn those back
     into the prompt.
     """
-    endpoints = [parse_endpoint(broker, "--broker") for broker in brokers]
+    client = connect(brokers, key, broker_key, timeout_s)
+    pool_public = read_public(pool_key) if pool_key else None
     if prompt == "-":
         prompt = sys.stdin.read()
     set_up_torch(threads or os.cpu_count())
     from common.demo_model import find_model
     from common.errors import SettingsError
-    from edge_agent.client import BrokerClient
     from edge_agent.ends import load_ends
     from edge_agent.generation import start_generation
     from edge_agent.sampler import SamplingSettings
@@ -86,11 +89,10 @@ def ask(
     sampling = SamplingSettings(temperature, top_k, top_p, repetition_penalty, seed)
     settings = read_codec_options(codec, codec_prefill, codec_decode, step_deadline_s=timeout_s)
     directory = find_model(model_name)
-    client = BrokerClient(endpoints, timeout_s)
     client.status()  # a broker that is not there is better known before the model is loaded
     ends = load_ends(directory, cut, dtype)
     generation = start_generation(
-        Session(ends, client, settings, find_calibration(ends, calibration)),
+        Session(ends, client, settings, find_calibration(ends, calibration), pool_public),
         TextTokenizer(directory),
         prompt,
         max_new_tokens,

@@ -21,6 +21,7 @@ from common.errors import (
     ProtocolError,
     StepRefused,
 )
+from common.keys import ClientKeys
 from common.messages import (
     Busy,
     EndSession,
@@ -34,23 +35,32 @@ from common.messages import (
     StepReply,
 )
 from common.messages import StepRefused as StepRefusedMessage
-from common.sockets import Context, connect_dealer, wire_bytes
+from common.sockets import Context, connect_dealer, has_message, receive_frames, wire_bytes
 from common.wire import check_frames, decode_header, encode_header
 
 ASK_AGAIN_S = 0.5  # a step that is not answered is sent again after this
 SILENCE_S = 1.5  # a broker that says nothing for this long is given up for the next
 NO_WORKER_RETRY_S = 0.25
+HANDSHAKE_FAILED = (
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
 
 
 class BrokerClient:
     """One edge's connection to its brokers. Not thread-safe: one client for each thread."""
 
-    def __init__(self, brokers: Sequence[str], timeout_s: float = 60.0) -> None:
+    def __init__(
+        self, brokers: Sequence[str], timeout_s: float = 60.0, keys: ClientKeys | None = None
+    ) -> None:
         self._brokers = list(brokers)
         self._timeout_s = timeout_s
+        self._keys = keys
+        self._refused_by = ""
         self._current = 0
         self._context: Context = zmq.Context()
-        self._socket = connect_dealer(self._context, self.broker)
+        self._connect()
         self.bytes_up = 0
         self.bytes_down = 0
         self.asked_again = 0
@@ -135,10 +145,22 @@ class BrokerClient:
 
     # --- the socket
 
+    def _note_refusals(self) -> None:
+        """A broker that refuses a key closes the connection; ZeroMQ tells on the side."""
+        while has_message(self._handshakes):
+            self._handshakes.recv_multipart()
+            self._refused_by = self.broker
+
     def _use_next_broker(self) -> None:
+        self._note_refusals()
+        self._handshakes.close(linger=0)
         self._socket.close(linger=0)
         self._current = (self._current + 1) % len(self._brokers)
-        self._socket = connect_dealer(self._context, self.broker)
+        self._connect()
+
+    def _connect(self) -> None:
+        self._socket = connect_dealer(self._context, self.broker, self._keys)
+        self._handshakes = self._socket.get_monitor_socket(HANDSHAKE_FAILED)
 
     def _send(self, frames: list[bytes], timeout_s: float) -> None:
         """Hand frames to a connected broker, or drop them when there is none in time."""
@@ -152,7 +174,7 @@ class BrokerClient:
     def _receive(self, timeout_s: float) -> tuple[Message, bytes] | None:
         self._socket.setsockopt(zmq.RCVTIMEO, max(1, round(timeout_s * 1000)))
         try:
-            frames = self._socket.recv_multipart()
+            frames = receive_frames(self._socket)
         except zmq.Again:
             return None
         self.bytes_down += wire_bytes(frames)
@@ -163,6 +185,13 @@ class BrokerClient:
             return None  # not an answer that we can read; ask again
 
     def _unavailable(self, waited_s: float) -> str:
+        self._note_refusals()
+        if self._refused_by:
+            why = "refused this edge's key" if self._keys else "wants --key and --broker-key"
+            return (
+                f"the broker at {self._refused_by} {why}; a key is admitted there with "
+                "`midspan keys authorize`"
+            )
         listed = ", ".join(self._brokers)
         return (
             f"no broker answers at {listed} (waited {waited_s:g} s); "

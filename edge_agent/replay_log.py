@@ -40,6 +40,12 @@ class ReplayLog:
         """Add rows that were encoded together."""
         self._pieces.append(Encoded(len(self), rows, codec, body))
 
+    def cut_back(self, position: int) -> int:
+        """Forget the pieces that reach beyond `position`; returns how many rows are left."""
+        while self._pieces and self._pieces[-1].end > position:
+            self._pieces.pop()
+        return len(self)
+
     def read(self, position: int, max_rows: int) -> list[Encoded]:
         """Whole pieces from the one that holds row `position` on, about `max_rows` rows."""
         first = bisect.bisect_right(self._pieces, position, key=lambda piece: piece.start) - 1

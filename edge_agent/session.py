@@ -2,6 +2,10 @@
 
 The session owns what nobody else needs to keep: the KV of head and tail, and the replay log of
 encoded boundary rows, from which the pool can have any KV computed again.
+
+A session that is kept open takes a next prompt: what it shares with the last one is not computed
+again. Where they part the session is cut back, which begins a new generation: rows of the old one
+that a slow worker still writes are refused, so that what was rolled back stays rolled back.
 """
 
 from __future__ import annotations
@@ -20,7 +24,8 @@ from common.codecs.codec import make_codec
 from common.codecs.spec import DEFAULT_CODEC
 from common.errors import NonFiniteError, ProtocolError, SettingsError, StepRefused
 from common.messages import NeedRows, Opening, Step, StepReply
-from common.settings import PREFILL_ROWS
+from common.sealing import draw_key, seal
+from common.settings import MAX_ATTEMPTS, PREFILL_ROWS
 from edge_agent.client import BrokerClient
 from edge_agent.ends import ModelEnds
 from edge_agent.replay_log import Encoded, ReplayLog, parts_of
@@ -62,7 +67,12 @@ class Session:
         client: BrokerClient,
         settings: SessionSettings | None = None,
         calibration: Calibration | None = None,
+        pool_key: bytes | None = None,
     ) -> None:
+        """With `pool_key`, the public half of the pool's, the session's KV is encrypted at rest.
+
+        The session's own key is drawn here and sealed for the workers; the broker cannot read it.
+        """
         self.session_id = secrets.token_bytes(16)
         self.stats = GenerationStats()
         self._ends = ends
@@ -75,22 +85,31 @@ class Session:
         self._opening = Opening(
             ends.fingerprint, (ends.cut.begin, ends.cut.end), ends.hidden, self._names,
             calibration.fingerprint if calibration is not None and needed else "",
+            seal(draw_key(), pool_key) if pool_key is not None else b"",
         )  # fmt: skip
         self._caches = ends.new_caches()
         self._log = ReplayLog()
+        self._token_ids: list[int] = []  # of the rows in the log
         self._generation = 0
+        self._sent_generation = -1  # the newest that any step was sent in
         self._fork = 0
         self._step = 0
+        self._shun = ""  # the worker of an answer that could not be used
         self._answered = False  # a worker has answered in this session
         self.ended_by_itself = False  # with an end-of-sequence token
         self.last_worker_id = ""
 
     def generate(
-        self, prompt_ids: Sequence[int], max_new_tokens: int, sampling: SamplingSettings
+        self,
+        prompt_ids: Sequence[int],
+        max_new_tokens: int,
+        sampling: SamplingSettings,
+        keep_open: bool = False,
     ) -> Generator[int, None, None]:
         """Yield new tokens until the end of the text, `max_new_tokens`, or the end of the context.
 
-        Raises SettingsError if the prompt does not fit into the context, NoWorker, StepRefused or
+        A session that is kept open may be used again, also after an error; `end` it then. Raises
+        SettingsError if the prompt does not fit into the context, NoWorker, StepRefused or
         BrokerUnavailable when the pool cannot go on.
         """
         limit = self._check_length(len(prompt_ids), max_new_tokens)
@@ -99,7 +118,8 @@ class Session:
         started_at = time.monotonic()
         self.stats.prompt_tokens = len(token_ids)
         try:
-            logits = self._run(token_ids, is_prompt=True)
+            known = self.cut_back(self._shared_with(token_ids))
+            logits = self._run(token_ids[known:], is_prompt=True)
             for index in range(limit):
                 token = sampler.pick(logits, token_ids)
                 self._count_token(index, started_at)
@@ -110,7 +130,35 @@ class Session:
                     return
                 logits = self._run([token], is_prompt=False)
         finally:
-            self._client.end_session(self.session_id)
+            if not keep_open:
+                self.end()
+
+    def end(self) -> None:
+        """Tell the pool that it may forget the session."""
+        self._client.end_session(self.session_id)
+
+    def _shared_with(self, prompt_ids: Sequence[int]) -> int:
+        """How many rows of the session hold for a prompt; its last token is always run."""
+        pairs = zip(self._token_ids, prompt_ids[:-1], strict=False)
+        differing = (index for index, (old, new) in enumerate(pairs) if old != new)
+        return next(differing, min(len(self._token_ids), len(prompt_ids) - 1))
+
+    def cut_back(self, position: int) -> int:
+        """Forget all rows from `position` on; returns how many are left.
+
+        Rows that were encoded together go together, so those may be fewer than `position`.
+        """
+        position = min(position, self._caches.tail.length)
+        if position >= len(self._log):
+            return position
+        left = self._log.cut_back(position)
+        self._caches.head.length = self._caches.tail.length = left
+        del self._token_ids[left:]
+        if self._sent_generation == self._generation:
+            self._generation += 1
+            self._fork = left
+        self._fork = min(self._fork, left)
+        return left
 
     def _count_token(self, index: int, started_at: float) -> None:
         stats = self.stats
@@ -165,6 +213,7 @@ class Session:
         Those are: from sending to having the rows, of which in queues, of which in the middle.
         """
         head_at = time.monotonic()
+        self._token_ids += token_ids
         boundary = self._ends.run_head(token_ids, self._caches)
         settings = self._settings
         up = self._names.index(settings.prompt_up if is_prompt else settings.decode_up)
@@ -182,7 +231,7 @@ class Session:
         Returns the rows (end - start, D) and the seconds spent in queues and in the middle layers.
         """
         parts: list[Tensor] = []
-        position, queue_s, middle_s, replays = start, 0.0, 0.0, 0
+        position, queue_s, middle_s, replays, unusable = start, 0.0, 0.0, 0, 0
         while position < end:
             pieces = self._log.read(position, self._settings.prefill_rows)
             first, last = pieces[0].start, pieces[-1].end
@@ -205,8 +254,17 @@ class Session:
                         "--cache-mb smaller than one session, and Redis down?"
                     )
                 continue
+            try:
+                rows = self._decode(answer, body, pieces, reply_rows, down)
+            except (NonFiniteError, ProtocolError) as error:
+                unusable += 1
+                self.stats.answers_unusable += 1
+                self._shun = answer.worker_id
+                if unusable >= MAX_ATTEMPTS:
+                    raise StepRefused(f"{unusable} answers could not be used: {error}") from error
+                continue
             if reply_rows:
-                parts.append(self._decode(answer, body, pieces, down))
+                parts.append(rows)
                 self.stats.tokens_by_worker[answer.worker_id] += reply_rows
             self.stats.committed = answer.committed
             self.last_worker_id = answer.worker_id
@@ -228,8 +286,11 @@ class Session:
             reply_rows=reply_rows,
             reply_codec=down,
             deadline_ms=round(self._settings.step_deadline_s * 1000),
+            shun=self._shun,
         )
         self._step += 1
+        self._shun = ""
+        self._sent_generation = self._generation
         body = pieces[0].body if len(pieces) == 1 else b"".join(p.body for p in pieces)
         answer, answer_body = self._client.ask(
             step,
@@ -241,7 +302,12 @@ class Session:
         self._answered = True
         return answer, answer_body
 
-    def _decode(self, reply: StepReply, body: bytes, pieces: list[Encoded], down: int) -> Tensor:
+    def _decode(
+        self, reply: StepReply, body: bytes, pieces: list[Encoded], rows: int, down: int
+    ) -> Tensor:
+        """A reply's rows (rows, D). Raises ProtocolError or NonFiniteError, naming the worker."""
+        if reply.rows != rows:
+            raise ProtocolError(f"worker {reply.worker_id} answered {reply.rows} rows of {rows}")
         codec = self._down[down]
         uplink = None
         if codec.needs_uplink:
@@ -250,5 +316,5 @@ class Session:
         dtype = self._ends.tail.dtype
         try:
             return codec.decode(body, reply.rows, self._ends.hidden, dtype, uplink)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"worker {reply.worker_id} answered badly: {error}") from error
+        except (NonFiniteError, ProtocolError) as error:
+            raise type(error)(f"worker {reply.worker_id} answered badly: {error}") from error

@@ -24,6 +24,7 @@ class GenerationStats:
     prompt_bytes_down: int = 0
     rows_replayed: int = 0
     asked_again: int = 0
+    answers_unusable: int = 0
     committed: int = 0
     stage_s: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in STAGES})
     tokens_by_worker: Counter[str] = field(default_factory=Counter)
@@ -50,6 +51,7 @@ class GenerationStats:
             },
             "rows_replayed": self.rows_replayed,
             "asked_again": self.asked_again,
+            "answers_unusable": self.answers_unusable,
             "committed": self.committed,
             "tokens_by_worker": dict(self.tokens_by_worker),
         }

@@ -10,7 +10,6 @@ import torch
 from common.codecs.calibration import Calibration
 from common.settings import PREFILL_ROWS
 from deploy.pool import LocalPool
-from edge_agent.client import BrokerClient
 from edge_agent.ends import ModelEnds
 from edge_agent.sampler import SamplingSettings
 from edge_agent.session import Session, uniform_settings
@@ -54,7 +53,7 @@ def generate(
     calibration: Calibration | None = None,
 ) -> tuple[list[int], Session]:
     """One session through the pool; `on_token` may do harm on the way."""
-    client = BrokerClient([pool.edge_endpoint], timeout_s)
+    client = pool.connect(timeout_s)
     session = Session(ends, client, uniform_settings(codec, prefill_rows=prefill_rows), calibration)
     tokens = []
     try:

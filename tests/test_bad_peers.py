@@ -13,12 +13,11 @@ import zmq
 from pools import PROMPTS, generate
 from safetensors.torch import load_file, save_file
 
-from common.errors import StepRefused
+from common.errors import ProcessFailed, StepRefused
 from common.messages import Dispatch, Opening, Part, Step
 from common.wire import encode_header
 from deploy.pool import LocalPool, PoolSettings
-from edge_agent.client import BrokerClient
-from edge_agent.ends import ModelEnds, load_ends
+from edge_agent.ends import ModelEnds
 from edge_agent.tokenizer import TextTokenizer
 
 
@@ -53,7 +52,7 @@ def garbage(count: int) -> list[list[bytes]]:
             [step],
             [step, b"", b""],
             [step, b"", opening],
-            [encode_header(Dispatch(1, 0)), step, b"", opening],
+            [encode_header(Dispatch(1, 0, "")), step, b"", opening],
         ]
     return messages
 
@@ -70,7 +69,7 @@ def test_garbage_on_both_sides_of_a_broker_stops_nothing(
     send_all(pool.edge_endpoint, messages)
     send_all(pool.worker_endpoint, messages)
     assert works(pool, demo_ends)
-    client = BrokerClient([pool.edge_endpoint])
+    client = pool.connect()
     assert client.status()["bad_messages"] > 1000
     client.close()
     pool.check()
@@ -84,7 +83,7 @@ def ask(
     opening: dict[str, object],
 ) -> None:
     """Send one step of one row as fp32, with some fields changed."""
-    client = BrokerClient([pool.edge_endpoint], timeout_s=20)
+    client = pool.connect(timeout_s=20)
     span = (ends.cut.begin, ends.cut.end)
     part = Part(0, 1, ends.hidden * 4)
     good_step = Step(random.randbytes(16), 0, 0, 0, 0, [part], 1, 0, 30_000)
@@ -138,7 +137,7 @@ def test_rows_of_nan_are_refused_by_the_worker(pool: LocalPool, demo_ends: Model
         ask(pool, demo_ends, body, {}, {})
 
 
-def test_a_model_that_computes_nan_is_refused_after_three_tries(
+def test_a_worker_whose_model_computes_nan_never_announces_itself(
     demo_directory: Path, tmp_path: Path
 ) -> None:
     for file in filter(Path.is_file, demo_directory.iterdir()):
@@ -146,10 +145,9 @@ def test_a_model_that_computes_nan_is_refused_after_three_tries(
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.4.mlp.down_proj.weight"].fill_(float("nan"))
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    ends = load_ends(tmp_path)
-    ids = TextTokenizer(tmp_path).encode(PROMPTS[0])
+    words = "cannot compute its own test step: .*NaN or infinity"
     with (
-        LocalPool(PoolSettings(workers=1, model=str(tmp_path))) as broken,
-        pytest.raises(StepRefused, match=r"failed 3 times: .*hold NaN or infinity"),
+        pytest.raises(ProcessFailed, match=words),
+        LocalPool(PoolSettings(workers=1, model=str(tmp_path))),
     ):
-        generate(broken, ends, ids, 5)
+        pass

@@ -15,25 +15,30 @@ from broker.actions import (
     TellBusy,
     TellPending,
 )
-from broker.state import BrokerState
+from broker.state import BrokerState, Peer
 from common.messages import Announce, NeedRows, Opening, Part, Service, Step, StepFailed, StepReply
 
 MODEL, SPAN = "f" * 16, (2, 6)
-EDGE = b"edge-1"
+EDGE = Peer(b"edge-1")
 OPENING = Opening(MODEL, SPAN, 8, ["int8"], "")
 STEP = Step(b"s" * 16, 0, 0, 0, 0, [Part(0, 1, 12)], 1, 0, 60_000)
 OTHER = dataclasses.replace(STEP, session_id=b"t" * 16)
 
 
 def announce(name: str, capacity: int = 4, model: str = MODEL) -> Announce:
-    return Announce(name, [Service(model, "m", SPAN)], capacity, 100)
+    return Announce(name, [Service(model, "m", SPAN, 8)], capacity, 100)
 
 
 def make_state(*workers: str, **settings: int) -> BrokerState:
     state = BrokerState(started_at=-100.0, silence_s=0.5, **settings)
     for name in workers:
-        state.on_announce(announce(name), now=0.0)
+        arrive(state, announce(name), now=0.0)
     return state
+
+
+def arrive(state: BrokerState, message: Announce, now: float) -> list[Action]:
+    peer = Peer(b"at-" + message.worker_id.encode())
+    return state.on_announce(message, peer, now)
 
 
 def reply(worker: str, step: Step = STEP, attempt: int = 1) -> StepReply:
@@ -50,96 +55,101 @@ def without_notes(actions: list[Action]) -> list[Action]:
 
 def test_a_step_goes_to_a_worker_and_its_answer_to_the_edge() -> None:
     state = make_state("w1")
-    assert state.on_step(STEP, OPENING, EDGE, now=0.1) == [Dispatched("w1", STEP.key, 1, 0)]
-    assert state.on_answer(reply("w1"), now=0.2) == [Answer(EDGE, STEP.key), Forget(STEP.key)]
+    assert state.on_step(STEP, OPENING, EDGE, 12, now=0.1) == [Dispatched("w1", STEP.key, 1, 0)]
+    assert state.on_answer(reply("w1"), now=0.2) == [
+        Answer(EDGE.address, STEP.key),
+        Forget(STEP.key),
+    ]
     assert state.steps == {}
     assert state.workers["w1"].in_flight == set()
 
 
 def test_a_dead_workers_step_goes_to_a_live_worker() -> None:
     state = make_state("w1")
-    state.on_step(STEP, OPENING, EDGE, now=0.0)
-    state.on_announce(announce("w2"), now=0.4)
+    state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
+    arrive(state, announce("w2"), now=0.4)
     assert without_notes(state.on_tick(now=0.49)) == []
     assert without_notes(state.on_tick(now=0.5)) == [Dispatched("w2", STEP.key, 2, 0)]
 
 
 def test_the_warm_worker_is_preferred_to_a_less_loaded_one() -> None:
     state = make_state("w1", "w2")
-    state.on_step(STEP, OPENING, EDGE, now=0.0)
+    state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
     state.on_answer(reply("w1"), now=0.1)
-    state.on_step(OTHER, OPENING, EDGE, now=0.2)
+    state.on_step(OTHER, OPENING, EDGE, 12, now=0.2)
     assert state.steps[OTHER.key].worker_id == "w1"
     second = dataclasses.replace(STEP, step=1, position=1)
-    assert state.on_step(second, OPENING, EDGE, now=0.3) == [Dispatched("w1", second.key, 1, 0)]
+    assert state.on_step(second, OPENING, EDGE, 12, now=0.3) == [Dispatched("w1", second.key, 1, 0)]
 
 
 def test_without_a_warm_worker_the_least_loaded_gets_the_step() -> None:
     state = make_state("w1", "w2")
-    state.on_step(STEP, OPENING, EDGE, now=0.0)
-    assert state.on_step(OTHER, OPENING, EDGE, now=0.1) == [Dispatched("w2", OTHER.key, 1, 0)]
+    state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
+    assert state.on_step(OTHER, OPENING, EDGE, 12, now=0.1) == [Dispatched("w2", OTHER.key, 1, 0)]
 
 
 def test_a_step_waits_for_its_full_warm_worker_unless_another_is_idle() -> None:
     state = make_state()
-    state.on_announce(announce("w1", capacity=1), now=0.0)
-    state.on_step(STEP, OPENING, EDGE, now=0.0)
+    arrive(state, announce("w1", capacity=1), now=0.0)
+    state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
     state.on_answer(reply("w1"), now=0.0)
-    state.on_step(OTHER, OPENING, EDGE, now=0.0)
+    state.on_step(OTHER, OPENING, EDGE, 12, now=0.0)
     second = dataclasses.replace(STEP, step=1, position=1)
-    assert state.on_step(second, OPENING, EDGE, now=0.1) == []
-    joined = without_notes(state.on_announce(announce("w2", capacity=1), now=0.2))
+    assert state.on_step(second, OPENING, EDGE, 12, now=0.1) == []
+    joined = without_notes(arrive(state, announce("w2", capacity=1), now=0.2))
     assert joined == [Dispatched("w2", second.key, 1, 100_000)]
 
 
 def test_a_full_worker_gets_no_more_and_the_next_when_it_has_room() -> None:
     state = make_state()
-    state.on_announce(announce("w1", capacity=1), now=0.0)
-    state.on_step(STEP, OPENING, EDGE, now=0.0)
-    assert state.on_step(OTHER, OPENING, EDGE, now=0.1) == []
+    arrive(state, announce("w1", capacity=1), now=0.0)
+    state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
+    assert state.on_step(OTHER, OPENING, EDGE, 12, now=0.1) == []
     actions = state.on_answer(reply("w1"), now=0.3)
     assert actions[-1] == Dispatched("w1", OTHER.key, 1, 200_000)
 
 
 def test_a_step_that_is_asked_again_is_not_computed_twice() -> None:
     state = make_state("w1", "w2")
-    state.on_step(STEP, OPENING, EDGE, now=0.0)
-    assert state.on_step(STEP, OPENING, b"edge-2", now=0.6) == [TellPending(b"edge-2", STEP.key)]
+    state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
+    assert state.on_step(STEP, OPENING, Peer(b"edge-2"), 12, now=0.6) == [
+        TellPending(b"edge-2", STEP.key)
+    ]
     assert state.on_answer(reply("w1"), now=0.7)[0] == Answer(b"edge-2", STEP.key)
 
 
 def test_a_late_answer_of_an_earlier_attempt_is_dropped() -> None:
     state = make_state("w1", "w2")
-    state.on_step(STEP, OPENING, EDGE, now=0.0)
-    state.on_announce(announce("w2"), now=0.4)
+    state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
+    arrive(state, announce("w2"), now=0.4)
     assert Dispatched("w2", STEP.key, 2, 0) in state.on_tick(now=0.5)
-    state.on_announce(announce("w1"), now=0.6)  # the zombie wakes up
+    arrive(state, announce("w1"), now=0.6)  # the zombie wakes up
     assert state.on_answer(reply("w1", attempt=1), now=0.7) == []
-    assert state.on_answer(reply("w2", attempt=2), now=0.8)[0] == Answer(EDGE, STEP.key)
+    assert state.on_answer(reply("w2", attempt=2), now=0.8)[0] == Answer(EDGE.address, STEP.key)
     assert state.counters["late_answers"] == 1
 
 
 def test_a_step_that_failed_three_workers_is_refused_with_the_reasons() -> None:
     state = make_state("w1", "w2", "w3", "w4")
-    state.on_step(STEP, OPENING, EDGE, now=0.0)
+    state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
     assert state.on_failed(failed("w1"), now=0.1) == [Dispatched("w2", STEP.key, 2, 0)]
     assert state.on_failed(failed("w2", attempt=2), now=0.2) == [Dispatched("w3", STEP.key, 3, 0)]
     forget, refuse = state.on_failed(failed("w3", attempt=3), now=0.3)
     reason = "failed 3 times: worker w1: boom; worker w2: boom; worker w3: boom"
-    assert (forget, refuse) == (Forget(STEP.key), Refuse(EDGE, STEP.key, "failed", reason))
+    assert (forget, refuse) == (Forget(STEP.key), Refuse(EDGE.address, STEP.key, "failed", reason))
     assert state.steps == {}
 
 
 def test_a_single_worker_may_try_a_failed_step_again() -> None:
     state = make_state("w1")
-    state.on_step(STEP, OPENING, EDGE, now=0.0)
+    state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
     assert state.on_failed(failed("w1"), now=0.1) == [Dispatched("w1", STEP.key, 2, 0)]
 
 
 def test_no_worker_for_the_model_is_said_at_once_with_what_is_served() -> None:
     state = make_state()
-    state.on_announce(announce("w1", model="a" * 16), now=0.0)
-    (refuse,) = state.on_step(STEP, OPENING, EDGE, now=1.0)
+    arrive(state, announce("w1", model="a" * 16), now=0.0)
+    (refuse,) = state.on_step(STEP, OPENING, EDGE, 12, now=1.0)
     assert isinstance(refuse, Refuse)
     assert refuse.code == "no_worker"
     assert refuse.reason == (
@@ -150,16 +160,16 @@ def test_no_worker_for_the_model_is_said_at_once_with_what_is_served() -> None:
 
 def test_a_broker_that_has_just_started_waits_for_its_workers() -> None:
     state = BrokerState(started_at=0.0, silence_s=0.5)
-    assert state.on_step(STEP, OPENING, EDGE, now=0.1) == []
-    assert without_notes(state.on_announce(announce("w1"), now=0.2)) == [
+    assert state.on_step(STEP, OPENING, EDGE, 12, now=0.1) == []
+    assert without_notes(arrive(state, announce("w1"), now=0.2)) == [
         Dispatched("w1", STEP.key, 1, 100_000)
     ]
 
 
 def test_a_full_broker_says_when_to_come_back() -> None:
     state = make_state("w1", max_queued_steps=1)
-    state.on_step(STEP, OPENING, EDGE, now=0.0)
-    (busy,) = state.on_step(OTHER, OPENING, EDGE, now=0.1)
+    state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
+    (busy,) = state.on_step(OTHER, OPENING, EDGE, 12, now=0.1)
     assert isinstance(busy, TellBusy)
     assert busy.retry_ms > 0
 
@@ -167,7 +177,7 @@ def test_a_full_broker_says_when_to_come_back() -> None:
 def test_a_deadline_that_passes_says_where_the_step_was() -> None:
     state = make_state("w1")
     short = dataclasses.replace(STEP, deadline_ms=300)
-    state.on_step(short, OPENING, EDGE, now=0.0)
+    state.on_step(short, OPENING, EDGE, 12, now=0.0)
     forget, refuse = state.on_tick(now=0.3)
     assert forget == Forget(short.key)
     assert isinstance(refuse, Refuse)
@@ -177,31 +187,33 @@ def test_a_deadline_that_passes_says_where_the_step_was() -> None:
 
 def test_a_newer_step_of_a_session_replaces_the_older_one() -> None:
     state = make_state("w1")
-    state.on_step(STEP, OPENING, EDGE, now=0.0)
+    state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
     newer = dataclasses.replace(STEP, step=1)
-    assert state.on_step(newer, OPENING, EDGE, now=0.1) == [
+    assert state.on_step(newer, OPENING, EDGE, 12, now=0.1) == [
         Forget(STEP.key),
         Dispatched("w1", newer.key, 1, 0),
     ]
     assert state.on_answer(reply("w1", STEP), now=0.2) == []
-    (refuse,) = state.on_step(STEP, OPENING, EDGE, now=0.3)
+    (refuse,) = state.on_step(STEP, OPENING, EDGE, 12, now=0.3)
     assert isinstance(refuse, Refuse)
     assert refuse.code == "stale"
 
 
 def test_a_draining_worker_gets_nothing_new_and_finishes_what_it_has() -> None:
     state = make_state("w1", "w2")
-    state.on_step(STEP, OPENING, EDGE, now=0.0)
-    assert without_notes(state.on_drain("w1", now=0.1)) == [AcceptDrain("w1")]
-    assert state.on_step(OTHER, OPENING, EDGE, now=0.2) == [Dispatched("w2", OTHER.key, 1, 0)]
-    assert state.on_answer(reply("w1"), now=0.25)[0] == Answer(EDGE, STEP.key)
+    state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
+    assert without_notes(state.on_drain("w1", Peer(b"at-w1"), now=0.1)) == [AcceptDrain(b"at-w1")]
+    assert state.on_step(OTHER, OPENING, EDGE, 12, now=0.2) == [Dispatched("w2", OTHER.key, 1, 0)]
+    assert state.on_answer(reply("w1"), now=0.25)[0] == Answer(EDGE.address, STEP.key)
     second = dataclasses.replace(STEP, step=1, position=1)
-    assert state.on_step(second, OPENING, EDGE, now=0.29) == [Dispatched("w2", second.key, 1, 0)]
+    assert state.on_step(second, OPENING, EDGE, 12, now=0.29) == [
+        Dispatched("w2", second.key, 1, 0)
+    ]
 
 
 def test_an_undeliverable_step_costs_no_attempt() -> None:
     state = make_state("w1", "w2")
-    state.on_step(STEP, OPENING, EDGE, now=0.0)
+    state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
     actions = without_notes(state.on_undeliverable(Dispatched("w1", STEP.key, 1, 0), now=0.1))
     assert actions == [Dispatched("w2", STEP.key, 1, 0)]
     assert "w1" not in state.workers
@@ -209,49 +221,51 @@ def test_an_undeliverable_step_costs_no_attempt() -> None:
 
 def test_need_rows_is_an_answer_and_makes_the_worker_warm() -> None:
     state = make_state("w1", "w2")
-    state.on_step(STEP, OPENING, EDGE, now=0.0)
+    state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
     need = NeedRows(*STEP.key, 1, 0, "w1")
-    assert state.on_answer(need, now=0.1)[0] == Answer(EDGE, STEP.key)
+    assert state.on_answer(need, now=0.1)[0] == Answer(EDGE.address, STEP.key)
     assert state.sessions[STEP.session_id].worker_id == "w1"
 
 
 def test_the_end_of_a_session_reaches_its_warm_worker() -> None:
     state = make_state("w1", "w2")
-    state.on_step(STEP, OPENING, EDGE, now=0.0)
+    state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
     state.on_answer(reply("w1"), now=0.1)
-    assert state.on_end(STEP.session_id) == [ForwardEnd("w1", STEP.session_id)]
+    assert state.on_end(STEP.session_id, EDGE) == [ForwardEnd("w1", STEP.session_id, "")]
     assert state.sessions == {}
 
 
 def test_two_models_do_not_mix() -> None:
     state = make_state("w1")
-    state.on_announce(announce("w2", model="a" * 16), now=0.0)
+    arrive(state, announce("w2", model="a" * 16), now=0.0)
     other_model = dataclasses.replace(OPENING, model="a" * 16)
-    assert state.on_step(OTHER, other_model, EDGE, now=0.1) == [Dispatched("w2", OTHER.key, 1, 0)]
-    assert state.on_step(STEP, OPENING, EDGE, now=0.1) == [Dispatched("w1", STEP.key, 1, 0)]
+    assert state.on_step(OTHER, other_model, EDGE, 12, now=0.1) == [
+        Dispatched("w2", OTHER.key, 1, 0)
+    ]
+    assert state.on_step(STEP, OPENING, EDGE, 12, now=0.1) == [Dispatched("w1", STEP.key, 1, 0)]
 
 
 def test_an_opening_is_asked_for_once_and_then_remembered() -> None:
     state = make_state("w1")
-    assert state.on_step(STEP, None, EDGE, now=0.0) == [AskOpening(EDGE, STEP.key)]
-    state.on_step(STEP, OPENING, EDGE, now=0.1)
+    assert state.on_step(STEP, None, EDGE, 12, now=0.0) == [AskOpening(EDGE.address, STEP.key)]
+    state.on_step(STEP, OPENING, EDGE, 12, now=0.1)
     state.on_answer(reply("w1"), now=0.2)
     second = dataclasses.replace(STEP, step=1, position=1)
-    assert state.on_step(second, None, EDGE, now=0.3) == [Dispatched("w1", second.key, 1, 0)]
+    assert state.on_step(second, None, EDGE, 12, now=0.3) == [Dispatched("w1", second.key, 1, 0)]
 
 
 def test_workers_that_die_together_cost_a_step_one_attempt() -> None:
     state = make_state("w1", "w2", "w3")
-    state.on_step(STEP, OPENING, EDGE, now=0.0)
+    state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
     assert without_notes(state.on_tick(now=5.0)) == []
     assert state.steps[STEP.key].attempts == 1
-    actions = without_notes(state.on_announce(announce("w4"), now=5.1))
+    actions = without_notes(arrive(state, announce("w4"), now=5.1))
     assert actions == [Dispatched("w4", STEP.key, 2, 100_000)]
 
 
 def test_a_worker_that_leaves_costs_its_steps_no_attempt() -> None:
     state = make_state("w1", "w2")
-    state.on_step(STEP, OPENING, EDGE, now=0.0)
+    state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
     actions = without_notes(state.on_worker_gone("w1", "left", now=0.1))
     assert actions == [Dispatched("w2", STEP.key, 1, 0)]
     assert state.steps[STEP.key].failures == []
@@ -259,49 +273,49 @@ def test_a_worker_that_leaves_costs_its_steps_no_attempt() -> None:
 
 def test_what_was_overtaken_is_not_sent_and_not_queued_twice() -> None:
     state = make_state("w1", "w2")
-    (first,) = state.on_step(STEP, OPENING, EDGE, now=0.0)
+    (first,) = state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
     assert isinstance(first, Dispatched)
     state.on_worker_gone("w1", "died", now=0.1)
     assert not state.is_current(first)
     assert without_notes(state.on_undeliverable(first, now=0.2)) == []
     assert list(state.queues[MODEL, SPAN]) == []
-    state.on_end(STEP.session_id)
+    state.on_end(STEP.session_id, EDGE)
     assert state.on_undeliverable(first, now=0.3) == []
 
 
 def test_a_session_that_ends_gives_its_credit_back() -> None:
     state = make_state("w1")
-    state.on_step(STEP, OPENING, EDGE, now=0.0)
-    state.on_end(STEP.session_id)
+    state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
+    state.on_end(STEP.session_id, EDGE)
     assert state.workers["w1"].in_flight == set()
 
 
 def test_a_step_in_flight_for_long_is_sent_again_to_the_same_worker() -> None:
     state = make_state("w1")
-    state.on_step(STEP, OPENING, EDGE, now=0.0)
-    assert state.on_step(STEP, None, EDGE, now=0.9) == [TellPending(EDGE, STEP.key)]
-    again = [TellPending(EDGE, STEP.key), Dispatched("w1", STEP.key, 1, 0)]
-    assert state.on_step(STEP, None, EDGE, now=1.1) == again
-    assert state.on_step(STEP, None, EDGE, now=1.6) == [TellPending(EDGE, STEP.key)]
+    state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
+    assert state.on_step(STEP, None, EDGE, 12, now=0.9) == [TellPending(EDGE.address, STEP.key)]
+    again = [TellPending(EDGE.address, STEP.key), Dispatched("w1", STEP.key, 1, 0)]
+    assert state.on_step(STEP, None, EDGE, 12, now=1.1) == again
+    assert state.on_step(STEP, None, EDGE, 12, now=1.6) == [TellPending(EDGE.address, STEP.key)]
 
 
 def test_asking_again_does_not_put_the_deadline_off() -> None:
     state = make_state("w1")
-    state.on_step(dataclasses.replace(STEP, deadline_ms=300), OPENING, EDGE, now=0.0)
-    state.on_step(dataclasses.replace(STEP, deadline_ms=300), None, EDGE, now=0.2)
+    state.on_step(dataclasses.replace(STEP, deadline_ms=300), OPENING, EDGE, 12, now=0.0)
+    state.on_step(dataclasses.replace(STEP, deadline_ms=300), None, EDGE, 12, now=0.2)
     assert isinstance(state.on_tick(now=0.3)[-1], Refuse)
 
 
 def test_a_worker_that_beats_slowly_is_not_taken_for_dead() -> None:
     state = make_state()
-    state.on_announce(dataclasses.replace(announce("w1"), heartbeat_ms=1000), now=0.0)
+    arrive(state, dataclasses.replace(announce("w1"), heartbeat_ms=1000), now=0.0)
     assert state.on_tick(now=2.9) == []
     assert state.on_tick(now=3.1) != []
 
 
 def test_silent_sessions_are_forgotten() -> None:
     state = make_state("w1")
-    state.on_step(STEP, OPENING, EDGE, now=0.0)
+    state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
     state.on_answer(reply("w1"), now=0.1)
     state.on_tick(now=10_000.0)
     assert state.sessions == {}

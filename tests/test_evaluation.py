@@ -67,7 +67,7 @@ def test_perplexity_through_the_pool_is_that_of_the_whole_model(
     ids = read_tokens(text, TextTokenizer(demo_ends.directory), True, 700)
     meter = PerplexityMeter()
     with LocalPool(PoolSettings(workers=1)) as pool:
-        client = BrokerClient([pool.edge_endpoint])
+        client = pool.connect()
         for part in sliding_windows(len(ids), 200, 100):
             tokens = ids[part.begin : part.end]
             session = Session(demo_ends, client, uniform_settings("fp32"))

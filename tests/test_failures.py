@@ -12,6 +12,7 @@ import redis
 import torch
 from pools import PROMPTS, generate, generate_together, reference_tokens
 
+from cloud_worker.redis_store import record_key
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.ends import ModelEnds
 from edge_agent.session import Session
@@ -54,7 +55,7 @@ def generate_with_harm(
 def wait_until_committed(pool: LocalPool, session: Session) -> None:
     """Until Redis has all rows that the workers have computed."""
     client = redis.Redis.from_url(pool.redis_url)
-    key = f"midspan:{{{session.session_id.hex()}}}:record"
+    key = record_key(session.session_id)
     give_up_at = time.monotonic() + 10
     want = session.stats.prompt_tokens + session.stats.new_tokens - 1
     while int(client.hget(key, "position") or 0) < want:

@@ -37,7 +37,7 @@ class Race:
     def __init__(self, url: str, seed: int) -> None:
         self.rng = random.Random(seed)
         self.stores = [RedisKvStore(url, timeout_s=5) for _ in range(WRITERS)]
-        self.session_id = secrets.token_bytes(16)
+        self.session_key = secrets.token_bytes(16)
         self.generation, self.fork = 0, 0
         self.expected: list[bytes] = []  # of every step, as first read
         self.wrong = 0
@@ -50,7 +50,7 @@ class Race:
         start = step * ROWS_OF_A_STEP
         self.stores[writer].begin_commit(
             Commit(
-                self.session_id, "shape", generation, fork, self.steps_before(generation) + step,
+                self.session_key, "shape", generation, fork, self.steps_before(generation) + step,
                 f"w{writer}", start, start + ROWS_OF_A_STEP, False,
                 step_rows(writer, step, generation), ROW_BYTES,
             )
@@ -73,7 +73,7 @@ class Race:
 
     def read_all(self) -> bytes:
         end = len(self.expected) * ROWS_OF_A_STEP + ROWS_OF_A_STEP
-        load = Load(self.session_id, "shape", self.generation, self.fork, 0, end, ROW_BYTES)
+        load = Load(self.session_key, "shape", self.generation, self.fork, 0, end, ROW_BYTES)
         self.stores[0].begin_load(load)
         (event,) = self.wait_all([1] + [0] * (WRITERS - 1))
         assert isinstance(event, Loaded)

@@ -9,7 +9,6 @@ import torch
 from pools import GREEDY, PROMPTS, generate, generate_together, reference_tokens
 
 from deploy.pool import LocalPool, PoolSettings
-from edge_agent.client import BrokerClient
 from edge_agent.ends import ModelEnds
 from edge_agent.generation import start_generation
 from edge_agent.sampler import SamplingSettings
@@ -62,7 +61,7 @@ def test_eight_sessions_at_once_are_batched_and_give_the_tokens_of_generate(
 
 
 def _worker_stats(pool: LocalPool) -> dict[str, int]:
-    client = BrokerClient([pool.edge_endpoint])
+    client = pool.connect()
     workers = client.status()["workers"]
     client.close()
     return {name: sum(w["stats"][name] for w in workers) for name in ("steps", "batches")}
@@ -109,7 +108,7 @@ def test_stats_count_what_went_over_the_wire(
 def test_a_stop_string_ends_the_text_before_it(
     pool: LocalPool, demo_ends: ModelEnds, tokenizer: TextTokenizer
 ) -> None:
-    client = BrokerClient([pool.edge_endpoint])
+    client = pool.connect()
     full = start_generation(Session(demo_ends, client), tokenizer, PROMPTS[0], 100, GREEDY)
     text = "".join(full.stream())
     stop = text[40:46]
@@ -124,7 +123,7 @@ def test_a_stop_string_ends_the_text_before_it(
 def test_a_story_ends_by_itself_at_the_end_of_sequence(
     pool: LocalPool, demo_ends: ModelEnds, tokenizer: TextTokenizer
 ) -> None:
-    client = BrokerClient([pool.edge_endpoint])
+    client = pool.connect()
     generation = start_generation(Session(demo_ends, client), tokenizer, PROMPTS[0], 400, GREEDY)
     text = "".join(generation.stream())
     client.close()

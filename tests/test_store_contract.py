@@ -11,7 +11,7 @@ import pytest
 import redis
 
 from cloud_worker.memory_store import MemoryKvStore
-from cloud_worker.redis_store import RedisKvStore
+from cloud_worker.redis_store import RedisKvStore, chunk_key, record_key
 from cloud_worker.store import (
     CHUNK_BYTES,
     Commit,
@@ -61,12 +61,12 @@ def commit_of(count: int, mark: int = 1, start: int = 0, step: int = 0) -> Commi
 
 
 def new_session(commit: Commit) -> Commit:
-    return dataclasses.replace(commit, session_id=secrets.token_bytes(16))
+    return dataclasses.replace(commit, session_key=secrets.token_bytes(16))
 
 
 def load_of(commit: Commit, end: int, start: int = 0) -> Load:
     return Load(
-        commit.session_id, commit.shape, commit.generation, commit.fork, start, end,
+        commit.session_key, commit.shape, commit.generation, commit.fork, start, end,
         commit.row_bytes,
     )  # fmt: skip
 
@@ -80,13 +80,13 @@ def read(store: KvStore, load: Load) -> bytes:
     store.begin_load(load)
     (event,) = wait(store)
     assert isinstance(event, Loaded)
-    assert (event.session_id, event.start) == (load.session_id, load.start)
+    assert (event.session_key, event.start) == (load.session_key, load.start)
     return event.rows
 
 
 def test_what_was_committed_is_loaded(store: KvStore) -> None:
     commit = new_session(commit_of(5))
-    assert run_commit(store, commit) == Committed(commit.session_id, 0, 5)
+    assert run_commit(store, commit) == Committed(commit.session_key, 0, 5)
     assert read(store, load_of(commit, 5)) == rows(5)
     assert read(store, load_of(commit, 4, start=2)) == rows(5)[2 * ROW : 4 * ROW]
 
@@ -111,8 +111,10 @@ def test_another_shape_is_a_miss_and_never_an_answer(store: KvStore) -> None:
 def test_rows_are_appended_step_by_step(store: KvStore) -> None:
     first = new_session(commit_of(3))
     run_commit(store, first)
-    second = dataclasses.replace(commit_of(1, mark=2, start=3, step=1), session_id=first.session_id)
-    assert run_commit(store, second) == Committed(first.session_id, 0, 4)
+    second = dataclasses.replace(
+        commit_of(1, mark=2, start=3, step=1), session_key=first.session_key
+    )
+    assert run_commit(store, second) == Committed(first.session_key, 0, 4)
     assert read(store, load_of(first, 4)) == rows(3) + rows(1, mark=2)
 
 
@@ -120,7 +122,7 @@ def test_a_repeated_step_is_committed_already_and_writes_nothing(store: KvStore)
     commit = new_session(commit_of(3))
     run_commit(store, commit)
     again = dataclasses.replace(commit, rows=rows(3, mark=9), writer="w2")
-    assert run_commit(store, again) == Committed(commit.session_id, 0, 3)
+    assert run_commit(store, again) == Committed(commit.session_key, 0, 3)
     assert read(store, load_of(commit, 3)) == rows(3)
 
 
@@ -128,7 +130,7 @@ def test_an_older_step_is_stale(store: KvStore) -> None:
     commit = new_session(commit_of(3, step=5))
     run_commit(store, commit)
     older = dataclasses.replace(commit, step=4, rows=rows(3, mark=9))
-    assert run_commit(store, older) == CommitRefused(commit.session_id, 0, "stale", 3)
+    assert run_commit(store, older) == CommitRefused(commit.session_key, 0, "stale", 3)
     assert read(store, load_of(commit, 3)) == rows(3)
 
 
@@ -136,13 +138,13 @@ def test_an_older_generation_is_stale(store: KvStore) -> None:
     commit = dataclasses.replace(new_session(commit_of(3)), generation=2)
     run_commit(store, commit)
     older = dataclasses.replace(commit, generation=1, step=99, rows=rows(3, mark=9))
-    assert run_commit(store, older) == CommitRefused(commit.session_id, 1, "stale", 3)
+    assert run_commit(store, older) == CommitRefused(commit.session_key, 1, "stale", 3)
     assert read(store, load_of(commit, 3)) == rows(3)
 
 
 def test_rows_beyond_a_gap_are_refused(store: KvStore) -> None:
     commit = new_session(commit_of(2, start=3))
-    assert run_commit(store, commit) == CommitRefused(commit.session_id, 0, "gap", 0)
+    assert run_commit(store, commit) == CommitRefused(commit.session_key, 0, "gap", 0)
     assert read(store, load_of(commit, 5)) == b""
 
 
@@ -154,7 +156,7 @@ def test_a_cut_back_keeps_what_the_generations_share(store: KvStore) -> None:
     )
     before = dataclasses.replace(load_of(commit, 6), generation=1, fork=4)
     assert read(store, before) == rows(6)[: 4 * ROW]
-    assert run_commit(store, fork) == Committed(commit.session_id, 1, 5)
+    assert run_commit(store, fork) == Committed(commit.session_key, 1, 5)
     assert read(store, dataclasses.replace(before, end=9)) == rows(6)[: 4 * ROW] + rows(1, mark=7)
 
 
@@ -162,7 +164,7 @@ def test_a_commit_beyond_the_fork_is_a_gap(store: KvStore) -> None:
     commit = new_session(commit_of(6))
     run_commit(store, commit)
     beyond = dataclasses.replace(commit, generation=1, fork=4, step=1, start=5, end=6, rows=rows(1))
-    assert run_commit(store, beyond) == CommitRefused(commit.session_id, 1, "gap", 4)
+    assert run_commit(store, beyond) == CommitRefused(commit.session_key, 1, "gap", 4)
 
 
 def test_a_generation_two_later_shares_nothing(store: KvStore) -> None:
@@ -176,17 +178,17 @@ def test_the_pieces_of_one_step_come_from_one_writer(store: KvStore) -> None:
     run_commit(store, first)
     other = dataclasses.replace(first, writer="w2", end=1, rows=rows(1, mark=8))
     longer = dataclasses.replace(first, writer="w2", end=3, rows=rows(3, mark=8))
-    assert run_commit(store, other) == Committed(first.session_id, 0, 2)  # there already
-    assert run_commit(store, longer) == Committed(first.session_id, 0, 3)  # begun anew by w2
+    assert run_commit(store, other) == Committed(first.session_key, 0, 2)  # there already
+    assert run_commit(store, longer) == Committed(first.session_key, 0, 3)  # begun anew by w2
     late = dataclasses.replace(first, start=2, end=5, continues=True, rows=rows(3, mark=1))
-    assert run_commit(store, late) == CommitRefused(first.session_id, 0, "stale", 3)
+    assert run_commit(store, late) == CommitRefused(first.session_key, 0, "stale", 3)
     assert read(store, load_of(first, 9)) == rows(3, mark=8)
 
 
 def test_a_deleted_session_is_gone(store: KvStore) -> None:
     commit = new_session(commit_of(3))
     run_commit(store, commit)
-    store.begin_delete(commit.session_id)
+    store.begin_delete(commit.session_key)
     assert read(store, load_of(commit, 3)) == b""
 
 
@@ -213,10 +215,12 @@ def test_every_key_expires_and_shares_the_sessions_hash_tag(redis_server: Embedd
     commit = new_session(commit_of(3))
     run_commit(store, commit)
     client = redis.Redis.from_url(redis_server.url)
-    keys = [key for key in client.scan_iter() if commit.session_id.hex().encode() in key]
+    home = record_key(commit.session_key).removesuffix("record").encode()
+    keys = [key for key in client.scan_iter() if key.startswith(home)]
     assert len(keys) == 2
     for key in keys:
-        assert b"{" + commit.session_id.hex().encode() + b"}" in key
+        assert b"{" in home
+        assert b"}" in home
         assert 0 < client.pttl(key) <= 100_000
     store.close()
 
@@ -225,7 +229,7 @@ def test_a_missing_chunk_is_a_miss(redis_server: EmbeddedRedis) -> None:
     store = RedisKvStore(redis_server.url)
     commit = new_session(commit_of(3))
     run_commit(store, commit)
-    redis.Redis.from_url(redis_server.url).delete(f"midspan:{{{commit.session_id.hex()}}}:kv:0")
+    redis.Redis.from_url(redis_server.url).delete(chunk_key(commit.session_key, 0))
     assert read(store, load_of(commit, 3)) == b""
     store.close()
 

@@ -21,10 +21,12 @@ VALUES = {
     "int": INTEGERS,
     "str": st.text(max_size=50),
     "bytes": st.binary(min_size=16, max_size=16),
+    "Sealed": st.binary(max_size=256),
     "bool": st.booleans(),
     "tuple[int, int]": st.tuples(st.integers(0, 10), st.integers(11, 99)),
     "list[Service]": st.lists(
-        st.builds(Service, st.text(max_size=9), st.text(max_size=9), st.just((2, 6))), max_size=3
+        st.builds(Service, st.text(max_size=9), st.text(max_size=9), st.just((2, 6)), INTEGERS),
+        max_size=3,
     ),
     "list[Part]": st.lists(st.builds(Part, INTEGERS, INTEGERS, INTEGERS), min_size=1, max_size=4),
     "list[str]": st.lists(st.text(max_size=9), min_size=1, max_size=3),
@@ -86,7 +88,7 @@ def _with(**changes: Any) -> bytes:
         (_with(parts=[]), "bad parts: expected 1 to 512 parts"),
         (_with(parts=[[0, 1]]), r"bad parts: expected \[codec, rows, bytes\]"),
         (msgpack.packb({"v": 1}), "header is a dict; expected"),
-        (msgpack.packb([VERSION, "step", 1]), "step message has 1 fields; expected 9"),
+        (msgpack.packb([VERSION, "step", 1]), "step message has 1 fields; expected 10"),
         (b"\x00" * (MAX_HEADER_BYTES + 1), "at most"),
         (b"\x91" * 2000, "not MessagePack"),
     ],
@@ -114,6 +116,6 @@ def test_a_message_with_no_frames_is_refused() -> None:
 
 
 def test_reply_and_announce_survive_with_nested_values() -> None:
-    announce = Announce("w1", [Service("f" * 16, "m", (2, 6))], 8, 100, True, 1, "h", {"a": 1})
+    announce = Announce("w1", [Service("f" * 16, "m", (2, 6), 8)], 8, 100, True, 1, "h", {"a": 1})
     reply = StepReply(b"s" * 16, 0, 7, 1, 1, 12, "w1", 30, 900)
     assert [decode_header(encode_header(m)) for m in (announce, reply)] == [announce, reply]

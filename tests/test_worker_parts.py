@@ -69,10 +69,10 @@ def make_cache(limit_rows: int) -> WarmCache:
 def test_the_cache_drops_the_least_recently_used_that_is_not_busy() -> None:
     cache = make_cache(limit_rows=128)
     for name in "abc":
-        cache.open(task(name).step).kv.reserve(64)
-    cache.open(task("a").step)
+        cache.open(task(name).session_key, task(name).step).kv.reserve(64)
+    cache.open(task("a").session_key, task("a").step)
     assert cache.evict(busy={b"b" * 16}) == 1
-    assert [chr(session.session_id[0]) for session in cache] == ["b", "a"]
+    assert [chr(session.session_key[0]) for session in cache] == ["b", "a"]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_the_cache_drops_the_least_recently_used_that_is_not_busy() -> None:
 def test_a_session_keeps_the_rows_that_are_valid_for_a_step(
     generation: int, fork: int, position: int, keeps: int
 ) -> None:
-    session = make_cache(1).open(STEP)
+    session = make_cache(1).open(STEP.session_id, STEP)
     session.kv.reserve(8)
     session.kv.length = session.committed = 8
     step = dataclasses.replace(STEP, generation=generation, fork=fork, position=position)
@@ -91,7 +91,7 @@ def test_a_session_keeps_the_rows_that_are_valid_for_a_step(
 
 
 def test_a_step_of_an_older_generation_is_out_of_date() -> None:
-    session = make_cache(1).open(dataclasses.replace(STEP, generation=3))
+    session = make_cache(1).open(STEP.session_id, dataclasses.replace(STEP, generation=3))
     assert not session.adjust_to(dataclasses.replace(STEP, generation=2))
 
 

@@ -1,0 +1,133 @@
+"""CURVE keys, sealing, and the KV at rest: without a pool."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from pathlib import Path
+
+import pytest
+import zmq
+from click.testing import CliRunner
+
+from cloud_worker.kv_cipher import ROW_OVERHEAD, ForgedRows, KvCipher
+from common.errors import ProtocolError, SettingsError
+from common.keys import (
+    KeyPair,
+    authorize,
+    create_key,
+    is_public,
+    list_authorized,
+    load_client_keys,
+    read_pair,
+    read_public,
+)
+from common.sealing import draw_key, open_sealed, seal
+from deploy.cli import midspan
+
+
+def new_pair() -> KeyPair:
+    return KeyPair(*zmq.curve_keypair())
+
+
+def test_a_secret_key_is_readable_by_its_owner_only(tmp_path: Path) -> None:
+    path = create_key(tmp_path, "phone")
+    assert stat.S_IMODE(os.stat(path.with_suffix(".key_secret")).st_mode) == 0o600
+    assert read_pair(path).public == read_public(str(path))
+
+
+def test_keys_are_never_overwritten(tmp_path: Path) -> None:
+    create_key(tmp_path, "phone")
+    with pytest.raises(SettingsError, match=r"phone\.key is there already"):
+        create_key(tmp_path, "phone")
+
+
+def test_a_name_cannot_leave_the_directory(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"a key's name is '\.\./x'"):
+        authorize(tmp_path, new_pair().public, "edge", "../x")
+
+
+def test_authorized_keys_are_listed_by_role(tmp_path: Path) -> None:
+    phone, worker = new_pair().public, new_pair().public
+    authorize(tmp_path, phone, "edge", "phone")
+    authorize(tmp_path, worker, "worker", "w1")
+    assert list_authorized(tmp_path, "edge") == {phone: "phone"}
+    assert list_authorized(tmp_path, "worker") == {worker: "w1"}
+    with pytest.raises(SettingsError, match="another edge is authorized as 'phone'"):
+        authorize(tmp_path, worker, "edge", "phone")
+
+
+@pytest.mark.parametrize("text", ["not there", "", "[" * 39, 'curve\n    public-key = "short"\n'])
+def test_what_is_no_key_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.key"
+    path.write_text(text)
+    with pytest.raises(SettingsError, match=r"bad\.key"):
+        read_public(str(path))
+
+
+def test_key_and_broker_key_go_together(tmp_path: Path) -> None:
+    assert load_client_keys(None, None) is None
+    with pytest.raises(SettingsError, match="go together"):
+        load_client_keys(create_key(tmp_path, "phone"), None)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "public"),
+    [
+        ("tcp://127.0.0.1:5555", False), ("tcp://localhost:1", False), ("ipc:///tmp/x", False),
+        ("tcp://[::1]:5555", False), ("tcp://0.0.0.0:5555", True), ("tcp://*:5555", True),
+        ("tcp://192.168.1.4:5555", True), ("tcp://eth0:5555", True), ("tcp://[::]:5555", True),
+    ],
+)  # fmt: skip
+def test_which_addresses_others_reach(endpoint: str, public: bool) -> None:
+    assert is_public(endpoint) is public
+
+
+@pytest.mark.parametrize("option", ["--edges", "--workers"])
+def test_a_broker_does_not_bind_a_public_address_without_keys(option: str) -> None:
+    result = CliRunner().invoke(midspan, ["broker", option, "tcp://0.0.0.0:*"])
+    assert result.exit_code == 1
+    assert f"{option} tcp://0.0.0.0:* can be reached from other machines" in result.output
+
+
+def test_the_keys_commands(tmp_path: Path) -> None:
+    runner, where = CliRunner(), ["--dir", str(tmp_path)]
+    assert runner.invoke(midspan, ["keys", "new", "phone", *where]).exit_code == 0
+    public = str(tmp_path / "phone.key")
+    assert (
+        runner.invoke(midspan, ["keys", "authorize", public, "--as", "edge", *where]).exit_code == 0
+    )
+    listed = runner.invoke(midspan, ["keys", "list", *where]).output
+    assert listed.count(read_public(public).decode()) == 2
+    assert "admitted as edge" in listed
+    bad = runner.invoke(midspan, ["keys", "authorize", "nonsense", "--as", "edge", *where])
+    assert bad.exit_code == 1
+    assert "the key nonsense cannot be read" in bad.output
+
+
+def test_a_sealed_key_opens_with_the_pool_key_and_no_other() -> None:
+    pool, key = new_pair(), draw_key()
+    sealed = seal(key, pool.public)
+    assert key not in sealed
+    assert open_sealed(sealed, pool) == key
+    for broken in (sealed[:-1], b"", b"x" * 80, seal(key, new_pair().public)):
+        with pytest.raises(ProtocolError, match="does not open with this worker's --pool-key"):
+            open_sealed(broken, pool)
+
+
+def test_encrypted_rows_come_back_only_where_they_belong() -> None:
+    cipher, rows = KvCipher(draw_key(), b"session"), secrets.token_bytes(5 * 64)
+    stored = cipher.encrypt(rows, 7, 64)
+    assert len(stored) == 5 * (64 + ROW_OVERHEAD)
+    assert cipher.decrypt(stored, 7, 64) == rows
+    assert cipher.decrypt(stored[64 + ROW_OVERHEAD :], 8, 64) == rows[64:]
+    flipped = bytes([stored[0] ^ 1]) + stored[1:]
+    for wrong, start in ((stored, 8), (flipped, 7)):
+        with pytest.raises(ForgedRows):
+            cipher.decrypt(wrong, start, 64)
+
+
+def test_the_same_rows_are_never_encrypted_alike() -> None:
+    cipher = KvCipher(draw_key(), b"session")
+    assert cipher.encrypt(b"r" * 64, 0, 64) != cipher.encrypt(b"r" * 64, 0, 64)

@@ -1,0 +1,293 @@
+"""A pool with keys lets no stranger in, and keeps its own apart. Real processes, real CURVE."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+import zmq
+from pools import PROMPTS, generate
+from test_cli import run_midspan
+
+from cloud_worker.redis_store import RedisKvStore, record_key
+from cloud_worker.store import Commit, CommitFailed, Load, Loaded
+from common.errors import BrokerUnavailable, StepRefused
+from common.keys import BROKER, ClientKeys, KeyPair, create_key, ensure_member, read_public
+from common.messages import Announce, EndSession, Opening, Part, Service, Step, StepReply
+from common.sockets import connect_dealer
+from common.wire import encode_header
+from deploy.embedded_redis import EmbeddedRedis
+from deploy.pool import LocalPool, PoolSettings
+from edge_agent.client import BrokerClient
+from edge_agent.ends import ModelEnds
+from edge_agent.sampler import SamplingSettings
+from edge_agent.session import Session, uniform_settings
+from edge_agent.tokenizer import TextTokenizer
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalPool]:
+    directory = tmp_path_factory.mktemp("keys")
+    pool_key = create_key(directory, "pool").with_suffix(".key_secret")
+    settings = PoolSettings(workers=2, keys=directory, worker_options=["--pool-key", str(pool_key)])
+    with LocalPool(settings) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def prompt_ids(demo_ends: ModelEnds) -> list[int]:
+    return TextTokenizer(demo_ends.directory).encode(PROMPTS[0])
+
+
+def keys_of(pool: LocalPool) -> Path:
+    assert pool.settings.keys is not None
+    return pool.settings.keys
+
+
+def member(pool: LocalPool, name: str, role: str = "edge") -> ClientKeys:
+    return ensure_member(keys_of(pool), name, role)
+
+
+def stranger(pool: LocalPool) -> ClientKeys:
+    return ClientKeys(
+        KeyPair(*zmq.curve_keypair()), read_public(str(keys_of(pool) / f"{BROKER}.key"))
+    )
+
+
+def status(pool: LocalPool) -> dict[str, Any]:
+    client = pool.connect()
+    try:
+        return client.status()
+    finally:
+        client.close()
+
+
+def log_of(pool: LocalPool) -> str:
+    assert pool.broker is not None
+    return pool.broker.log_text()
+
+
+def wait_for_count(pool: LocalPool, name: str, before: int) -> None:
+    give_up_at = time.monotonic() + 5
+    while status(pool)["counters"][name] <= before:
+        assert time.monotonic() < give_up_at, f"{name} was not counted"
+        time.sleep(0.05)
+
+
+def test_an_authorized_edge_is_served(
+    pool: LocalPool, demo_ends: ModelEnds, prompt_ids: list[int]
+) -> None:
+    assert len(generate(pool, demo_ends, prompt_ids, 5)[0]) == 5
+
+
+@pytest.mark.parametrize("has_key", [True, False])
+def test_an_unauthorized_edge_is_refused_logged_and_counted(pool: LocalPool, has_key: bool) -> None:
+    before = status(pool)["refused_connections"].get("edge", 0)
+    keys = stranger(pool) if has_key else None
+    client = BrokerClient([pool.edge_endpoint], keys=keys)
+    words = "refused this edge's key" if has_key else "wants --key and --broker-key"
+    with pytest.raises(BrokerUnavailable, match=words):
+        client.status()
+    client.close()
+    if has_key:
+        assert status(pool)["refused_connections"]["edge"] > before
+        assert f"refused the edge with key {keys.own.public.decode()}" in log_of(pool)
+
+
+def test_an_edges_key_does_not_make_a_worker(pool: LocalPool) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = connect_dealer(context, pool.worker_endpoint, member(pool, "phone"))
+    time.sleep(0.5)
+    with pytest.raises(zmq.Again):
+        socket.send(b"x", zmq.NOBLOCK)
+    context.destroy(linger=0)
+    assert status(pool)["refused_connections"]["worker"] > 0
+
+
+def test_another_edges_session_is_neither_written_nor_ended_nor_read(
+    pool: LocalPool, demo_ends: ModelEnds, prompt_ids: list[int]
+) -> None:
+    before = status(pool)["counters"]["foreign_sessions"]
+    thief = BrokerClient([pool.edge_endpoint], keys=member(pool, "thief"))
+
+    def steal(index: int, session: Session) -> None:
+        if index != 3:
+            return
+        body = bytes(demo_ends.hidden * 4)
+        span = (demo_ends.cut.begin, demo_ends.cut.end)
+        opening = Opening(demo_ends.fingerprint, span, demo_ends.hidden, ["fp32"], "")
+        part = Part(0, 1, len(body))
+        step = Step(session.session_id, 0, 0, 1000, session.stats.prompt_tokens, [part], 1, 0, 9000)
+        with pytest.raises(StepRefused, match="the session belongs to another edge"):
+            thief.ask(step, body, opening, is_known=False, wait_for_worker=False)
+        thief.end_session(session.session_id)
+
+    undisturbed, _ = generate(pool, demo_ends, prompt_ids, 8)
+    tokens, session = generate(pool, demo_ends, prompt_ids, 8, on_token=steal)
+    thief.close()
+    assert tokens == undisturbed
+    assert session.stats.rows_replayed == 0
+    assert status(pool)["counters"]["foreign_sessions"] >= before + 2
+    assert "named a session of another edge: refused" in log_of(pool)
+
+
+def test_an_id_of_another_edge_opens_nothing_after_a_restart_of_the_broker(
+    pool: LocalPool, demo_ends: ModelEnds, prompt_ids: list[int]
+) -> None:
+    """The broker has forgotten whose the session is; workers and Redis know by the key."""
+    thief = BrokerClient([pool.edge_endpoint], keys=member(pool, "thief"))
+    client = pool.connect()
+    victim = Session(demo_ends, client, uniform_settings("fp32"))
+    tokens = victim.generate(prompt_ids, 8, SamplingSettings())
+    first = [next(tokens) for _ in range(3)]
+    assert pool.broker is not None
+    pool.broker.kill()
+    pool.start_broker()
+    pool.wait_for_workers(2)
+    robber = Session(demo_ends, thief, uniform_settings("fp32"))
+    robber.session_id = victim.session_id
+    robbed = robber.generate(prompt_ids, 3, SamplingSettings(), keep_open=True)
+    assert list(robbed) == first  # its own, computed from nothing
+    thief.close()
+    assert robber.stats.rows_replayed == 0
+    tokens.close()
+    client.close()
+
+
+def test_a_worker_with_anothers_id_is_refused_logged_and_counted(
+    pool: LocalPool, demo_ends: ModelEnds, prompt_ids: list[int]
+) -> None:
+    before = status(pool)["counters"]["forged_workers"]
+    name = next(iter(pool.workers))
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    forger = connect_dealer(context, pool.worker_endpoint, member(pool, "forger", "worker"))
+    span = (demo_ends.cut.begin, demo_ends.cut.end)
+    service = Service(demo_ends.fingerprint, "stories", span, demo_ends.hidden)
+    forged = [
+        Announce(name, [service], 64, 100),
+        StepReply(b"s" * 16, 0, 0, 1, 0, 0, name, 0, 0),
+    ]
+    for message in forged:
+        forger.send(encode_header(message))
+    wait_for_count(pool, "forged_workers", before + 1)
+    assert len(generate(pool, demo_ends, prompt_ids, 5)[0]) == 5
+    assert not forger.poll(0), "the forger was given a step"
+    context.destroy(linger=0)
+    assert f"claims to be worker {name}, which it is not" in log_of(pool)
+
+
+def test_an_edge_may_not_say_whose_session_it_ends(pool: LocalPool) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    edge = connect_dealer(context, pool.edge_endpoint, member(pool, "phone"))
+    edge.send(encode_header(EndSession(b"s" * 16, "somebody")))
+    context.destroy(linger=500)
+    pool.check()
+
+
+def test_kv_at_rest_is_encrypted_and_any_worker_takes_over(
+    pool: LocalPool, demo_ends: ModelEnds, prompt_ids: list[int]
+) -> None:
+    pool_key = read_public(str(keys_of(pool) / "pool.key"))
+    plain, _ = generate(pool, demo_ends, prompt_ids, 12)
+    client = pool.connect()
+    session = Session(demo_ends, client, uniform_settings("fp32"), pool_key=pool_key)
+    tokens = []
+    for token in session.generate(prompt_ids, 12, SamplingSettings()):
+        tokens.append(token)
+        if len(tokens) == 6:
+            time.sleep(0.3)
+            assert pool.client_keys is not None
+            owner = pool.client_keys.own.public
+            server = redis.Redis.from_url(pool.redis_url)
+            shape = server.hget(record_key(session.session_id + owner), "shape")
+            assert shape.endswith(b" encrypted")
+            pool.kill_worker(session.last_worker_id)
+            pool.start_worker()
+    client.close()
+    pool.wait_for_workers(2)
+    assert tokens == plain
+    assert session.stats.rows_replayed == 0
+    assert len(session.stats.tokens_by_worker) == 2
+
+
+def test_encryption_with_another_pool_key_is_refused_with_the_reason(
+    pool: LocalPool, demo_ends: ModelEnds, prompt_ids: list[int]
+) -> None:
+    client = pool.connect()
+    other = zmq.curve_keypair()[0]
+    session = Session(demo_ends, client, uniform_settings("fp32"), pool_key=other)
+    with pytest.raises(StepRefused, match="does not open with this worker's --pool-key"):
+        list(session.generate(prompt_ids, 2, SamplingSettings()))
+    client.close()
+
+
+def test_the_check_goes_through_the_whole_path(pool: LocalPool) -> None:
+    keys = keys_of(pool)
+    options = [
+        "--broker", pool.edge_endpoint, "--key", str(keys / "local-edge.key_secret"),
+        "--broker-key", str(keys / "broker.key"), "--json",
+    ]  # fmt: skip
+    done = run_midspan("status", "--check", *options)
+    (check,) = json.loads(done.stdout)["checks"]
+    assert done.returncode == 0
+    assert (check["failure"], check["stored"]) == ("", True)
+
+
+def test_a_worker_commits_only_to_sessions_that_it_was_given(tmp_path: Path) -> None:
+    """It may see the names of Redis's keys, but not the session keys that they are made from."""
+    server = EmbeddedRedis(tmp_path)
+    try:
+        owner, thief = RedisKvStore(server.url), RedisKvStore(server.url)
+        key, rows = secrets.token_bytes(16), bytes(8)
+        commit = Commit(key, "shape", 0, 0, 0, "w1", 0, 1, False, rows, 8)
+        owner.begin_commit(commit)
+        wait(owner)
+        (name,) = redis.Redis.from_url(server.url).keys("*record")
+        for script, tail in (("commit", [1, 1]), ("load", [0, 7]), ("delete", [])):
+            with pytest.raises(redis.ResponseError, match="was not given to the caller"):
+                redis.Redis.from_url(server.url).evalsha(
+                    thief._sha[script], 1, name, *(["x"] * 11 if script == "commit" else tail),
+                    b"guess",
+                )  # fmt: skip
+        thief.begin_load(Load(b"g" * 16, "shape", 0, 0, 0, 1, 8))
+        assert wait(thief).rows == b""
+        owner.begin_load(Load(key, "shape", 0, 0, 0, 1, 8))
+        assert wait(owner).rows == rows
+    finally:
+        server.stop()
+
+
+def wait(store: RedisKvStore) -> Any:
+    give_up_at = time.monotonic() + 5
+    while time.monotonic() < give_up_at:
+        for event in store.poll():
+            assert not isinstance(event, CommitFailed), event
+            return event
+    raise AssertionError("no answer")
+
+
+def test_redis_with_a_password_and_an_acl_user(tmp_path: Path) -> None:
+    server = EmbeddedRedis(tmp_path)
+    try:
+        admin = redis.Redis.from_url(server.url)
+        allowed = "+evalsha +script|load +hmget +hget +hset +setrange +getrange +pexpire +unlink"
+        admin.execute_command(
+            "ACL", "SETUSER", "worker", "on", ">secret", "~midspan:*", "-@all",
+            *allowed.split(), "+client|setinfo", "+auth",
+        )  # fmt: skip
+        store = RedisKvStore(server.url.replace("redis://", "redis://worker:secret@"))
+        key = secrets.token_bytes(16)
+        store.begin_commit(Commit(key, "shape", 0, 0, 0, "w1", 0, 1, False, bytes(8), 8))
+        wait(store)
+        store.begin_load(Load(key, "shape", 0, 0, 0, 1, 8))
+        loaded = wait(store)
+        assert isinstance(loaded, Loaded)
+        assert loaded.rows == bytes(8)
+    finally:
+        server.stop()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from common.errors import BrokerUnavailable, ProcessFailed
 from common.keys import BROKER, ClientKeys, create_key, ensure_member
@@ -56,7 +56,7 @@ class LocalPool:
         self._restarts: list[float] = []
         self.client_keys: ClientKeys | None = None  # of an edge on this machine
 
-    def __enter__(self) -> LocalPool:
+    def __enter__(self) -> Self:
         try:
             self.start()
         except BaseException:

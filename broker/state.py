@@ -58,6 +58,8 @@ SESSION_MEMORY_S = 600.0  # how long the warm worker of a silent session is reme
 BUSY_RETRY_MS = 200
 SEND_AGAIN_S = 1.0
 FRESH_PART = 0.6  # of the time after which a silent worker is dead
+SILENCE_AT_MOST_S = 30.0
+MAX_WORKERS = 4096
 MISSED_AT_LEAST = 3  # heartbeats of a worker that announces slower ones than we expect
 
 
@@ -240,6 +242,8 @@ class BrokerState:
         name = announce.worker_id
         worker = self.workers.get(name)
         actions: list[Action] = []
+        if worker is None and len(self.workers) >= MAX_WORKERS:
+            return [Note(f"worker {name} is one too many: {MAX_WORKERS} are known")]
         if worker is None:
             worker = self.workers[name] = Worker(announce, peer, now)
             serving = ", ".join(describe_service(s) for s in announce.services)
@@ -381,7 +385,8 @@ class BrokerState:
 
     def _silence_limit_s(self, worker: Worker) -> float:
         """A worker that beats slowly, as it says, is not taken for dead between two beats."""
-        return max(self.silence_s, MISSED_AT_LEAST * worker.announce.heartbeat_ms / 1000)
+        wanted_s = MISSED_AT_LEAST * worker.announce.heartbeat_ms / 1000
+        return max(self.silence_s, min(wanted_s, SILENCE_AT_MOST_S))
 
     def _send_again(self, record: StepRecord, now: float) -> list[Action]:
         """A step in flight for long may have been lost on its way; a worker takes it twice."""

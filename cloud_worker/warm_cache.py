@@ -10,6 +10,8 @@ from cloud_worker.kv_cipher import KvCipher
 from common.kv_rows import KvRows
 from common.messages import Step, StepReply
 
+MAX_SESSIONS = 8192
+
 
 @dataclass(slots=True)
 class WarmSession:
@@ -51,7 +53,10 @@ class WarmSession:
 
 
 class WarmCache:
-    """Least recently used sessions go first when their buffers exceed `limit_bytes`."""
+    """Least recently used sessions go first when their buffers exceed `limit_bytes`.
+
+    Or when there are too many: a session that nobody ends and that has no rows takes room, too.
+    """
 
     def __init__(self, new_kv: Callable[[], KvRows], limit_bytes: int) -> None:
         self._new_kv = new_kv
@@ -83,11 +88,11 @@ class WarmCache:
         return sum(session.kv.capacity_bytes for session in self._sessions.values())
 
     def evict(self, busy: Collection[bytes]) -> int:
-        """Drop old sessions that are not busy until the limit holds; returns how many."""
+        """Drop old sessions that are not busy until the limits hold; returns how many."""
         used = self.used_bytes()
         dropped = 0
         for session in list(self._sessions.values()):
-            if used <= self._limit_bytes:
+            if used <= self._limit_bytes and len(self._sessions) <= MAX_SESSIONS:
                 break
             if session.session_key in busy:
                 continue

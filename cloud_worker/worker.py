@@ -218,6 +218,7 @@ class Worker:
             self._recommit_at = now + RECOMMIT_S
             for session in self._warm:
                 self._commit(session)
+            self._evict(set())
 
     def _announce(self) -> None:
         """Tell all brokers what there is here, over the connections that take the steps."""
@@ -401,7 +402,9 @@ class Worker:
             self._reply(task, computed, session, started_at, done_at)
         for _, session in pairs:
             self._commit(session)
-        just_run = {session.session_key for _, session in pairs}
+        self._evict({session.session_key for _, session in pairs})
+
+    def _evict(self, just_run: set[bytes]) -> None:
         self._warm.evict(just_run | self._batcher.session_keys() | self._loading.keys())
 
     def _reply(

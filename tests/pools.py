@@ -66,9 +66,16 @@ def generate(
 
 
 def generate_together(
-    pool: LocalPool, ends: ModelEnds, prompts_ids: Sequence[Sequence[int]], count: int
+    pool: LocalPool,
+    ends: ModelEnds,
+    prompts_ids: Sequence[Sequence[int]],
+    count: int,
+    sessions: list[Session] | None = None,
 ) -> list[list[int]]:
-    """All prompts at once, each in a thread and with a client of its own."""
+    """All prompts at once, each in a thread and with a client of its own.
+
+    Those that are done are added to `sessions`.
+    """
     answers: list[list[int]] = [[] for _ in prompts_ids]
     errors: list[Exception] = []
     barrier = threading.Barrier(len(prompts_ids))
@@ -77,7 +84,9 @@ def generate_together(
         torch.set_num_threads(1)
         barrier.wait()
         try:
-            answers[index], _ = generate(pool, ends, prompts_ids[index], count)
+            answers[index], session = generate(pool, ends, prompts_ids[index], count)
+            if sessions is not None:
+                sessions.append(session)
         except Exception as error:  # shown in the main thread
             errors.append(error)
 

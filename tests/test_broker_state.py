@@ -319,3 +319,94 @@ def test_silent_sessions_are_forgotten() -> None:
     state.on_answer(reply("w1"), now=0.1)
     state.on_tick(now=10_000.0)
     assert state.sessions == {}
+
+
+def test_a_connection_that_ends_frees_its_steps_at_once() -> None:
+    state = make_state()
+    peer = Peer(b"at-w1", connection=12)
+    state.on_announce(announce("w1"), peer, now=0.0)
+    arrive(state, announce("w2"), now=0.0)
+    state.on_step(STEP, OPENING, EDGE, 12, now=0.1)
+    (again,) = without_notes(state.on_disconnected(12, now=0.11))
+    assert again == Dispatched("w2", STEP.key, 2, 0)
+    assert state.counters["dead_workers"] == 1
+    assert state.on_disconnected(99, now=0.12) == []
+
+
+def test_the_queue_goes_round_the_sessions() -> None:
+    """A heavy session has one step here at most; its next one queues behind the others'."""
+    state = make_state()
+    arrive(state, announce("w1", capacity=1), now=0.0)
+    heavy = [dataclasses.replace(STEP, step=i, position=256 * i) for i in range(3)]
+    state.on_step(heavy[0], OPENING, EDGE, 12, now=0.0)
+    others = [dataclasses.replace(STEP, session_id=bytes([i]) * 16) for i in (1, 2)]
+    for other in others:
+        state.on_step(other, OPENING, EDGE, 12, now=0.0)
+    served = []
+    current = heavy[0]
+    waiting = iter(heavy[1:])
+    for _ in range(3):
+        actions = state.on_answer(reply("w1", current), now=0.1)
+        if current.session_id == STEP.session_id:
+            state.on_step(next(waiting), None, EDGE, 12, now=0.1)
+        (sent,) = [a for a in actions if isinstance(a, Dispatched)]
+        current = state.steps[sent.key].step
+        served.append(current.session_id[:1])
+    assert served == [b"\x01", b"\x02", b"s"]
+
+
+def test_another_edges_session_is_refused_and_counted() -> None:
+    state = make_state("w1")
+    mine, thief = Peer(b"a", key="mine"), Peer(b"b", key="thief")
+    state.on_step(STEP, OPENING, mine, 12, now=0.0)
+    (refuse,) = without_notes(state.on_step(STEP, OPENING, thief, 12, now=0.1))
+    assert refuse == Refuse(b"b", STEP.key, "invalid", "the session belongs to another edge")
+    assert without_notes(state.on_end(STEP.session_id, thief)) == []
+    assert state.counters["foreign_sessions"] == 2
+    assert without_notes(state.on_answer(reply("w1"), now=0.2))[0] == Answer(b"a", STEP.key)
+
+
+def test_a_workers_id_belongs_to_who_has_it() -> None:
+    state = make_state()
+    owner = Peer(b"1", key="owner")
+    state.on_announce(announce("w1"), owner, now=0.0)
+    for key in ("", "forger"):
+        state.on_announce(announce("w1"), Peer(b"2", key=key), now=0.1)
+        state.on_alive("w1", Peer(b"3", key=key), now=0.1)
+    assert state.workers["w1"].peer == owner
+    assert state.workers["w1"].seen_at == 0.0
+    assert state.check_sender("w1", Peer(b"2", key="forger")) is not None
+    assert state.check_sender("w1", owner) is None
+    assert state.counters["forged_workers"] == 5
+    moved = Peer(b"4", key="owner")
+    state.on_announce(announce("w1"), moved, now=0.2)
+    assert state.workers["w1"].peer == moved
+
+
+def test_an_edge_has_a_limit_of_sessions() -> None:
+    state = make_state("w1", max_sessions_per_edge=1)
+    state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
+    (refuse,) = state.on_step(OTHER, OPENING, EDGE, 12, now=0.1)
+    assert isinstance(refuse, Refuse)
+    assert refuse.reason == "this edge has 1 sessions open; end some first"
+    assert isinstance(state.on_step(OTHER, OPENING, Peer(b"edge-2"), 12, now=0.1)[0], Dispatched)
+    state.on_end(STEP.session_id, EDGE)
+    third = dataclasses.replace(STEP, session_id=b"u" * 16)
+    assert isinstance(state.on_step(third, OPENING, EDGE, 12, now=0.2)[0], Dispatched)
+
+
+def test_bodies_are_held_up_to_a_limit() -> None:
+    state = make_state("w1", max_queued_bytes=20)
+    state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
+    (busy,) = state.on_step(OTHER, OPENING, EDGE, 12, now=0.1)
+    assert isinstance(busy, TellBusy)
+    state.on_answer(reply("w1"), now=0.2)
+    assert isinstance(state.on_step(OTHER, OPENING, EDGE, 12, now=0.3)[0], Dispatched)
+
+
+def test_a_worker_whose_answer_could_not_be_used_is_not_asked_again() -> None:
+    state = make_state("w1", "w2")
+    state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
+    state.on_answer(reply("w1"), now=0.1)
+    again = dataclasses.replace(STEP, step=1, shun="w1")
+    assert state.on_step(again, None, EDGE, 12, now=0.2) == [Dispatched("w2", again.key, 1, 0)]

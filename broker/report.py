@@ -13,8 +13,8 @@ def make_report(state: BrokerState, now: float) -> dict[str, Any]:
         "uptime_s": round(now - state.started_at, 1),
         "workers": [_report_worker(state, worker, now) for worker in state.workers.values()],
         "queues": [
-            {"model": model, "span": f"{span[0]}-{span[1]}", "queued": len(queue)}
-            for (model, span), queue in state.queues.items()
+            {"model": model, "part": part, "queued": len(queue)}
+            for (model, part), queue in state.queues.items()
         ],
         "sessions": len(state.sessions),
         "steps_in_flight": sum(len(w.in_flight) for w in state.workers.values()),
@@ -33,7 +33,7 @@ def _report_worker(state: BrokerState, worker: Worker, now: float) -> dict[str, 
             {
                 "model": s.model,
                 "name": s.name,
-                "span": f"{s.span[0]}-{s.span[1]}",
+                "part": s.part,
                 "hidden": s.hidden,
             }
             for s in announce.services

@@ -36,15 +36,19 @@ from common.errors import ProtocolError, SettingsError
 from common.messages import (
     Alive,
     Announce,
+    AnyOpening,
     Busy,
     Dispatch,
     Drain,
     DrainAccepted,
     EndSession,
+    ImageOpening,
+    ImageStep,
     Leave,
     Message,
     NeedOpening,
     NeedRows,
+    NeedTensors,
     Opening,
     StatusQuery,
     StatusReport,
@@ -188,8 +192,10 @@ class BrokerServer:
 
     def _on_edge_message(self, edge: Peer, message: Message, frames: list[bytes]) -> None:
         now = self._clock()
-        if isinstance(message, Step):
-            opening = self._read_opening(frames)
+        if isinstance(message, Step | ImageStep):
+            opening = self._read_opening(
+                frames, Opening if isinstance(message, Step) else ImageOpening
+            )
             known = message.key in self.state.steps
             actions = self.state.on_step(message, opening, edge, len(frames[1]), now)
             if not known and message.key in self.state.steps:
@@ -208,24 +214,24 @@ class BrokerServer:
         else:
             raise ProtocolError(f"an edge may not send {message.kind!r}")
 
-    def _read_opening(self, frames: list[bytes]) -> Opening | None:
+    def _read_opening(self, frames: list[bytes], kind: type[AnyOpening]) -> AnyOpening | None:
         if len(frames) not in (2, 3):
             raise ProtocolError(f"step has {len(frames) - 1} further frames; expected 1 or 2")
         if len(frames) == 2:
             return None
         opening = decode_header(frames[2])
-        if not isinstance(opening, Opening):
+        if not isinstance(opening, kind):
             raise ProtocolError(f"step carries {opening.kind!r}; expected an opening")
         return opening
 
     def _on_worker_message(self, peer: Peer, message: Message, frames: list[bytes]) -> None:
         now = self._clock()
-        if isinstance(message, StepReply | NeedRows | StepFailed | Drain | Leave):
+        if isinstance(message, StepReply | NeedRows | NeedTensors | StepFailed | Drain | Leave):
             forged = self.state.check_sender(message.worker_id, peer)
             if forged is not None:
                 self._perform([forged])
                 return
-        if isinstance(message, StepReply | NeedRows):
+        if isinstance(message, StepReply | NeedRows | NeedTensors):
             self._answer = frames
             self._perform(self.state.on_answer(message, now))
             self._answer = []

@@ -35,10 +35,11 @@ from broker.actions import (
 )
 from common.messages import (
     Announce,
+    AnyOpening,
+    AnyStep,
     NeedRows,
-    Opening,
+    NeedTensors,
     Service,
-    Step,
     StepFailed,
     StepKey,
     StepReply,
@@ -52,7 +53,7 @@ from common.settings import (
     MAX_SESSIONS_PER_EDGE,
 )
 
-ServiceKey = tuple[str, tuple[int, int]]  # model fingerprint, span
+ServiceKey = tuple[str, str]  # model fingerprint, part
 
 SESSION_MEMORY_S = 600.0  # how long the warm worker of a silent session is remembered
 BUSY_RETRY_MS = 200
@@ -100,14 +101,14 @@ class Worker:
         return self.announce.capacity - len(self.in_flight)
 
     def serves(self, service: ServiceKey) -> bool:
-        return any((s.model, s.span) == service for s in self.announce.services)
+        return any((s.model, s.part) == service for s in self.announce.services)
 
 
 @dataclass(slots=True)
 class StepRecord:
     """A step between its arrival and its answer."""
 
-    step: Step
+    step: AnyStep
     service: ServiceKey
     edge: Peer
     body_bytes: int
@@ -127,7 +128,7 @@ class StepRecord:
 class SessionRecord:
     """How a session was opened, where its KV is warm, and its newest step."""
 
-    opening: Opening
+    opening: AnyOpening
     edge: Peer
     worker_id: str | None
     newest: StepKey
@@ -169,7 +170,7 @@ class BrokerState:
     # --- what arrives from edges
 
     def on_step(
-        self, step: Step, opening: Opening | None, edge: Peer, body_bytes: int, now: float
+        self, step: AnyStep, opening: AnyOpening | None, edge: Peer, body_bytes: int, now: float
     ) -> list[Action]:
         """A step arrived, for the first time or again, with its session's opening or without."""
         session = self.sessions.get(step.session_id)
@@ -189,7 +190,7 @@ class BrokerState:
                 return [AskOpening(edge.address, step.key)]
             opening = session.opening
         actions = self._abandon_older(step)
-        service = (opening.model, opening.span)
+        service = (opening.model, opening.part)
         refusal = self._refuse_at_once(step, service, edge, body_bytes, now)
         if refusal is not None:
             return [*actions, refusal]
@@ -285,7 +286,7 @@ class BrokerState:
         self.counters["dead_workers"] += len(gone)
         return self._drop_workers(gone, now, blame_steps=True)
 
-    def on_answer(self, answer: StepReply | NeedRows, now: float) -> list[Action]:
+    def on_answer(self, answer: StepReply | NeedRows | NeedTensors, now: float) -> list[Action]:
         """A worker answered a step. Answers of any but the latest attempt are dropped."""
         record = self._take_in_flight(answer.key, answer.worker_id, answer.attempt, now)
         if record is None:
@@ -396,7 +397,7 @@ class BrokerState:
         return [Dispatched(record.worker_id, record.step.key, record.attempts, 0)]
 
     def _refuse_at_once(
-        self, step: Step, service: ServiceKey, edge: Peer, body_bytes: int, now: float
+        self, step: AnyStep, service: ServiceKey, edge: Peer, body_bytes: int, now: float
     ) -> Action | None:
         settled = now - self.started_at >= self.silence_s
         if settled and not any(w.serves(service) for w in self.workers.values()):
@@ -414,8 +415,8 @@ class BrokerState:
         return None
 
     def _why_no_worker(self, service: ServiceKey) -> str:
-        model, (first, last) = service
-        wanted = f"span {first}-{last} of the model with fingerprint {model}"
+        model, part = service
+        wanted = f"{part} of the model with fingerprint {model}"
         return f"no worker serves {wanted}; {self.describe_serving()}"
 
     def describe_serving(self) -> str:
@@ -433,7 +434,7 @@ class BrokerState:
             f"the step's deadline passed after {now - record.arrived_at:.1f} s, {where}{failures}"
         )
 
-    def _abandon_older(self, step: Step) -> list[Action]:
+    def _abandon_older(self, step: AnyStep) -> list[Action]:
         """The edge has moved on: older steps of its session need no answer."""
         session = self.sessions.get(step.session_id)
         record = self.steps.get(session.newest) if session else None
@@ -505,7 +506,7 @@ class BrokerState:
     def _dispatch_services(self, services: list[Service], now: float) -> list[Action]:
         actions: list[Action] = []
         for service in services:
-            actions += self._dispatch((service.model, service.span), now)
+            actions += self._dispatch((service.model, service.part), now)
         return actions
 
     def _dispatch(self, service: ServiceKey, now: float) -> list[Action]:
@@ -557,5 +558,4 @@ class BrokerState:
 
 def describe_service(service: Service) -> str:
     """`stories-llama 2-6 (fingerprint 0123456789abcdef)`"""
-    first, last = service.span
-    return f"{service.name} {first}-{last} (fingerprint {service.model})"
+    return f"{service.name} {service.part} (fingerprint {service.model})"

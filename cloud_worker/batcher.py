@@ -5,21 +5,31 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from common.messages import Opening, Step
+from common.messages import AnyOpening, AnyStep, Opening, Step
 
 
 @dataclass(slots=True)
 class Task:
     """A step at a worker."""
 
-    step: Step
-    opening: Opening
+    step: AnyStep
+    opening: AnyOpening
     body: bytes
     attempt: int
     source: int  # index of the broker it came from
     broker_queue_us: int
     arrived_at: float
     owner: str = ""  # the edge's public key
+
+    @property
+    def text_step(self) -> Step:
+        assert isinstance(self.step, Step)
+        return self.step
+
+    @property
+    def text_opening(self) -> Opening:
+        assert isinstance(self.opening, Opening)
+        return self.opening
 
     @property
     def session_key(self) -> bytes:
@@ -68,11 +78,11 @@ class Batcher:
         sessions: set[bytes] = set()
         rows = 0
         for task in self._ready:
-            fits = not batch or rows + task.step.rows <= self._max_rows
+            fits = not batch or rows + task.text_step.rows <= self._max_rows
             if fits and len(batch) < self._max_steps and task.session_key not in sessions:
                 batch.append(task)
                 sessions.add(task.session_key)
-                rows += task.step.rows
+                rows += task.text_step.rows
             else:
                 left.append(task)
         self._ready = left

@@ -16,8 +16,25 @@ log = logging.getLogger("midspan.worker")
 
 
 @click.command()
-@click.option("--model", "model_name", help="Hugging Face directory.  [default: the demo model]")
+@click.option(
+    "--model",
+    "model_name",
+    help="Language model: a Hugging Face directory.  [default: the demo models, if none is named]",
+)
 @click.option("--span", "span_text", help="Layers to serve, as a-b.  [default: the middle half]")
+@click.option(
+    "--image-model",
+    help="SDXL pipeline: a directory in diffusers format.",
+)
+@click.option(
+    "--image-part",
+    "image_parts",
+    multiple=True,
+    type=click.Choice(["unet", "inner"]),
+    default=["unet", "inner"],
+    show_default=True,
+    help="What to serve of it; inner alone reads the inner blocks only.",
+)
 @click.option(
     "--broker",
     "brokers",
@@ -39,6 +56,7 @@ log = logging.getLogger("midspan.worker")
 @click.option("--threads", type=click.IntRange(min=1), help="torch threads.  [default: all cores]")
 @click.option("--max-batch-rows", default=512, show_default=True, type=click.IntRange(min=1))
 @click.option("--max-batch-steps", default=32, show_default=True, type=click.IntRange(min=1))
+@click.option("--max-batch-images", default=16, show_default=True, type=click.IntRange(min=1))
 @click.option("--capacity", default=64, show_default=True, help="Steps in flight here at once.")
 @click.option("--cache-mb", default=1024, show_default=True, help="Bound of the warm KV cache.")
 @click.option(
@@ -56,6 +74,8 @@ log = logging.getLogger("midspan.worker")
 def worker(
     model_name: str | None,
     span_text: str | None,
+    image_model: str | None,
+    image_parts: tuple[str, ...],
     brokers: tuple[str, ...],
     redis_url: str,
     calibration: Path | None,
@@ -64,6 +84,7 @@ def worker(
     threads: int | None,
     max_batch_rows: int,
     max_batch_steps: int,
+    max_batch_images: int,
     capacity: int,
     cache_mb: int,
     heartbeat_ms: int,
@@ -73,7 +94,7 @@ def worker(
     worker_id: str,
     verbose: bool,
 ) -> None:
-    """Run a worker: it computes the middle layers for any session.
+    """Run a worker: it computes the middle of models for any session.
 
     SIGTERM or Ctrl-C drains it: what it has is finished and committed, then it leaves.
     """
@@ -82,56 +103,32 @@ def worker(
     pool_pair = read_pair(pool_key) if pool_key else None
     set_up_logging(verbose)
     set_up_torch(threads)
-    from cloud_worker.executor import TextExecutor
     from cloud_worker.redis_store import RedisKvStore
+    from cloud_worker.serving import ServingSettings, load_image_services, load_text_service
     from cloud_worker.worker import Worker, WorkerSettings
-    from common.checkpoint import Checkpoint
-    from common.codecs.calibration import open_calibration
-    from common.demo_model import find_model
-    from common.messages import Service
-    from common.span_loading import (
-        check_device,
-        context_length,
-        load_span,
-        parse_dtype,
-        read_config,
-    )
-    from common.spans import parse_span
+    from common.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
 
+    if model_name is None and image_model is None:
+        model_name, image_model = DEMO_TEXT_MODEL, DEMO_IMAGE_MODEL
     store = RedisKvStore(redis_url)
-    checkpoint = Checkpoint(find_model(model_name))
-    config = read_config(checkpoint)
-    span = parse_span(span_text, config.num_hidden_layers)
-    model = load_span(checkpoint, span, parse_dtype(dtype), check_device(device))
-    service = Service(
-        checkpoint.fingerprint(), checkpoint.name, (span.first, span.last), model.hidden
+    settings = ServingSettings(
+        dtype, device, max_batch_rows, max_batch_steps, max_batch_images, cache_mb << 20, pool_pair
     )
-    known = open_calibration(calibration, checkpoint.directory, service.model, service.span)
-    checkpoint.close()
-    megabytes = sum(model.bytes_read.values()) / 1e6
-    log.info(
-        "loaded %s span %s: %d tensors, %.1f MB",
-        service.name, span, len(model.bytes_read), megabytes,
-    )  # fmt: skip
+    makers = []
+    if model_name is not None:
+        directory = find_model(model_name)
+        makers.append(load_text_service(directory, span_text, calibration, store, settings))
+    if image_model is not None:
+        makers += load_image_services(find_model(image_model), image_parts, store, settings)
     server = Worker(
-        TextExecutor(model, context_length(config), known),
-        service,
         store,
-        WorkerSettings(
-            brokers=endpoints,
-            max_batch_rows=max_batch_rows,
-            max_batch_steps=max_batch_steps,
-            capacity=capacity,
-            cache_bytes=cache_mb << 20,
-            heartbeat_s=heartbeat_ms / 1000,
-            keys=keys,
-            pool_key=pool_pair,
-        ),
+        lambda outbox: [make(outbox) for make in makers],
+        WorkerSettings(endpoints, capacity, heartbeat_ms / 1000, keys),
         worker_id,
     )
     freeze_loaded_objects()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.request_drain())
-    click.echo(f"worker {server.worker_id} ready: {service.name} {span} at {', '.join(endpoints)}")
+    click.echo(f"worker {server.worker_id} ready: {server.serving} at {', '.join(endpoints)}")
     server.run()
     log.info("worker %s left", server.worker_id)

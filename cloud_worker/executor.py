@@ -46,7 +46,7 @@ class TextExecutor:
 
     def check(self, task: Task) -> None:
         """Raise a MidspanError if a step cannot be computed, whoever tries."""
-        step, opening = task.step, task.opening
+        step, opening = task.text_step, task.text_opening
         if opening.hidden != self.model.hidden:
             raise ProtocolError(
                 f"session has hidden {opening.hidden}; the model has {self.model.hidden}"
@@ -68,13 +68,13 @@ class TextExecutor:
 
     def _check_calibration(self, task: Task) -> None:
         ours = self._calibration.fingerprint if self._calibration else "none"
-        theirs = task.opening.calibration
+        theirs = task.text_opening.calibration
         if theirs and theirs != ours:
             raise ProtocolError(
                 f"the edge has calibration {theirs} and this worker {ours}; "
                 "give both the same --calibration"
             )
-        if not theirs and any(parse_codec(n).needs_calibration for n in task.opening.codecs):
+        if not theirs and any(parse_codec(n).needs_calibration for n in task.text_opening.codecs):
             raise ProtocolError("the session names a calibrated codec but no calibration")
 
     def run(self, batch: Sequence[tuple[Task, WarmSession]]) -> list[Computed]:
@@ -84,7 +84,7 @@ class TextExecutor:
         except Exception as error:  # whatever a peer's numbers do, the worker lives on
             log.debug("a batch of %d failed", len(batch), exc_info=True)
             for task, session in batch:
-                session.cut_back(task.step.position)
+                session.cut_back(task.text_step.position)
             if len(batch) == 1:
                 return [Computed(failure=f"{type(error).__name__}: {str(error)[:500]}")]
             return [computed for pair in batch for computed in self.run([pair])]
@@ -92,16 +92,17 @@ class TextExecutor:
     def _run_together(self, batch: Sequence[tuple[Task, WarmSession]]) -> list[Computed]:
         uplinks = [self._decode(task) for task, _ in batch]
         segments = [
-            Segment(session.kv, task.step.position, task.step.rows) for task, session in batch
+            Segment(session.kv, task.text_step.position, task.text_step.rows)
+            for task, session in batch
         ]
         rows = uplinks[0] if len(uplinks) == 1 else torch.cat(uplinks)
         results = self.model.run(rows.to(self.model.device, self.model.dtype), segments)
         computed = []
         at = 0
         for (task, _), uplink in zip(batch, uplinks, strict=True):
-            at += task.step.rows
-            wanted = task.step.reply_rows
-            codec = self._codec(task.opening.codecs[task.step.reply_codec], "down")
+            at += task.text_step.rows
+            wanted = task.text_step.reply_rows
+            codec = self._codec(task.text_opening.codecs[task.text_step.reply_codec], "down")
             down = results[at - wanted : at]
             computed.append(Computed(codec.encode(down, uplink[len(uplink) - wanted :])))
         return computed
@@ -110,9 +111,9 @@ class TextExecutor:
         """The boundary rows of a step, float32 (T, D)."""
         decoded = []
         at = 0
-        for part in task.step.parts:
-            codec = self._codec(task.opening.codecs[part.codec], "up")
+        for part in task.text_step.parts:
+            codec = self._codec(task.text_opening.codecs[part.codec], "up")
             body = task.body[at : at + part.body_bytes]
-            decoded.append(codec.decode(body, part.rows, task.opening.hidden))
+            decoded.append(codec.decode(body, part.rows, task.text_opening.hidden))
             at += part.body_bytes
         return decoded[0] if len(decoded) == 1 else torch.cat(decoded)

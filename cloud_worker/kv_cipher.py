@@ -52,5 +52,11 @@ class KvCipher:
             raise ForgedRows(f"row {start + len(parts)}") from error
         return b"".join(parts)
 
+    def decrypt_one(self, stored: bytes, position: int) -> bytes:
+        """One row of whatever length. Raises ForgedRows."""
+        if len(stored) < ROW_OVERHEAD:
+            raise ForgedRows("too short")
+        return self.decrypt(stored, position, len(stored) - ROW_OVERHEAD)
+
     def _bind(self, position: int) -> bytes:
         return self._session_key + position.to_bytes(8, "little")

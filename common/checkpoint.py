@@ -20,21 +20,34 @@ from torch import Tensor
 
 from common.errors import CheckpointError
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 # what a configuration says about files and tools rather than about the model
-VOLATILE_KEYS = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures"}
+VOLATILE_KEYS = {
+    "_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures",
+    "_diffusers_version",
+}  # fmt: skip
 SAMPLE_VALUES = 64  # per tensor, in the fingerprint
 ALIGNMENT = 64  # bytes, a vector register
 HUGE_PAGE = 2 << 20
 
 
 class Checkpoint:
-    """An open model directory. Raises CheckpointError when it is not one."""
+    """An open model directory. Raises CheckpointError when it is not one.
 
-    def __init__(self, directory: str | Path) -> None:
+    `stem` is what the names of its weight files begin with, `config_key` is in its configuration
+    if it is of the kind expected.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        stem: str = "model",
+        config_key: str = "model_type",
+        name: str = "",
+    ) -> None:
         self.directory = Path(directory)
-        self.name = self.directory.resolve().name
+        self.name = name or self.directory.resolve().name
+        self._stem = stem
+        self._config_key = config_key
         self.config_json = self._read_config()
         self._open_files: dict[str, Any] = {}
         self._cache: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -49,8 +62,10 @@ class Checkpoint:
             raise CheckpointError(f"model {str(self.directory)!r} is not a directory")
         path = self.directory / "config.json"
         config = _read_json(path, "a Hugging Face model directory has one")
-        if "model_type" not in config:
-            raise CheckpointError(f"{path} names no model_type, so it describes no language model")
+        if self._config_key not in config:
+            raise CheckpointError(
+                f"{path} names no {self._config_key}, so it describes no model of this kind"
+            )
         return config
 
     @property
@@ -64,7 +79,11 @@ class Checkpoint:
 
     def _map_tensors(self) -> dict[str, str]:
         """Tensor name -> file name."""
-        index = self.directory / INDEX_FILE
+        single_file = f"{self._stem}.safetensors"
+        if not (self.directory / single_file).exists():
+            half = f"{self._stem}.fp16.safetensors"
+            single_file = half if (self.directory / half).exists() else single_file
+        index = self.directory / f"{self._stem}.safetensors.index.json"
         if index.exists():
             weight_map = _read_json(index, "").get("weight_map")
             if not isinstance(weight_map, dict):
@@ -73,12 +92,12 @@ class Checkpoint:
             if missing:
                 raise CheckpointError(f"{index} names files that are not there: {sorted(missing)}")
             return weight_map
-        single = self.directory / SINGLE_FILE
+        single = self.directory / single_file
         if not single.exists():
             others = sorted(p.name for p in self.directory.glob("*.bin"))
             hint = f"; it has {others[0]}, convert it to safetensors first" if others else ""
-            raise CheckpointError(f"{self.directory} has no {SINGLE_FILE} nor {INDEX_FILE}{hint}")
-        return dict.fromkeys(self._open(SINGLE_FILE).keys(), SINGLE_FILE)
+            raise CheckpointError(f"{self.directory} has no {single.name} nor {index.name}{hint}")
+        return dict.fromkeys(self._open(single_file).keys(), single_file)
 
     def _open(self, file_name: str) -> Any:
         if file_name not in self._open_files:

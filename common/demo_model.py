@@ -7,6 +7,7 @@ from pathlib import Path
 from common.errors import CheckpointError
 
 DEMO_TEXT_MODEL = "stories-llama"
+DEMO_IMAGE_MODEL = "landscapes-sdxl"
 
 
 def find_model(name: str | None) -> Path:

@@ -1,9 +1,10 @@
 """The messages of the protocol, one dataclass each. `common/wire.py` puts them on the wire.
 
-    edge -> broker    Step (with its Opening if need be), EndSession, StatusQuery
-    broker -> edge    StepReply, NeedRows, NeedOpening, StepPending, StepRefused, Busy, StatusReport
-    broker -> worker  Dispatch (in front of a Step and its Opening), EndSession, DrainAccepted
-    worker -> broker  Announce, Alive, Drain, Leave, StepReply, NeedRows, StepFailed
+    edge -> broker    Step or ImageStep (with its opening if need be), EndSession, StatusQuery
+    broker -> edge    StepReply, NeedRows, NeedTensors, NeedOpening, StepPending, StepRefused, Busy,
+                      StatusReport
+    broker -> worker  Dispatch (in front of a step and its opening), EndSession, DrainAccepted
+    worker -> broker  Announce, Alive, Drain, Leave, StepReply, NeedRows, NeedTensors, StepFailed
 
 A peer is known by its connection (and its CURVE key, where keys are used), never by what it says
 of itself: a message that names another worker, or another edge's session, is refused.
@@ -31,7 +32,7 @@ class Opening:
 
     kind: ClassVar[str] = "open"
     model: str  # fingerprint
-    span: tuple[int, int]
+    part: str  # of the model: for text the middle layers, a-b
     hidden: int  # D
     codecs: list[str]  # steps name them by their index
     calibration: str  # fingerprint, or empty if no codec needs one
@@ -80,6 +81,55 @@ StepKey = tuple[bytes, int, int]  # session_id, generation, step
 
 
 @dataclass(frozen=True, slots=True)
+class ImageOpening:
+    """What stays the same while an image is made. `part` of the model is `unet` or `inner`."""
+
+    kind: ClassVar[str] = "open_image"
+    model: str  # fingerprint of the UNet
+    part: str
+    codecs: list[str]  # steps name them by their index
+    images: int  # B, made at once
+    guidance: float  # scale; at most 1 is none, and the batch is not doubled
+    timesteps: list[float]
+    keeps_latents: bool  # the worker steps latents of its own (part unet only)
+    scheduler: str  # name, where the worker needs one
+    sealed_key: Sealed = b""  # of what the session leaves in the store, for the workers only
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPart:
+    """One encoded tensor of an image step's body."""
+
+    name: str  # sample, latents, history0, prompt_embeds, text_embeds or time_ids
+    codec: int  # index into the opening's codecs
+    shape: list[int]
+    body_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageStep:
+    """Compute one denoising step of an image session; one body frame with its tensors."""
+
+    kind: ClassVar[str] = "image"
+    session_id: bytes
+    generation: int
+    step: int  # rises with every request of a session
+    position: int  # index into the opening's timesteps
+    tensors: list[TensorPart]  # one after another in the body
+    reply_codec: int  # index into the opening's codecs
+    deadline_ms: int  # time left to the whole step when it was sent
+    shun: str = ""  # a worker whose answer could not be used: rather not that one
+
+    @property
+    def key(self) -> StepKey:
+        return (self.session_id, self.generation, self.step)
+
+
+AnyStep = Step | ImageStep
+AnyOpening = Opening | ImageOpening
+
+
+@dataclass(frozen=True, slots=True)
 class StepReply:
     """The last `rows` rows of a step, computed; one body frame (none when rows is 0)."""
 
@@ -109,6 +159,23 @@ class NeedRows:
     step: int
     attempt: int
     have: int
+    worker_id: str
+
+    @property
+    def key(self) -> StepKey:
+        return (self.session_id, self.generation, self.step)
+
+
+@dataclass(frozen=True, slots=True)
+class NeedTensors:
+    """The worker lacks these tensors of an image session: send the step again with them."""
+
+    kind: ClassVar[str] = "need_tensors"
+    session_id: bytes
+    generation: int
+    step: int
+    attempt: int
+    names: list[str]
     worker_id: str
 
     @property
@@ -211,12 +278,12 @@ class Dispatch:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What a worker can compute: one span of one model."""
+    """What a worker can compute: one part of one model."""
 
     model: str  # fingerprint
     name: str  # for people
-    span: tuple[int, int]
-    hidden: int  # D
+    part: str  # a span a-b of layers; unet or inner of an image model
+    hidden: int  # D; 0 for images
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +336,7 @@ class Leave:
 
 
 Message = (
-    Opening | Step | StepReply | NeedRows | NeedOpening | StepFailed | StepPending | StepRefused
-    | Busy | EndSession | StatusQuery | StatusReport | Dispatch | Announce | Alive | Drain
-    | DrainAccepted | Leave
+    Opening | Step | ImageOpening | ImageStep | StepReply | NeedRows | NeedTensors | NeedOpening
+    | StepFailed | StepPending | StepRefused | Busy | EndSession | StatusQuery | StatusReport
+    | Dispatch | Announce | Alive | Drain | DrainAccepted | Leave
 )  # fmt: skip

@@ -24,10 +24,13 @@ from common.messages import (
     Drain,
     DrainAccepted,
     EndSession,
+    ImageOpening,
+    ImageStep,
     Leave,
     Message,
     NeedOpening,
     NeedRows,
+    NeedTensors,
     Opening,
     Part,
     Service,
@@ -38,6 +41,7 @@ from common.messages import (
     StepPending,
     StepRefused,
     StepReply,
+    TensorPart,
 )
 from common.settings import MAX_BODY_BYTES, MAX_FRAMES, MAX_HEADER_BYTES
 
@@ -47,11 +51,14 @@ MAX_TEXT = 4096
 SESSION_ID_BYTES = 16
 MAX_PARTS = 512
 MAX_SEALED = 256
+MAX_TENSORS = 16
+MAX_TIMESTEPS = 1000
 
 KINDS: dict[str, type[Message]] = {
     message.kind: message
     for message in (
-        Opening, Step, StepReply, NeedRows, NeedOpening, StepFailed, StepPending, StepRefused,
+        Opening, Step, ImageOpening, ImageStep, StepReply, NeedRows, NeedTensors, NeedOpening,
+        StepFailed, StepPending, StepRefused,
         Busy, EndSession, StatusQuery, StatusReport, Dispatch, Announce, Alive, Drain,
         DrainAccepted, Leave,
     )
@@ -63,8 +70,10 @@ def encode_header(message: Message) -> bytes:
     values = [getattr(message, name) for name, _ in FIELDS[message.kind]]
     if isinstance(message, Step):
         values[PARTS_AT] = [(part.codec, part.rows, part.body_bytes) for part in message.parts]
+    elif isinstance(message, ImageStep):
+        values[TENSORS_AT] = [(t.name, t.codec, t.shape, t.body_bytes) for t in message.tensors]
     elif isinstance(message, Announce):
-        values[SERVICES_AT] = [(s.model, s.name, s.span, s.hidden) for s in message.services]
+        values[SERVICES_AT] = [(s.model, s.name, s.part, s.hidden) for s in message.services]
     packed: bytes = msgpack.packb((VERSION, message.kind, *values))
     return packed
 
@@ -129,24 +138,15 @@ def _sealed(value: Any) -> bytes:
     return value
 
 
-def _span(value: Any) -> tuple[int, int]:
-    if not isinstance(value, list) or len(value) != 2:
-        raise ValueError(f"expected [first, last], got {value!r:.40}")
-    first, last = _integer(value[0]), _integer(value[1])
-    if first >= last:
-        raise ValueError(f"expected first < last, got {value!r}")
-    return first, last
-
-
 def _services(value: Any) -> list[Service]:
     if not isinstance(value, list) or len(value) > 64:
         raise ValueError("expected a list of at most 64 services")
     services = []
     for item in value:
         if not isinstance(item, list) or len(item) != 4:
-            raise ValueError(f"expected [model, name, span, hidden], got {item!r:.40}")
-        model, name, hidden = _text(item[0]), _text(item[1]), _integer(item[3])
-        services.append(Service(model, name, _span(item[2]), hidden))
+            raise ValueError(f"expected [model, name, part, hidden], got {item!r:.40}")
+        model, name, part = _text(item[0]), _text(item[1]), _text(item[2])
+        services.append(Service(model, name, part, _integer(item[3])))
     return services
 
 
@@ -159,6 +159,33 @@ def _parts(value: Any) -> list[Part]:
             raise ValueError(f"expected [codec, rows, bytes], got {item!r:.40}")
         parts.append(Part(_integer(item[0]), _integer(item[1]), _integer(item[2])))
     return parts
+
+
+def _tensors(value: Any) -> list[TensorPart]:
+    if not isinstance(value, list) or len(value) > MAX_TENSORS:
+        raise ValueError(f"expected a list of at most {MAX_TENSORS} tensors")
+    tensors = []
+    for item in value:
+        if not isinstance(item, list) or len(item) != 4:
+            raise ValueError(f"expected [name, codec, shape, bytes], got {item!r:.40}")
+        shape = item[2]
+        if not isinstance(shape, list) or not 1 <= len(shape) <= 4:
+            raise ValueError(f"expected a shape of 1 to 4 numbers, got {shape!r:.40}")
+        sizes = [_integer(size) for size in shape]
+        tensors.append(TensorPart(_text(item[0]), _integer(item[1]), sizes, _integer(item[3])))
+    return tensors
+
+
+def _float(value: Any) -> float:
+    if type(value) not in (int, float) or not -MAX_INTEGER <= value <= MAX_INTEGER:
+        raise ValueError(f"expected a number, got {value!r:.40}")
+    return float(value)
+
+
+def _floats(value: Any) -> list[float]:
+    if not isinstance(value, list) or len(value) > MAX_TIMESTEPS:
+        raise ValueError(f"expected at most {MAX_TIMESTEPS} numbers")
+    return [_float(item) for item in value]
 
 
 def _codec_names(value: Any) -> list[str]:
@@ -185,7 +212,9 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "bytes": _session_id,
     "Sealed": _sealed,
     "bool": _bool,
-    "tuple[int, int]": _span,
+    "float": _float,
+    "list[float]": _floats,
+    "list[TensorPart]": _tensors,
     "list[Service]": _services,
     "list[Part]": _parts,
     "list[str]": _codec_names,
@@ -198,4 +227,5 @@ FIELDS: dict[str, list[tuple[str, Callable[[Any], Any]]]] = {
     for kind, message in KINDS.items()
 }
 PARTS_AT = [name for name, _ in FIELDS[Step.kind]].index("parts")
+TENSORS_AT = [name for name, _ in FIELDS[ImageStep.kind]].index("tensors")
 SERVICES_AT = [name for name, _ in FIELDS[Announce.kind]].index("services")

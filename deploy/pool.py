@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from common.demo_model import DEMO_TEXT_MODEL
 from common.errors import BrokerUnavailable, ProcessFailed
 from common.keys import BROKER, ClientKeys, create_key, ensure_member
 from deploy.child import Child, midspan_command
@@ -29,8 +30,9 @@ class PoolSettings:
     """What a local pool is made of. Endpoints of port * get a free port."""
 
     workers: int = 2
-    model: str | None = None
+    model: str | None = None  # None: the demo model, unless there is an image model
     span: str | None = None
+    image_model: str | None = None
     dtype: str = "float32"
     threads: int = 1  # torch threads of each worker
     redis_url: str | None = None  # None: an embedded one
@@ -122,8 +124,10 @@ class LocalPool:
             "--id", name, "--threads", str(settings.threads), "--dtype", settings.dtype,
             *settings.worker_options,
         ]  # fmt: skip
-        if settings.model is not None:
-            options += ["--model", settings.model]
+        if settings.model is not None or settings.image_model is None:
+            options += ["--model", settings.model or DEMO_TEXT_MODEL]
+        if settings.image_model is not None:
+            options += ["--image-model", settings.image_model]
         if settings.span is not None:
             options += ["--span", settings.span]
         if settings.keys is not None:

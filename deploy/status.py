@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from common.errors import MidspanError, ProtocolError
-from common.messages import NeedRows, Opening, Part, Step
+from common.messages import Opening, Part, Step, StepReply
 from common.tables import format_table
 from edge_agent.connection_options import connect, connection_options
 
@@ -71,12 +71,12 @@ class ServiceCheck:
 def check_services(client: BrokerClient, report: dict[str, Any]) -> list[ServiceCheck]:
     """Send a few steps of one row to every service that a ready worker offers."""
     offered = {
-        (service["model"], service["span"]): service
+        (service["model"], service["part"]): service
         for worker in report["workers"]
         if worker["state"] == "ready"
         for service in worker["services"]
     }
-    return [_check_service(client, service) for service in offered.values()]
+    return [_check_service(client, service) for service in offered.values() if service["hidden"]]
 
 
 def _check_service(client: BrokerClient, service: dict[str, Any]) -> ServiceCheck:
@@ -84,10 +84,9 @@ def _check_service(client: BrokerClient, service: dict[str, Any]) -> ServiceChec
 
     from common.codecs.codec import make_codec
 
-    check = ServiceCheck(f"{service['name']} {service['span']}")
-    first, _, last = service["span"].partition("-")
+    check = ServiceCheck(f"{service['name']} {service['part']}")
     hidden = service["hidden"]
-    opening = Opening(service["model"], (int(first), int(last)), hidden, [CHECK_CODEC], "")
+    opening = Opening(service["model"], service["part"], hidden, [CHECK_CODEC], "")
     session_id = secrets.token_bytes(16)
     up, down = make_codec(CHECK_CODEC, "up"), make_codec(CHECK_CODEC, "down")
     try:
@@ -101,7 +100,7 @@ def _check_service(client: BrokerClient, service: dict[str, Any]) -> ServiceChec
             check.later_ms = round((time.monotonic() - asked_at) * 1e3, 2)
             if index == 0:
                 check.first_ms = check.later_ms
-            if isinstance(answer, NeedRows):
+            if not isinstance(answer, StepReply):
                 raise ProtocolError(f"worker {answer.worker_id} lost the session's rows")
             down.decode(rows, 1, hidden)
             check.worker_id, check.stored = answer.worker_id, answer.committed > 0
@@ -119,7 +118,7 @@ def format_report(report: dict[str, Any]) -> str:
         (
             worker["worker_id"],
             worker["state"],
-            ", ".join(f"{s['name']} {s['span']}" for s in worker["services"]),
+            ", ".join(f"{s['name']} {s['part']}" for s in worker["services"]),
             worker["in_flight"],
             worker["warm_sessions"],
             worker["steps_done"],

@@ -7,6 +7,7 @@ it knows nothing of keys.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import random
@@ -61,12 +62,15 @@ class UnreliableLink:
             for socket in (self._front, *self._backs.values()):
                 poller.register(socket, zmq.POLLIN)
             ready = dict(poller.poll(5))
-            if self._front in ready:
-                peer, *message = self._front.recv_multipart()
-                self._pass_on(peer, True, message)
+            # what was readable may be gone by now, with its connection
+            with contextlib.suppress(zmq.Again):
+                if self._front in ready:
+                    peer, *message = self._front.recv_multipart(zmq.NOBLOCK)
+                    self._pass_on(peer, True, message)
             for peer, back in list(self._backs.items()):
-                if back in ready:
-                    self._pass_on(peer, False, back.recv_multipart())
+                with contextlib.suppress(zmq.Again):
+                    if back in ready:
+                        self._pass_on(peer, False, back.recv_multipart(zmq.NOBLOCK))
         self._context.destroy(linger=0)
 
     def _cut(self) -> None:

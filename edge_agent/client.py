@@ -23,15 +23,16 @@ from common.errors import (
 )
 from common.keys import ClientKeys
 from common.messages import (
+    AnyOpening,
+    AnyStep,
     Busy,
     EndSession,
     Message,
     NeedOpening,
     NeedRows,
-    Opening,
+    NeedTensors,
     StatusQuery,
     StatusReport,
-    Step,
     StepReply,
 )
 from common.messages import StepRefused as StepRefusedMessage
@@ -87,9 +88,15 @@ class BrokerClient:
         raise BrokerUnavailable(self._unavailable(timeout_s))
 
     def ask(
-        self, step: Step, body: bytes, opening: Opening, *, is_known: bool, wait_for_worker: bool
-    ) -> tuple[StepReply | NeedRows, bytes]:
-        """Have a step computed: its StepReply with the body, or a NeedRows.
+        self,
+        step: AnyStep,
+        body: bytes,
+        opening: AnyOpening,
+        *,
+        is_known: bool,
+        wait_for_worker: bool,
+    ) -> tuple[StepReply | NeedRows | NeedTensors, bytes]:
+        """Have a step computed: its StepReply with the body, or what a worker lacks for it.
 
         The opening goes along unless the broker `is_known` to have it, and when it asks for it.
         Raises NoWorker (unless told to wait for one), StepRefused when the pool gave up or did not
@@ -119,7 +126,7 @@ class BrokerClient:
             if _key_of(message) != step.key:
                 continue  # the answer to something asked before
             heard_at = patient_from = time.monotonic()
-            if isinstance(message, StepReply | NeedRows):
+            if isinstance(message, StepReply | NeedRows | NeedTensors):
                 return message, answer_body
             if isinstance(message, Busy):
                 send_at = heard_at + message.retry_ms / 1000 * random.uniform(0.5, 1.5)

@@ -83,7 +83,7 @@ class Session:
         self._down = [make_codec(name, "down", calibration) for name in self._names]
         needed = any(codec.spec.needs_calibration for codec in self._up)
         self._opening = Opening(
-            ends.fingerprint, (ends.cut.begin, ends.cut.end), ends.hidden, self._names,
+            ends.fingerprint, str(ends.cut.middle), ends.hidden, self._names,
             calibration.fingerprint if calibration is not None and needed else "",
             seal(draw_key(), pool_key) if pool_key is not None else b"",
         )  # fmt: skip
@@ -300,6 +300,7 @@ class Session:
             wait_for_worker=self._answered,
         )
         self._answered = True
+        assert isinstance(answer, StepReply | NeedRows)
         return answer, answer_body
 
     def _decode(

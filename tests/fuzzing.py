@@ -24,7 +24,7 @@ import msgpack
 import zmq
 
 from common.errors import ProtocolError
-from common.messages import Dispatch, Opening, Part, Service, Step
+from common.messages import Dispatch, Opening, Part, Service, Step, TensorPart
 from common.settings import MAX_FRAMES
 from common.sockets import Context, Socket
 from common.wire import KINDS, check_frames, decode_header, encode_header
@@ -45,8 +45,12 @@ def valid_value(rng: random.Random, kind: str) -> Any:
         "bytes": lambda: rng.randbytes(16) if rng.random() < 0.5 else b"s" * 16,
         "Sealed": lambda: rng.randbytes(rng.choice((0, 80))),
         "bool": lambda: rng.random() < 0.5,
-        "tuple[int, int]": lambda: (2, 6),
-        "list[Service]": lambda: [Service("m", "n", (2, 6), 8)],
+        "float": lambda: rng.choice((0.0, 2.5, 999.0)),
+        "list[float]": lambda: [999.0] * rng.randrange(4),
+        "list[TensorPart]": lambda: [
+            TensorPart(rng.choice(("sample", "latents", "x")), 0, [2, 4, 16, 16], 2**20)
+        ],
+        "list[Service]": lambda: [Service("m", "n", "2-6", 8)],
         "list[Part]": lambda: [
             Part(0, rng.choice((0, 1, 2**40)), rng.choice((0, 512, 2**50)))
             for _ in range(rng.randrange(1, 4))
@@ -107,7 +111,7 @@ def messages(seed: int, count: int) -> Iterator[list[bytes]]:
                 ]
             case _:
                 step = Step(rng.randbytes(16), 0, 0, 0, 0, [Part(0, 1, 512)], 1, 0, 100)
-                opening = Opening("f" * 16, (2, 6), 128, [rng.choice(TEXTS)], "")
+                opening = Opening("f" * 16, "2-6", 128, [rng.choice(TEXTS)], "")
                 frames_of_step = [encode_header(step), rng.randbytes(512), encode_header(opening)]
                 yield [encode_header(Dispatch(1, 0, "")), *frames_of_step]
 

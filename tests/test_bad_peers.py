@@ -40,7 +40,7 @@ def garbage(count: int) -> list[list[bytes]]:
     """Random frames, and valid steps with bytes flipped, frames missing or frames too many."""
     rng = random.Random(1)
     step = encode_header(Step(b"s" * 16, 0, 0, 0, 0, [Part(0, 1, 32)], 1, 0, 100))
-    opening = encode_header(Opening("m", (2, 6), 8, ["fp32"], ""))
+    opening = encode_header(Opening("m", "2-6", 8, ["fp32"], ""))
     messages = []
     for _ in range(count):
         flipped = bytearray(step)
@@ -84,7 +84,7 @@ def ask(
 ) -> None:
     """Send one step of one row as fp32, with some fields changed."""
     client = pool.connect(timeout_s=20)
-    span = (ends.cut.begin, ends.cut.end)
+    span = str(ends.cut.middle)
     part = Part(0, 1, ends.hidden * 4)
     good_step = Step(random.randbytes(16), 0, 0, 0, 0, [part], 1, 0, 30_000)
     good_opening = Opening(ends.fingerprint, span, ends.hidden, ["fp32"], "")

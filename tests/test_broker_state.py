@@ -18,7 +18,7 @@ from broker.actions import (
 from broker.state import BrokerState, Peer
 from common.messages import Announce, NeedRows, Opening, Part, Service, Step, StepFailed, StepReply
 
-MODEL, SPAN = "f" * 16, (2, 6)
+MODEL, SPAN = "f" * 16, "2-6"
 EDGE = Peer(b"edge-1")
 OPENING = Opening(MODEL, SPAN, 8, ["int8"], "")
 STEP = Step(b"s" * 16, 0, 0, 0, 0, [Part(0, 1, 12)], 1, 0, 60_000)

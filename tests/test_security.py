@@ -120,7 +120,7 @@ def test_another_edges_session_is_neither_written_nor_ended_nor_read(
         if index != 3:
             return
         body = bytes(demo_ends.hidden * 4)
-        span = (demo_ends.cut.begin, demo_ends.cut.end)
+        span = str(demo_ends.cut.middle)
         opening = Opening(demo_ends.fingerprint, span, demo_ends.hidden, ["fp32"], "")
         part = Part(0, 1, len(body))
         step = Step(session.session_id, 0, 0, 1000, session.stats.prompt_tokens, [part], 1, 0, 9000)
@@ -167,7 +167,7 @@ def test_a_worker_with_anothers_id_is_refused_logged_and_counted(
     name = next(iter(pool.workers))
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     forger = connect_dealer(context, pool.worker_endpoint, member(pool, "forger", "worker"))
-    span = (demo_ends.cut.begin, demo_ends.cut.end)
+    span = str(demo_ends.cut.middle)
     service = Service(demo_ends.fingerprint, "stories", span, demo_ends.hidden)
     forged = [
         Announce(name, [service], 64, 100),

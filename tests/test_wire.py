@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import ProtocolError
-from common.messages import Announce, Part, Service, Step, StepReply
+from common.messages import Announce, Part, Service, Step, StepReply, TensorPart
 from common.settings import MAX_FRAMES, MAX_HEADER_BYTES
 from common.wire import KINDS, VERSION, check_frames, decode_header, encode_header
 
@@ -23,9 +23,20 @@ VALUES = {
     "bytes": st.binary(min_size=16, max_size=16),
     "Sealed": st.binary(max_size=256),
     "bool": st.booleans(),
-    "tuple[int, int]": st.tuples(st.integers(0, 10), st.integers(11, 99)),
+    "float": st.integers(0, 2**53).map(float),
+    "list[float]": st.lists(st.integers(0, 999).map(float), max_size=5),
+    "list[TensorPart]": st.lists(
+        st.builds(
+            TensorPart,
+            st.text(max_size=9),
+            INTEGERS,
+            st.lists(INTEGERS, min_size=1, max_size=4),
+            INTEGERS,
+        ),
+        max_size=3,
+    ),
     "list[Service]": st.lists(
-        st.builds(Service, st.text(max_size=9), st.text(max_size=9), st.just((2, 6)), INTEGERS),
+        st.builds(Service, st.text(max_size=9), st.text(max_size=9), st.text(max_size=9), INTEGERS),
         max_size=3,
     ),
     "list[Part]": st.lists(st.builds(Part, INTEGERS, INTEGERS, INTEGERS), min_size=1, max_size=4),
@@ -116,6 +127,6 @@ def test_a_message_with_no_frames_is_refused() -> None:
 
 
 def test_reply_and_announce_survive_with_nested_values() -> None:
-    announce = Announce("w1", [Service("f" * 16, "m", (2, 6), 8)], 8, 100, True, 1, "h", {"a": 1})
+    announce = Announce("w1", [Service("f" * 16, "m", "2-6", 8)], 8, 100, True, 1, "h", {"a": 1})
     reply = StepReply(b"s" * 16, 0, 7, 1, 1, 12, "w1", 30, 900)
     assert [decode_header(encode_header(m)) for m in (announce, reply)] == [announce, reply]

@@ -13,7 +13,7 @@ from common.kv_rows import KvRows, make_layout
 from common.messages import Opening, Part, Step
 
 LAYOUT = make_layout([((2, 4), (2, 4)), ((1, 8), (1, 8))], torch.float32)
-OPENING = Opening("m", (0, 2), 8, ["fp32"], "")
+OPENING = Opening("m", "0-2", 8, ["fp32"], "")
 STEP = Step(b"a" * 16, 0, 0, 0, 0, [Part(0, 1, 32)], 1, 0, 1000)
 
 

@@ -1,0 +1,448 @@
+"""Image sessions on a worker: conditioning and latents are found, steps computed in batches, saved.
+
+A session's state is its conditioning, sent once, and, where the worker keeps the latents, those
+before the next step. Both are in memory, in the store and at the edge, and are looked for in that
+order. The store has the latents after a step under a generation that is the step's number.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cloud_worker.batcher import Task
+from cloud_worker.blobs import Blobs
+from cloud_worker.image_executor import ImageExecutor, ImageInput
+from cloud_worker.kv_cipher import KvCipher
+from cloud_worker.outbox import Outbox
+from cloud_worker.store import KvStore, StoreEvent
+from common.errors import MidspanError, NonFiniteError, ProtocolError, SettingsError
+from common.image_schedulers import describe_scheduler, go_to, make_scheduler, read_history
+from common.image_tensors import (
+    check_image_codec,
+    decode_tensor,
+    encode_tensor,
+    from_blob,
+    to_blob,
+    unpack_tensors,
+)
+from common.keys import KeyPair
+from common.messages import ImageOpening, ImageStep, NeedTensors, Service, StepReply
+from common.sealing import open_sealed
+from common.unet import INNER, WHOLE, Conditioning, boundary_channels
+
+log = logging.getLogger("midspan.worker")
+
+CONDITIONING = ("prompt_embeds", "text_embeds", "time_ids")
+HISTORY = "history"
+MAX_IMAGES = 64
+MAX_SIDE = 1024  # of the latents
+KEEP_REPLY_BYTES = 8 << 20
+
+
+@dataclass(slots=True)
+class Latents:
+    """What a worker that keeps the latents needs before step `position`."""
+
+    position: int
+    sample: Tensor  # (B, 4, h, w)
+    history: list[Tensor] = field(default_factory=list)  # of a multistep scheduler
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        named = {f"{HISTORY}{index}": tensor for index, tensor in enumerate(self.history)}
+        return {"latents": self.sample, **named}
+
+
+@dataclass(slots=True)
+class ImageSession:
+    """One image session in memory: a cache, worth nothing once lost."""
+
+    key: bytes
+    cipher: KvCipher | None = None
+    conditioning: Conditioning | None = None
+    latents: Latents | None = None
+    before: Latents | None = None  # of the step before, in case that is asked for again
+    last_reply: tuple[StepReply, bytes] | None = None
+
+    def find_latents(self, position: int) -> Latents | None:
+        """Those before a step, if they are here."""
+        known = (self.latents, self.before)
+        return next((x for x in known if x is not None and x.position == position), None)
+
+    @property
+    def size(self) -> int:
+        tensors: list[Tensor] = []
+        for latents in (self.latents, self.before):
+            tensors += [latents.sample, *latents.history] if latents is not None else []
+        if self.conditioning is not None:
+            tensors += [self.conditioning.prompt_embeds, self.conditioning.text_embeds]
+        reply = len(self.last_reply[1]) if self.last_reply else 0
+        return reply + 1000 + sum(tensor.nbytes for tensor in tensors)
+
+
+@dataclass(slots=True)
+class Waiting:
+    """A step on its way to being computed."""
+
+    task: Task
+    session: ImageSession
+    tensors: dict[str, Tensor]
+    asked_store: bool = False
+    loads_open: int = 0
+
+    @property
+    def step(self) -> ImageStep:
+        assert isinstance(self.task.step, ImageStep)
+        return self.task.step
+
+    @property
+    def opening(self) -> ImageOpening:
+        assert isinstance(self.task.opening, ImageOpening)
+        return self.task.opening
+
+
+class ImageService:
+    """One part of one SDXL UNet."""
+
+    def __init__(
+        self,
+        executor: ImageExecutor,
+        service: Service,
+        scheduler_config: dict[str, Any],
+        store: KvStore,
+        outbox: Outbox,
+        *,
+        max_batch_images: int,
+        cache_bytes: int,
+        pool_key: KeyPair | None,
+    ) -> None:
+        self.service = service
+        self.stats = dict.fromkeys(
+            ("image_batches", "image_steps", "image_takeovers", "tensors_asked"), 0
+        )
+        self._executor = executor
+        self._scheduler_config = scheduler_config
+        self._outbox = outbox
+        self._max_batch_images = max_batch_images
+        self._cache_bytes = cache_bytes
+        self._pool_key = pool_key
+        self._blobs = Blobs(store, f"{service.model} {service.part} blob", outbox.worker_id)
+        self._sessions: OrderedDict[bytes, ImageSession] = OrderedDict()
+        self._waiting: dict[bytes, Waiting] = {}  # for the store
+        self._ready: list[Waiting] = []
+
+    # --- what the worker asks
+
+    def check_ready(self, is_over: Callable[[], bool]) -> None:
+        """Compute a step of a tiny image and save its result. Raises MidspanError."""
+        config = self._executor.model.config
+        channels = config.in_channels if self._executor.part == WHOLE else self._channels()[0]
+        generator = torch.Generator().manual_seed(0)
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        conditioning = Conditioning(
+            torch.randn(1, 2, config.cross_attention_dim, generator=generator),
+            torch.randn(1, pooled, generator=generator),
+            torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]]),
+        )
+        sample = torch.randn(1, channels, 8, 8, generator=generator)
+        (result,) = self._executor.run([ImageInput(sample, 1.0, conditioning)])
+        if isinstance(result, str):
+            raise MidspanError(f"this worker cannot compute its own test step: {result}")
+        if not torch.isfinite(result).all():
+            raise MidspanError("this worker's own test step computes NaN or infinity")
+
+    def has_batch(self) -> bool:
+        return bool(self._ready)
+
+    def is_settled(self) -> bool:
+        return not self._ready and not self._waiting and self._blobs.is_settled()
+
+    def warm_bytes(self) -> int:
+        return sum(session.size for session in self._sessions.values())
+
+    def tidy(self) -> None:
+        """Forget the sessions that were longest not used, when they are too many or too large."""
+        busy = {w.session.key for w in self._ready} | self._waiting.keys()
+        used = self.warm_bytes()
+        for key, session in list(self._sessions.items()):
+            if used <= self._cache_bytes:
+                return
+            if key not in busy:
+                used -= session.size
+                del self._sessions[key]
+
+    def on_end(self, session_key: bytes) -> None:
+        known = self._sessions.pop(session_key, None)
+        self._drop(session_key)
+        if known is not None:
+            self._blobs.forget(_conditioning_key(session_key))
+            self._blobs.forget(_latents_key(session_key))
+
+    def on_store_event(self, event: StoreEvent) -> None:
+        self._blobs.on_event(event)
+
+    def on_step(self, task: Task) -> None:
+        """Take a step; answers at once if it cannot be computed."""
+        step, opening = task.step, task.opening
+        assert isinstance(step, ImageStep)
+        assert isinstance(opening, ImageOpening)
+        try:
+            self._check(step, opening)
+            tensors = unpack_tensors(step.tensors, task.body, opening.codecs)
+            self._check_tensors(tensors, step, opening)
+            cipher = self._open_cipher(task, opening)
+        except MidspanError as error:
+            self._outbox.fail(task, str(error))
+            return
+        session = self._sessions.setdefault(task.session_key, ImageSession(task.session_key))
+        self._sessions.move_to_end(task.session_key)
+        if session.last_reply is not None and session.last_reply[0].key == step.key:
+            reply, body = session.last_reply
+            self._outbox.answer(task, replace(reply, attempt=task.attempt), body)
+            return
+        session.cipher = session.cipher or cipher
+        self._drop(task.session_key)
+        waiting = Waiting(task, session, tensors)
+        self._take_state(waiting)
+        self._prepare(waiting)
+
+    def run_batch(self) -> None:
+        """Compute the oldest step that is ready, and with it others of its shape."""
+        if not self._ready:
+            return
+        started_at = time.monotonic()
+        batch: list[tuple[Waiting, ImageInput, Any]] = []
+        left: list[Waiting] = []
+        images = 0
+        for waiting in self._ready:
+            item, scheduler = self._make_input(waiting)
+            fits = not batch or (
+                item.shape == batch[0][1].shape
+                and images + len(item.sample) <= self._max_batch_images
+            )
+            if fits:
+                batch.append((waiting, item, scheduler))
+                images += len(item.sample)
+            else:
+                left.append(waiting)
+        self._ready = left
+        results = self._executor.run([item for _, item, _ in batch])
+        self.stats["image_batches"] += 1
+        for (waiting, _, scheduler), result in zip(batch, results, strict=True):
+            if isinstance(result, str):
+                self._outbox.fail(waiting.task, result)
+                continue
+            try:
+                self._finish(waiting, result, scheduler, started_at)
+            except NonFiniteError as error:
+                self._outbox.fail(waiting.task, str(error))
+
+    # --- checks
+
+    def _channels(self) -> tuple[int, int]:
+        return boundary_channels(self._executor.model.config)
+
+    def _check(self, step: ImageStep, opening: ImageOpening) -> None:
+        if not 1 <= opening.images <= MAX_IMAGES:
+            raise ProtocolError(f"session has {opening.images} images; at most {MAX_IMAGES}")
+        if step.position >= len(opening.timesteps):
+            raise ProtocolError(
+                f"step is number {step.position}; the session has {len(opening.timesteps)}"
+            )
+        if step.reply_codec >= len(opening.codecs):
+            raise ProtocolError(f"step names a codec beyond the {len(opening.codecs)} it opened")
+        for name in opening.codecs:
+            check_image_codec(name)
+        if not opening.keeps_latents:
+            return
+        if opening.part != WHOLE:
+            raise ProtocolError("only sessions of the whole UNet may leave latents to a worker")
+        name = opening.scheduler.split(" ")[0]
+        ours = describe_scheduler(self._scheduler_config, name)
+        if opening.scheduler != ours:
+            raise SettingsError(
+                f"the edge has scheduler {opening.scheduler!r} and this worker {ours!r}; both "
+                "must read the same scheduler_config.json"
+            )
+
+    def _check_tensors(
+        self, tensors: dict[str, Tensor], step: ImageStep, opening: ImageOpening
+    ) -> None:
+        doubled = opening.images * (2 if opening.guidance > 1 else 1)
+        sample_count = doubled if opening.part == INNER else opening.images
+        config = self._executor.model.config
+        channels = self._channels()[0] if opening.part == INNER else config.in_channels
+        for name, tensor in tensors.items():
+            if name in CONDITIONING:
+                count = doubled
+            elif name in ("sample", "latents") or name.startswith(HISTORY):
+                count = opening.images if name != "sample" else sample_count
+                if tensor.dim() != 4 or tensor.shape[1] != channels:
+                    raise ProtocolError(
+                        f"{name} has shape {list(tensor.shape)}; expected (n, {channels}, h, w)"
+                    )
+                if max(tensor.shape[2:]) > MAX_SIDE:
+                    raise ProtocolError(f"{name} has sides {list(tensor.shape[2:])}")
+            else:
+                raise ProtocolError(f"step has an unknown tensor {name!r}")
+            if len(tensor) != count:
+                raise ProtocolError(f"{name} is of {len(tensor)} images; expected {count}")
+        if not opening.keeps_latents and "sample" not in tensors:
+            raise ProtocolError("step has no sample")
+
+    def _open_cipher(self, task: Task, opening: ImageOpening) -> KvCipher | None:
+        if not opening.sealed_key:
+            return None
+        if self._pool_key is None:
+            raise SettingsError(
+                "the session wants its state encrypted, and this worker has no --pool-key"
+            )
+        return KvCipher(open_sealed(opening.sealed_key, self._pool_key), task.session_key)
+
+    # --- finding a session's state
+
+    def _take_state(self, waiting: Waiting) -> None:
+        """State that came with a step is kept, and conditioning saved."""
+        session, tensors = waiting.session, waiting.tensors
+        if all(name in tensors for name in CONDITIONING):
+            session.conditioning = Conditioning(*(tensors.pop(name) for name in CONDITIONING))
+            named = dict(zip(CONDITIONING, _fields(session.conditioning), strict=True))
+            key = _conditioning_key(session.key)
+            self._blobs.save(key, 0, 0, to_blob(named), session.cipher)
+        if "latents" in tensors:
+            session.latents = _read_latents(tensors, waiting.step.position)
+
+    def _missing(self, waiting: Waiting) -> list[str]:
+        names = [] if waiting.session.conditioning is not None else ["conditioning"]
+        if waiting.opening.keeps_latents:
+            known = waiting.session.find_latents(waiting.step.position)
+            names += ["latents"] if known is None else []
+        return names
+
+    def _prepare(self, waiting: Waiting) -> None:
+        """Make a step ready, look into the store, or ask the edge."""
+        missing = self._missing(waiting)
+        session = waiting.session
+        if not missing:
+            self._waiting.pop(session.key, None)
+            self._ready.append(waiting)
+        elif not waiting.asked_store:
+            waiting.asked_store = True
+            waiting.loads_open = len(missing)
+            self._waiting[session.key] = waiting
+            self.stats["image_takeovers"] += waiting.step.position > 0
+            for name in missing:
+                self._begin_load(waiting, name)
+        else:
+            self._waiting.pop(session.key, None)
+            self.stats["tensors_asked"] += len(missing)
+            need = NeedTensors(
+                *waiting.step.key, waiting.task.attempt, missing, self._outbox.worker_id
+            )
+            self._outbox.answer(waiting.task, need)
+
+    def _begin_load(self, waiting: Waiting, name: str) -> None:
+        session, position = waiting.session, waiting.step.position
+
+        def then(blob: bytes) -> None:
+            tensors = from_blob(blob)
+            if name == "latents" and "latents" in tensors:
+                session.latents = _read_latents(tensors, position)
+            elif name == "conditioning" and all(n in tensors for n in CONDITIONING):
+                session.conditioning = Conditioning(*(tensors[n] for n in CONDITIONING))
+            waiting.loads_open -= 1
+            if not waiting.loads_open and self._waiting.get(session.key) is waiting:
+                self._prepare(waiting)
+
+        if name == "latents":
+            self._blobs.load(_latents_key(session.key), position, session.cipher, then)
+        else:
+            self._blobs.load(_conditioning_key(session.key), 0, session.cipher, then)
+
+    def _drop(self, session_key: bytes) -> None:
+        """An older step of a session is no longer wanted."""
+        self._waiting.pop(session_key, None)
+        self._ready = [w for w in self._ready if w.session.key != session_key]
+
+    # --- computing
+
+    def _make_input(self, waiting: Waiting) -> tuple[ImageInput, Any]:
+        opening, position = waiting.opening, waiting.step.position
+        conditioning = waiting.session.conditioning
+        assert conditioning is not None
+        scheduler = None
+        if opening.keeps_latents:
+            latents = waiting.session.find_latents(position)
+            assert latents is not None
+            name, steps = opening.scheduler.split(" ")[0], len(opening.timesteps)
+            scheduler = make_scheduler(self._scheduler_config, name, steps)
+            go_to(scheduler, position, latents.history)
+            sample = latents.sample
+        else:
+            sample = waiting.tensors["sample"]
+        if opening.part == WHOLE and opening.guidance > 1:
+            sample = torch.cat([sample] * 2)
+        if scheduler is not None:
+            sample = scheduler.scale_model_input(sample, scheduler.timesteps[position])
+        return ImageInput(sample, opening.timesteps[position], conditioning), scheduler
+
+    def _finish(self, waiting: Waiting, result: Tensor, scheduler: Any, started_at: float) -> None:
+        """Guide, encode and answer; then step and save the latents that are kept here."""
+        step, opening, session = waiting.step, waiting.opening, waiting.session
+        if opening.part == WHOLE and opening.guidance > 1:
+            without, with_text = result.chunk(2)
+            result = without + opening.guidance * (with_text - without)
+        codec = opening.codecs[step.reply_codec]
+        body = encode_tensor(result, codec)
+        done_at = time.monotonic()
+        reply = StepReply(
+            *step.key,
+            attempt=waiting.task.attempt,
+            rows=0,
+            committed=0,
+            worker_id=self._outbox.worker_id,
+            queue_us=waiting.task.broker_queue_us
+            + round((started_at - waiting.task.arrived_at) * 1e6),
+            compute_us=round((done_at - started_at) * 1e6),
+        )
+        session.last_reply = (reply, body) if len(body) <= KEEP_REPLY_BYTES else None
+        self._outbox.answer(waiting.task, reply, body)
+        self.stats["image_steps"] += 1
+        if scheduler is None:
+            return
+        travelled = decode_tensor(body, result.shape, codec).to(result.dtype)
+        before = session.find_latents(step.position)
+        assert before is not None
+        sample = scheduler.step(
+            travelled, scheduler.timesteps[step.position], before.sample, return_dict=False
+        )[0]
+        session.before = before
+        session.latents = Latents(step.position + 1, sample, read_history(scheduler))
+        self._blobs.save(
+            _latents_key(session.key), step.position + 1, step.step,
+            to_blob(session.latents.to_tensors()), session.cipher,
+        )  # fmt: skip
+
+
+def _conditioning_key(session_key: bytes) -> bytes:
+    return session_key + b"/conditioning"
+
+
+def _latents_key(session_key: bytes) -> bytes:
+    return session_key + b"/latents"
+
+
+def _fields(conditioning: Conditioning) -> tuple[Tensor, Tensor, Tensor]:
+    return conditioning.prompt_embeds, conditioning.text_embeds, conditioning.time_ids
+
+
+def _read_latents(tensors: dict[str, Tensor], position: int) -> Latents:
+    names = sorted(name for name in tensors if name.startswith(HISTORY))
+    return Latents(position, tensors["latents"], [tensors[name] for name in names])

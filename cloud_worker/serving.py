@@ -1,0 +1,115 @@
+"""Load models and make the services of a worker from them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cloud_worker.batcher import Batcher
+from cloud_worker.executor import TextExecutor
+from cloud_worker.image_executor import ImageExecutor
+from cloud_worker.image_service import ImageService
+from cloud_worker.outbox import Outbox, StepService
+from cloud_worker.store import KvStore
+from cloud_worker.text_service import TextService
+from common.checkpoint import Checkpoint
+from common.codecs.calibration import open_calibration
+from common.keys import KeyPair
+from common.messages import Service
+from common.span_loading import (
+    check_device,
+    context_length,
+    load_span,
+    parse_dtype,
+    read_config,
+)
+from common.spans import parse_span
+
+log = logging.getLogger("midspan.worker")
+
+ServiceMaker = Callable[[Outbox], StepService]
+
+
+@dataclass(frozen=True, slots=True)
+class ServingSettings:
+    """How models are loaded, and what bounds their batches and caches."""
+
+    dtype: str = "float32"
+    device: str = "cpu"
+    max_batch_rows: int = 512
+    max_batch_steps: int = 32
+    max_batch_images: int = 16
+    cache_bytes: int = 1 << 30
+    pool_key: KeyPair | None = None  # opens the keys of sessions that are encrypted at rest
+
+
+def load_text_service(
+    directory: Path,
+    span_text: str | None,
+    calibration: Path | None,
+    store: KvStore,
+    settings: ServingSettings,
+) -> ServiceMaker:
+    """Load a span of a language model. Raises CheckpointError or SettingsError."""
+    checkpoint = Checkpoint(directory)
+    config = read_config(checkpoint)
+    span = parse_span(span_text, config.num_hidden_layers)
+    model = load_span(checkpoint, span, parse_dtype(settings.dtype), check_device(settings.device))
+    service = Service(checkpoint.fingerprint(), checkpoint.name, str(span), model.hidden)
+    known = open_calibration(
+        calibration, checkpoint.directory, service.model, (span.first, span.last)
+    )
+    checkpoint.close()
+    megabytes = sum(model.bytes_read.values()) / 1e6
+    log.info(
+        "loaded %s span %s: %d tensors, %.1f MB",
+        service.name, span, len(model.bytes_read), megabytes,
+    )  # fmt: skip
+    executor = TextExecutor(model, context_length(config), known)
+    return lambda outbox: TextService(
+        executor,
+        service,
+        store,
+        outbox,
+        batcher=Batcher(settings.max_batch_rows, settings.max_batch_steps),
+        cache_bytes=settings.cache_bytes,
+        pool_key=settings.pool_key,
+    )
+
+
+def load_image_services(
+    directory: Path, parts: Sequence[str], store: KvStore, settings: ServingSettings
+) -> list[ServiceMaker]:
+    """Load parts of an SDXL UNet; `inner` alone reads the inner blocks only.
+
+    Raises CheckpointError or SettingsError.
+    """
+    from common.image_schedulers import read_scheduler_config
+    from common.unet import INNER, WHOLE, load_unet, open_unet
+
+    checkpoint = open_unet(directory)
+    widest = WHOLE if WHOLE in parts else INNER
+    model = load_unet(
+        checkpoint, widest, parse_dtype(settings.dtype), check_device(settings.device)
+    )
+    fingerprint, name = checkpoint.fingerprint(), checkpoint.name
+    checkpoint.close()
+    scheduler_config = read_scheduler_config(directory)
+    count = sum(parameter.numel() for parameter in model.unet.parameters())
+    log.info("loaded %s %s: %.1f M parameters", name, " and ".join(parts), count / 1e6)
+
+    def make(part: str) -> ServiceMaker:
+        return lambda outbox: ImageService(
+            ImageExecutor(model, part),
+            Service(fingerprint, name, part, 0),
+            scheduler_config,
+            store,
+            outbox,
+            max_batch_images=settings.max_batch_images,
+            cache_bytes=settings.cache_bytes,
+            pool_key=settings.pool_key,
+        )
+
+    return [make(part) for part in parts]

@@ -1,0 +1,299 @@
+"""Text sessions on a worker: steps wait for their KV, are computed in batches, and committed."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+
+from cloud_worker.batcher import Batcher, Task
+from cloud_worker.executor import Computed, TextExecutor
+from cloud_worker.kv_cipher import ROW_OVERHEAD, ForgedRows, KvCipher
+from cloud_worker.outbox import Outbox
+from cloud_worker.self_test import check_executor, check_store
+from cloud_worker.store import (
+    Commit,
+    CommitFailed,
+    CommitRefused,
+    Committed,
+    KvStore,
+    Load,
+    Loaded,
+    StoreEvent,
+    chunk_rows,
+)
+from cloud_worker.warm_cache import WarmCache, WarmSession
+from common.errors import MidspanError, SettingsError
+from common.keys import KeyPair
+from common.messages import NeedRows, Service, StepReply
+from common.sealing import open_sealed
+
+log = logging.getLogger("midspan.worker")
+
+KEEP_REPLY_BYTES = 1 << 20
+
+
+class TextService:
+    """One span of one language model."""
+
+    def __init__(
+        self,
+        executor: TextExecutor,
+        service: Service,
+        store: KvStore,
+        outbox: Outbox,
+        *,
+        batcher: Batcher,
+        cache_bytes: int,
+        pool_key: KeyPair | None,
+    ) -> None:
+        self.service = service
+        self.stats = dict.fromkeys(
+            ("batches", "steps", "rows", "takeovers", "rows_pulled", "bytes_pulled", "rows_asked"),
+            0,
+        )
+        self._executor = executor
+        self._store = store
+        self._outbox = outbox
+        self._batcher = batcher
+        self._pool_key = pool_key
+        layout = executor.model.layout
+        self._row_bytes = layout.row_bytes
+        self._shape = f"{service.model} {service.part} {layout.dtype} {self._row_bytes}"
+        self._warm = WarmCache(executor.model.new_kv, cache_bytes)
+        self._loading: dict[bytes, Task] = {}  # steps that wait for rows from the store
+
+    # --- what the worker asks
+
+    def check_ready(self, is_over: Callable[[], bool]) -> None:
+        """Compute a step, store its KV and read it back. Raises MidspanError.
+
+        StoreUnavailable if only the store is at fault.
+        """
+        session = check_executor(self._executor, self.service)
+        check_store(self._store, session, self._shape, self._row_bytes, is_over)
+
+    def has_batch(self) -> bool:
+        """Whether a step is ready to be computed."""
+        return len(self._batcher) > 0
+
+    def is_settled(self) -> bool:
+        """Whether all that came is answered and committed."""
+        uncommitted = self._store.is_up() and any(s.is_dirty for s in self._warm)
+        return not len(self._batcher) and not self._loading and not uncommitted
+
+    def warm_bytes(self) -> int:
+        return self._warm.used_bytes()
+
+    def tidy(self) -> None:
+        """Commit what failed to be committed, and forget what is too much."""
+        for session in self._warm:
+            self._commit(session)
+        self._evict(set())
+
+    def on_end(self, session_key: bytes) -> None:
+        """A session is over. It may be one of another service."""
+        self._loading.pop(session_key, None)
+        self._batcher.drop_session(session_key)
+        self._warm.drop(session_key)
+        self._store.begin_delete(session_key)
+
+    def run_batch(self) -> None:
+        """Compute the next batch, if a step is ready."""
+        batch = self._batcher.pick()
+        if batch:
+            self._run_batch(batch)
+
+    def on_step(self, task: Task) -> None:
+        step = task.text_step
+        try:
+            self._executor.check(task)
+            cipher = self._open_cipher(task)
+        except MidspanError as error:
+            self._outbox.fail(task, str(error))
+            return
+        session = self._warm.open(task.session_key, step)
+        if session.last_reply is not None and session.last_reply[0].key == step.key:
+            last, body = session.last_reply
+            again = dataclasses.replace(last, attempt=task.attempt)
+            self._outbox.answer(task, again, body)
+            return
+        if not session.adjust_to(step):
+            self._outbox.fail(task, "the session has a newer generation")
+            return
+        if session.cipher is None:
+            session.cipher = cipher
+        self._loading.pop(task.session_key, None)
+        self._batcher.drop_session(task.session_key)
+        self._prepare(task, session)
+
+    def _prepare(self, task: Task, session: WarmSession) -> None:
+        """Make a step ready, or begin to load the rows that it needs."""
+        step = task.text_step
+        if session.kv.length == step.position:
+            self._batcher.add(task)
+        else:
+            self._loading[task.session_key] = task
+            self.stats["takeovers"] += 1
+            self._store.begin_load(
+                Load(
+                    task.session_key, self._shape_of(session), step.generation, step.fork,
+                    session.kv.length, step.position, self._stored_row_bytes(session),
+                )
+            )  # fmt: skip
+
+    # --- the store's answers
+
+    def on_store_event(self, event: StoreEvent) -> None:
+        session = self._warm.find(event.session_key)
+        if isinstance(event, Loaded):
+            self._on_loaded(event, session)
+            return
+        if session is None:
+            return
+        session.commit_in_flight = False
+        if event.generation != session.generation:
+            self._commit(session)
+        elif isinstance(event, Committed):
+            session.committed = min(event.position, session.kv.length)
+            self._commit(session)
+        elif isinstance(event, CommitRefused):
+            self._on_refused(event, session)
+        elif isinstance(event, CommitFailed):
+            log.debug("commit failed, will be tried again: %s", event.reason)
+
+    def _on_refused(self, event: CommitRefused, session: WarmSession) -> None:
+        if event.code == "gap" and event.position < session.committed:
+            log.info("the store lost rows of a session; committing them again")
+            session.committed = event.position
+            session.pieces_of_step = None
+            self._commit(session)
+        elif event.code == "stale":
+            session.committed = session.kv.length  # another worker went on; the store has more
+
+    def _on_loaded(self, event: Loaded, session: WarmSession | None) -> None:
+        task = self._loading.get(event.session_key)
+        if task is None or session is None or task.text_step.generation != event.generation:
+            return
+        plain = self._decrypt(session, event)
+        if plain and session.kv.length == event.start:
+            session.kv.write_bytes(event.start, plain)
+            rows = len(plain) // self._row_bytes
+            session.kv.length += rows
+            if session.committed == event.start:
+                session.committed += rows
+            self.stats["rows_pulled"] += rows
+            self.stats["bytes_pulled"] += len(event.rows)
+        del self._loading[event.session_key]
+        step = task.text_step
+        if session.kv.length >= step.position:
+            session.cut_back(step.position)
+            self._batcher.add(task)
+            return
+        self.stats["rows_asked"] += step.position - session.kv.length
+        need = NeedRows(*step.key, task.attempt, session.kv.length, self._outbox.worker_id)
+        self._outbox.answer(task, need)
+
+    # --- computing
+
+    def _run_batch(self, batch: list[Task]) -> None:
+        started_at = time.monotonic()
+        pairs = []
+        for task in batch:
+            session = self._warm.open(task.session_key, task.text_step)
+            if session.kv.length == task.text_step.position:
+                pairs.append((task, session))
+            else:
+                self._prepare(task, session)
+        if not pairs:
+            return
+        results = self._executor.run(pairs)
+        done_at = time.monotonic()
+        self.stats["batches"] += 1
+        for (task, session), computed in zip(pairs, results, strict=True):
+            if computed.failure:
+                self._outbox.fail(task, computed.failure)
+                continue
+            session.last_step = task.text_step.step
+            self.stats["steps"] += 1
+            self.stats["rows"] += task.text_step.rows
+            self._reply(task, computed, session, started_at, done_at)
+        for _, session in pairs:
+            self._commit(session)
+        self._evict({session.session_key for _, session in pairs})
+
+    def _evict(self, just_run: set[bytes]) -> None:
+        self._warm.evict(just_run | self._batcher.session_keys() | self._loading.keys())
+
+    def _reply(
+        self,
+        task: Task,
+        computed: Computed,
+        session: WarmSession,
+        started_at: float,
+        done_at: float,
+    ) -> None:
+        step = task.text_step
+        reply = StepReply(
+            *step.key,
+            attempt=task.attempt,
+            rows=step.reply_rows,
+            committed=session.committed,
+            worker_id=self._outbox.worker_id,
+            queue_us=task.broker_queue_us + round((started_at - task.arrived_at) * 1e6),
+            compute_us=round((done_at - started_at) * 1e6),
+        )
+        keep = len(computed.body) <= KEEP_REPLY_BYTES
+        session.last_reply = (reply, computed.body) if keep else None
+        self._outbox.answer(task, reply, computed.body)
+
+    def _commit(self, session: WarmSession) -> None:
+        """Begin to commit the next piece that the store does not have, unless one is under way."""
+        if not session.is_dirty or session.commit_in_flight or not self._store.is_up():
+            return
+        start = session.committed
+        row_bytes = self._stored_row_bytes(session)
+        rows_per_chunk = chunk_rows(row_bytes)
+        end = min(session.kv.length, (start // rows_per_chunk + 1) * rows_per_chunk)
+        session.commit_in_flight = True
+        continues = session.pieces_of_step == session.last_step
+        session.pieces_of_step = session.last_step
+        rows = session.kv.read_bytes(start, end)
+        if session.cipher is not None:
+            rows = session.cipher.encrypt(rows, start, self._row_bytes)
+        self._store.begin_commit(
+            Commit(
+                session.session_key, self._shape_of(session), session.generation, session.fork,
+                session.last_step, self._outbox.worker_id, start, end, continues, rows, row_bytes,
+            )
+        )  # fmt: skip
+
+    # --- encryption at rest
+
+    def _open_cipher(self, task: Task) -> KvCipher | None:
+        sealed = task.opening.sealed_key
+        known = self._warm.find(task.session_key)
+        if not sealed or (known is not None and known.cipher is not None):
+            return None
+        if self._pool_key is None:
+            raise SettingsError(
+                "the session wants its KV encrypted, and this worker has no --pool-key"
+            )
+        return KvCipher(open_sealed(sealed, self._pool_key), task.session_key)
+
+    def _stored_row_bytes(self, session: WarmSession) -> int:
+        return self._row_bytes + (ROW_OVERHEAD if session.cipher is not None else 0)
+
+    def _shape_of(self, session: WarmSession) -> str:
+        return f"{self._shape} encrypted" if session.cipher is not None else self._shape
+
+    def _decrypt(self, session: WarmSession, event: Loaded) -> bytes:
+        """The rows as they were; nothing if they are not what this session wrote."""
+        if session.cipher is None or not event.rows:
+            return event.rows
+        try:
+            return session.cipher.decrypt(event.rows, event.start, self._row_bytes)
+        except ForgedRows:
+            log.warning("the store holds rows of a session that its key does not open")
+            return b""

@@ -16,6 +16,7 @@ COMMANDS = {
     "chaos": ("deploy.chaos:chaos", "Break a pool on purpose and compare every token."),
     "demo": ("deploy.demo:demo", "See it all work in a minute."),
     "eval": ("deploy.evaluate:evaluate", "Measure quality against bytes."),
+    "image": ("edge_agent.image_cli:image", "Make a picture with the pool's help."),
     "keys": ("deploy.keys:keys", "Make keys, and say who is admitted."),
     "status": ("deploy.status:status", "Show workers, sessions and queues."),
     "up": ("deploy.up:up", "Run a whole pool on this machine."),

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import click
+
+if TYPE_CHECKING:
+    from deploy.pool import LocalPool
 
 PROMPT = "Once upon a time, there was a brave mouse named Lily."
 KILL_AFTER_TOKENS = 40
+IMAGE_PROMPT = "a red house on a green hill under a blue sky with the sun"
+KILL_AFTER_STEPS = 6
 
 
 @click.command()
 @click.option("--prompt", default=PROMPT, show_default=True)
 @click.option("--seed", default=7, show_default=True)
 @click.option("-n", "--max-new-tokens", default=200, show_default=True)
-def demo(prompt: str, seed: int, max_new_tokens: int) -> None:
-    """Start a pool, stream a story through it, kill the serving worker on the way."""
+@click.option(
+    "--image",
+    "image_file",
+    type=click.Path(path_type=Path),
+    default=Path("demo-image.png"),
+    show_default=True,
+    help="Where the picture goes.",
+)
+def demo(prompt: str, seed: int, max_new_tokens: int, image_file: Path) -> None:
+    """Start a pool, stream a story and a picture through it, kill the serving worker in both."""
     from common.processes import set_up_torch
 
     set_up_torch(threads=1)
-    from common.demo_model import find_model
+    from common.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
     from common.errors import MidspanError
     from deploy.pool import LocalPool, PoolSettings
     from edge_agent.cli import format_stats
@@ -28,7 +44,8 @@ def demo(prompt: str, seed: int, max_new_tokens: int) -> None:
     from edge_agent.tokenizer import TextTokenizer
 
     click.echo("Starting an embedded Redis, a broker and two workers …")
-    with LocalPool(PoolSettings(workers=2)) as pool:
+    settings = PoolSettings(workers=2, model=DEMO_TEXT_MODEL, image_model=DEMO_IMAGE_MODEL)
+    with LocalPool(settings) as pool:
         directory = find_model(None)
         ends, tokenizer = load_ends(directory), TextTokenizer(directory)
         click.echo(
@@ -62,3 +79,38 @@ def demo(prompt: str, seed: int, max_new_tokens: int) -> None:
             f"Worker {killed or '(none)'} was killed with -9 and the text went on: its "
             f"{len(disturbed.token_ids)} tokens equal those of an undisturbed run."
         )
+        pool.start_worker()
+        pool.wait_for_workers(2)
+        make_picture(pool, image_file)
+
+
+def make_picture(pool: LocalPool, file: Path) -> None:
+    """Make a picture with the outer UNet blocks here; the serving worker dies on the way."""
+    from common.demo_model import DEMO_IMAGE_MODEL, find_model
+    from common.errors import MidspanError
+    from edge_agent.images import ImageMaker, ImageSettings, Progress
+
+    client = pool.connect()
+    maker = ImageMaker(find_model(DEMO_IMAGE_MODEL), client, cut="inner")
+    settings = ImageSettings(IMAGE_PROMPT, steps=20, guidance=2.5, seed=1, cut="inner")
+    killed = ""
+
+    def kill_once(progress: Progress) -> None:
+        nonlocal killed
+        if progress.step == KILL_AFTER_STEPS:
+            killed = max(maker.stats.calls_by_worker, key=maker.stats.calls_by_worker.__getitem__)
+            pool.kill_worker(killed)
+
+    click.echo(f"\nA picture of {click.style(IMAGE_PROMPT, bold=True)} …")
+    (picture,) = maker.make(settings, kill_once)
+    stats = maker.stats
+    (undisturbed,) = maker.make(settings)
+    client.close()
+    if picture.tobytes() != undisturbed.tobytes():
+        raise MidspanError("the picture differs from that of a run in which nobody was killed")
+    picture.save(file)
+    click.echo(
+        f"{settings.steps} steps, {stats.bytes_up:,} bytes up and {stats.bytes_down:,} down. "
+        f"Worker {killed} was killed with -9 at step {KILL_AFTER_STEPS}; the picture equals that "
+        f"of an undisturbed run.\nIt is in {file.resolve()}"
+    )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from common.tables import format_table
+from deploy.evaluate_image import image_command
 
 if TYPE_CHECKING:
     from edge_agent.ends import ModelEnds
@@ -35,6 +36,9 @@ class Measurement:
 @click.group("eval")
 def evaluate() -> None:
     """Measure quality against cost."""
+
+
+evaluate.add_command(image_command)
 
 
 @evaluate.command()

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import click
 
+from common.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
 from common.settings import EDGE_ENDPOINT, WORKER_ENDPOINT, parse_endpoint
 
 
 @click.command()
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(min=1))
-@click.option("--model", help="Hugging Face directory.  [default: the demo model]")
+@click.option("--model", help="Hugging Face directory.  [default: both demo models]")
+@click.option("--image-model", help="SDXL pipeline: a directory in diffusers format.")
 @click.option("--span", help="Layers the workers serve, as a-b.  [default: the middle half]")
 @click.option(
     "--calibration",
@@ -35,6 +37,7 @@ from common.settings import EDGE_ENDPOINT, WORKER_ENDPOINT, parse_endpoint
 def up(
     workers: int,
     model: str | None,
+    image_model: str | None,
     span: str | None,
     calibration: Path | None,
     dtype: str,
@@ -54,9 +57,12 @@ def up(
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
+    if model is None and image_model is None:
+        model, image_model = DEMO_TEXT_MODEL, DEMO_IMAGE_MODEL
     settings = PoolSettings(
         workers=workers,
         model=model,
+        image_model=image_model,
         span=span,
         dtype=dtype,
         threads=threads or max(1, (os.cpu_count() or 1) // workers),
@@ -71,7 +77,11 @@ def up(
     click.echo(f"starting a broker and {workers} worker{'s' * (workers > 1)}, with {store} …")
     with LocalPool(settings) as pool:
         click.echo(f"ready: edges at {pool.edge_endpoint}, workers at {pool.worker_endpoint}")
-        click.echo('try: midspan ask "Once upon a time" --stats      Ctrl-C stops')
+        if model is not None:
+            click.echo('try: midspan ask "Once upon a time" --stats')
+        if image_model is not None:
+            click.echo('try: midspan image "a red house on a green hill under a blue sky" --stats')
+        click.echo("Ctrl-C stops")
         while not stopped.wait(0.5):
             for line in pool.heal():
                 click.echo(line)

@@ -25,6 +25,8 @@ from common.settings import MAX_ATTEMPTS
 from common.unet import Conditioning, UnetPart, boundary_channels
 from edge_agent.client import BrokerClient
 
+CONDITIONING = ("prompt_embeds", "text_embeds")
+CONDITIONING_CODEC = "fp16+zstd"  # an empty negative prompt is all zeros
 MAX_RESENDS = 16  # in one step; every worker that dies on the way costs one or two
 
 
@@ -94,7 +96,7 @@ class RemoteUNet(nn.Module):
     def begin(
         self, opening: ImageOpening, codec_up: str, codec_down: str, reuse: int, scheduler: Any
     ) -> None:
-        """Begin a session. Both codecs and EXACT are among the opening's."""
+        """Begin a session; the opening names `list_codecs`."""
         self.stats = ImageStats()
         self._opening = opening
         self._session_id = secrets.token_bytes(16)
@@ -234,7 +236,8 @@ class RemoteUNet(nn.Module):
     ) -> tuple[StepReply | NeedTensors, bytes]:
         opening = self._opening
         assert opening is not None
-        parts, body = pack_tensors(tensors, {"sample": self._up}, opening.codecs)
+        chosen = dict.fromkeys(CONDITIONING, conditioning_codec(self._up)) | {"sample": self._up}
+        parts, body = pack_tensors(tensors, chosen, opening.codecs)
         step = ImageStep(
             session_id=self._session_id,
             generation=0,
@@ -261,6 +264,11 @@ class _Widths:
         self.linear_1 = nn.Linear(in_features, 1, device="meta")
 
 
+def conditioning_codec(codec_up: str) -> str:
+    """Of the prompt's embeddings: float16 unless all shall be exact."""
+    return EXACT if codec_up == EXACT else CONDITIONING_CODEC
+
+
 def list_codecs(codec_up: str, codec_down: str) -> list[str]:
     """What an opening must name."""
-    return list(dict.fromkeys([EXACT, codec_up, codec_down]))
+    return list(dict.fromkeys([EXACT, conditioning_codec(codec_up), codec_up, codec_down]))

@@ -153,7 +153,7 @@ def test_no_worker_for_the_model_is_said_at_once_with_what_is_served() -> None:
     assert isinstance(refuse, Refuse)
     assert refuse.code == "no_worker"
     assert refuse.reason == (
-        f"no worker serves span 2-6 of the model with fingerprint {MODEL}; "
+        f"no worker serves 2-6 of the model with fingerprint {MODEL}; "
         f"being served: m 2-6 (fingerprint {'a' * 16})"
     )
 

@@ -146,13 +146,13 @@ def test_no_worker_for_the_model_says_at_once_what_is_served(
     pool: LocalPool, other_model: Path
 ) -> None:
     line = error_line("ask", "hi", "--model", str(other_model), "--broker", pool.edge_endpoint)
-    assert "no worker serves span 2-6 of the model with fingerprint" in line
+    assert "no worker serves 2-6 of the model with fingerprint" in line
     assert "being served: stories-llama 2-6 (fingerprint" in line
 
 
 def test_no_worker_for_the_cut_says_at_once_what_is_served(pool: LocalPool) -> None:
     line = error_line("ask", "hi", "--cut", "1:7", "--broker", pool.edge_endpoint)
-    assert "no worker serves span 1-7" in line
+    assert "no worker serves 1-7" in line
     assert "being served: stories-llama 2-6" in line
 
 

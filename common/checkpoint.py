@@ -1,7 +1,8 @@
 """Read a Hugging Face model directory: its configuration, its tensors by name, its fingerprint.
 
-Only safetensors, one file or several with an index. Tensors are read by name, so a span costs the
-memory and the disk reads of that span alone.
+One file or several with an index. Tensors are read by name from safetensors, so a span costs the
+memory and the disk reads of that span alone. Older .bin and .pth files are read with torch's loader
+for weights only, which runs no code of theirs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.errors import CheckpointError
+from common.torch_file import TorchFile
 
 # what a configuration says about files and tools rather than about the model
 VOLATILE_KEYS = {
@@ -79,29 +81,37 @@ class Checkpoint:
 
     def _map_tensors(self) -> dict[str, str]:
         """Tensor name -> file name."""
-        single_file = f"{self._stem}.safetensors"
-        if not (self.directory / single_file).exists():
-            half = f"{self._stem}.fp16.safetensors"
-            single_file = half if (self.directory / half).exists() else single_file
-        index = self.directory / f"{self._stem}.safetensors.index.json"
-        if index.exists():
-            weight_map = _read_json(index, "").get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{index} has no weight_map")
-            missing = {f for f in weight_map.values() if not (self.directory / f).exists()}
-            if missing:
-                raise CheckpointError(f"{index} names files that are not there: {sorted(missing)}")
-            return weight_map
-        single = self.directory / single_file
-        if not single.exists():
-            others = sorted(p.name for p in self.directory.glob("*.bin"))
-            hint = f"; it has {others[0]}, convert it to safetensors first" if others else ""
-            raise CheckpointError(f"{self.directory} has no {single.name} nor {index.name}{hint}")
-        return dict.fromkeys(self._open(single_file).keys(), single_file)
+        for single_file in self._candidates():
+            index = self.directory / f"{single_file}.index.json"
+            if index.exists():
+                return self._read_index(index)
+            if (self.directory / single_file).exists():
+                return dict.fromkeys(self._open(single_file).keys(), single_file)
+        raise CheckpointError(f"{self.directory} has none of {', '.join(self._candidates())}")
+
+    def _candidates(self) -> list[str]:
+        """Names of the weights' file, best first; each may have an index instead."""
+        older = "pytorch_model" if self._stem == "model" else self._stem
+        return [
+            f"{self._stem}.safetensors", f"{self._stem}.fp16.safetensors", f"{older}.bin",
+            f"{older}.pth",
+        ]  # fmt: skip
+
+    def _read_index(self, index: Path) -> dict[str, str]:
+        weight_map = _read_json(index, "").get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index} has no weight_map")
+        missing = {f for f in weight_map.values() if not (self.directory / f).exists()}
+        if missing:
+            raise CheckpointError(f"{index} names files that are not there: {sorted(missing)}")
+        return weight_map
 
     def _open(self, file_name: str) -> Any:
         if file_name not in self._open_files:
             path = self.directory / file_name
+            if path.suffix != ".safetensors":
+                self._open_files[file_name] = TorchFile(path)
+                return self._open_files[file_name]
             try:
                 self._open_files[file_name] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:

@@ -280,10 +280,10 @@ def test_a_tensor_of_the_wrong_shape_is_named(tmp_path: Path) -> None:
         ({}, r"config.json does not exist"),
         ({"config.json": "{"}, r"config.json cannot be read"),
         ({"config.json": "{}"}, "names no model_type"),
-        ({"config.json": '{"model_type": "llama"}'}, r"has no model.safetensors"),
+        ({"config.json": '{"model_type": "llama"}'}, r"has none of model\.safetensors"),
         (
             {"config.json": '{"model_type": "llama"}', "pytorch_model.bin": "x"},
-            "convert it to safetensors first",
+            "cannot be read as weights only",
         ),
         (
             {"config.json": '{"model_type": "llama"}', "model.safetensors": "garbage"},
@@ -303,3 +303,29 @@ def test_a_wrong_checkpoint_folder_says_what_is_wrong(
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere' is not a directory"):
         Checkpoint(tmp_path / "nowhere")
+
+
+def test_older_weight_files_are_read_without_running_their_code(
+    demo_directory: Path, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint(demo_directory)
+    tensors = checkpoint.read(checkpoint.tensor_names, torch.float16)
+    (tmp_path / "config.json").write_bytes((demo_directory / "config.json").read_bytes())
+    for name, options in (("pytorch_model.bin", {}), ("pytorch_model.pth", {"old": True})):
+        path = tmp_path / name
+        torch.save(tensors, path, _use_new_zipfile_serialization="old" not in options)
+        older = Checkpoint(tmp_path)
+        assert older.fingerprint() == checkpoint.fingerprint()
+        head = load_span(older, Span(0, 2), part="head")
+        want = load_span(checkpoint, Span(0, 2), part="head")
+        ids = torch.tensor([1, 2, 3])
+        assert torch.equal(*(m.embed_and_run(ids, Segment(m.new_kv(), 0, 3)) for m in (head, want)))
+        path.unlink()
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return print, ("code was run",)
+
+    torch.save({"weight": Evil()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="cannot be read as weights only"):
+        Checkpoint(tmp_path)

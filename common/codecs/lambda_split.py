@@ -45,11 +45,10 @@ class LambdaSplitCodec:
         if not torch.isfinite(values).all():
             raise NonFiniteError(f"a tensor to be sent as {self.name} holds NaN or infinity")
         if self._float is not None:
-            cast = values.to(self._float)
-            if not torch.isfinite(cast.float()).all():
-                largest = values.abs().max().item()
+            largest = values.abs().max().item()
+            if largest > torch.finfo(self._float).max:
                 raise NonFiniteError(f"{self.name} cannot hold {largest:.4g}, the largest value")
-            return cast.view(torch.uint8).numpy().tobytes()
+            return values.to(self._float).view(torch.uint8).numpy().tobytes()
         low, high = values.min().double().item(), values.max().double().item()
         scale = (2**self._bits - 1) / (high - low) if high > low else 1.0
         half = 2 ** (self._bits - 1)

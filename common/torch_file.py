@@ -1,0 +1,60 @@
+"""A .bin or .pth file of weights, with the methods of an open safetensors file."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.errors import CheckpointError
+
+DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+class TorchFile:
+    """Mapped into memory where torch can. Raises CheckpointError if it holds more than tensors."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            loaded: Any = self._load(path, mmap=True)
+        except RuntimeError:  # the format from before zip files cannot be mapped
+            loaded = self._load(path, mmap=False)
+        if not isinstance(loaded, dict):
+            raise CheckpointError(f"{path} holds a {type(loaded).__name__}; expected named tensors")
+        self._tensors = {k: v for k, v in loaded.items() if isinstance(v, Tensor)}
+
+    @staticmethod
+    def _load(path: Path, mmap: bool) -> Any:
+        try:
+            return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+        except (pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(f"{path} cannot be read as weights only: {first_line}") from error
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def get_slice(self, name: str) -> TorchSlice:
+        return TorchSlice(self._tensors[name])
+
+
+class TorchSlice:
+    """What safetensors calls a slice: a tensor that is read in parts."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self._tensor.shape)
+
+    def get_dtype(self) -> str:
+        return DTYPE_NAMES.get(self._tensor.dtype, str(self._tensor.dtype))
+
+    def __getitem__(self, key: Any) -> Tensor:
+        return self._tensor[key]

@@ -1,0 +1,370 @@
+"""Images through a real pool: equal to diffusers' own pipeline, whoever dies on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import redis
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from pools import PROMPTS, generate
+from test_unet import NARROW
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from common.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
+from common.errors import NoWorker, SettingsError, StepRefused
+from common.image_schedulers import SCHEDULERS, make_scheduler, read_scheduler_config
+from common.messages import ImageOpening, ImageStep, TensorPart
+from deploy.pool import LocalPool, PoolSettings
+from edge_agent.ends import ModelEnds
+from edge_agent.images import ImageMaker, ImageSettings, Progress
+from edge_agent.tokenizer import TextTokenizer
+
+PROMPT = "a red house on a green hill under a blue sky with the sun"
+STEPS = 8
+EXACT = ImageSettings(PROMPT, steps=STEPS, guidance=2.5, codec_up="fp32", codec_down="fp32")
+WAYS: dict[str, dict[str, Any]] = {
+    "unet-edge": {}, "unet-cloud": {"sync": "cloud"}, "inner": {"cut": "inner"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def directory() -> Path:
+    return find_model(DEMO_IMAGE_MODEL)
+
+
+@pytest.fixture(scope="module")
+def pool(directory: Path) -> Iterator[LocalPool]:
+    settings = PoolSettings(workers=2, model=DEMO_TEXT_MODEL, image_model=str(directory))
+    with LocalPool(settings) as running:
+        yield running
+
+
+class Makers:
+    """ImageMakers by cut, loaded once."""
+
+    def __init__(self, directory: Path, pool: LocalPool) -> None:
+        self._directory, self._pool = directory, pool
+        self._makers: dict[str, ImageMaker] = {}
+
+    def __getitem__(self, cut: str) -> ImageMaker:
+        if cut not in self._makers:
+            self._makers[cut] = ImageMaker(self._directory, self._pool.connect(), cut)
+        return self._makers[cut]
+
+    def make(self, settings: ImageSettings, **others: Any) -> list[Image.Image]:
+        return self[settings.cut].make(settings, **others)
+
+
+@pytest.fixture(scope="module")
+def makers(directory: Path, pool: LocalPool) -> Makers:
+    return Makers(directory, pool)
+
+
+@pytest.fixture(scope="module")
+def whole(directory: Path) -> StableDiffusionXLPipeline:
+    """diffusers' own pipeline: the reference."""
+    return load_whole(directory)
+
+
+def load_whole(directory: Path) -> StableDiffusionXLPipeline:
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        directory, torch_dtype=torch.float32, add_watermarker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def reference(
+    whole: StableDiffusionXLPipeline, directory: Path, settings: ImageSettings
+) -> list[Image.Image]:
+    config = read_scheduler_config(directory)
+    whole.scheduler = make_scheduler(config, settings.scheduler, settings.steps)
+    images: list[Image.Image] = whole(
+        settings.prompt,
+        negative_prompt=settings.negative_prompt or None,
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance,
+        height=settings.height,
+        width=settings.width,
+        num_images_per_prompt=settings.count,
+        generator=torch.Generator().manual_seed(settings.seed),
+    ).images
+    return images
+
+
+def difference(first: list[Image.Image], second: list[Image.Image]) -> int:
+    """The largest of any pixel's channel, of 255."""
+    assert len(first) == len(second)
+    return max(
+        int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max())
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"scheduler": "ddim"}, {"scheduler": "dpm++2m"}, {"guidance": 1.0}, {"count": 2},
+        {"negative_prompt": "the sun", "seed": 5}, {"height": 48, "width": 80},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_image_equals_diffusers(
+    makers: Makers,
+    whole: StableDiffusionXLPipeline,
+    directory: Path,
+    way: str,
+    changes: dict[str, Any],
+) -> None:
+    settings = dataclasses.replace(EXACT, **WAYS[way], **changes)
+    assert difference(makers.make(settings), reference(whole, directory, settings)) == 0
+
+
+@pytest.fixture(scope="module")
+def narrow_sdxl(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SDXL base's own UNet blocks and depths with random weights, a sixteenth as wide."""
+    made = tmp_path_factory.mktemp("narrow-sdxl")
+    torch.manual_seed(1)
+    tiny = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "projection_dim": 32,
+        "max_position_embeddings": 32,
+    }
+    demo = load_whole(directory)
+    text = CLIPTextConfig(
+        **tiny, vocab_size=len(demo.tokenizer), eos_token_id=demo.tokenizer.eos_token_id
+    )
+    pipeline = StableDiffusionXLPipeline(
+        vae=AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(8, 8, 8, 8), norm_num_groups=8, scaling_factor=0.13025,
+            force_upcast=False,
+        ),
+        text_encoder=CLIPTextModel(text),
+        text_encoder_2=CLIPTextModelWithProjection(text),
+        tokenizer=demo.tokenizer,
+        tokenizer_2=demo.tokenizer,
+        unet=UNet2DConditionModel(**NARROW),
+        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear"),
+        add_watermarker=False,
+    )  # fmt: skip
+    pipeline.save_pretrained(made)
+    return made
+
+
+def test_a_narrow_sdxl_base_equals_diffusers(narrow_sdxl: Path) -> None:
+    settings = dataclasses.replace(EXACT, steps=3, height=128, width=128, guidance=5.0)
+    whole = load_whole(narrow_sdxl)
+    with LocalPool(PoolSettings(workers=1, image_model=str(narrow_sdxl))) as pool:
+        makers = Makers(narrow_sdxl, pool)
+        for way in WAYS.values():
+            changed = dataclasses.replace(settings, **way)
+            assert difference(makers.make(changed), reference(whole, narrow_sdxl, changed)) == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_the_serving_worker_is_killed_at_a_random_step(
+    pool: LocalPool, makers: Makers, way: str, scheduler: str
+) -> None:
+    settings = dataclasses.replace(EXACT, **WAYS[way], scheduler=scheduler, codec_down="int8")
+    undisturbed = makers.make(settings)
+    maker = makers[settings.cut]
+    at = random.Random(f"{way} {scheduler}").randrange(1, STEPS)
+
+    def kill(progress: Progress) -> None:
+        if progress.step == at:
+            (name,) = maker.stats.calls_by_worker
+            pool.kill_worker(name)
+            pool.start_worker()
+
+    assert difference(makers.make(settings, on_step=kill), undisturbed) == 0
+    assert len(maker.stats.calls_by_worker) == 2
+    pool.wait_for_workers(2)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_redis_is_flushed_and_the_worker_killed(pool: LocalPool, makers: Makers, way: str) -> None:
+    """What neither worker nor store has comes from the edge."""
+    settings = dataclasses.replace(EXACT, **WAYS[way], scheduler="dpm++2m")
+    undisturbed = makers.make(settings)
+    maker = makers[settings.cut]
+
+    def harm(progress: Progress) -> None:
+        if progress.step == 4:
+            redis.Redis.from_url(pool.redis_url).flushall()
+            (name,) = maker.stats.calls_by_worker
+            pool.kill_worker(name)
+            pool.start_worker()
+
+    assert difference(makers.make(settings, on_step=harm), undisturbed) == 0
+    assert maker.stats.tensors_resent >= 1
+    pool.wait_for_workers(2)
+
+
+def test_cloud_sync_sends_nothing_up_after_the_first_step(makers: Makers) -> None:
+    up: dict[str, list[int]] = {}
+    maker = makers["unet"]
+    for sync in ("edge", "cloud"):
+        counted: list[int] = []
+        maker.make(
+            dataclasses.replace(EXACT, sync=sync),
+            on_step=lambda progress, counted=counted: counted.append(maker.stats.bytes_up),
+        )
+        up[sync] = [after - before for before, after in itertools.pairwise(counted)]
+    assert all(size < 100 for size in up["cloud"])
+    assert all(size > 4 * 16 * 16 * 4 for size in up["edge"])
+
+
+def test_reuse_asks_the_pool_less_often(makers: Makers) -> None:
+    settings = dataclasses.replace(EXACT, cut="inner")
+    every = makers.make(settings)
+    maker = makers["inner"]
+    often, bytes_often = maker.stats.calls, maker.stats.bytes_up
+    reused = makers.make(dataclasses.replace(settings, reuse=2))
+    assert (often, maker.stats.calls) == (STEPS, STEPS // 2)
+    assert maker.stats.bytes_up < 0.6 * bytes_often
+    assert 0 < difference(every, reused) < 255
+
+
+def test_text_and_images_at_the_same_time(
+    pool: LocalPool,
+    makers: Makers,
+    whole: StableDiffusionXLPipeline,
+    directory: Path,
+    demo_ends: ModelEnds,
+) -> None:
+    ids = TextTokenizer(demo_ends.directory).encode(PROMPTS[0])
+    wanted_tokens, _ = generate(pool, demo_ends, ids, 40)
+    jobs = {
+        way: dataclasses.replace(EXACT, **changes, seed=seed)
+        for seed, (way, changes) in enumerate(WAYS.items())
+    }
+    results: dict[str, Any] = {}
+
+    def make(way: str) -> None:
+        maker = ImageMaker(directory, pool.connect(), jobs[way].cut)
+        results[way] = maker.make(jobs[way])
+
+    def write(name: str) -> None:
+        results[name] = generate(pool, demo_ends, ids, 40)[0]
+
+    targets: list[tuple[Callable[[str], None], str]] = [(make, way) for way in WAYS]
+    targets += [(write, "text 1"), (write, "text 2")]
+    threads = [threading.Thread(target=work, args=(name,)) for work, name in targets]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results["text 1"] == results["text 2"] == wanted_tokens
+    for way, settings in jobs.items():
+        # steps of several sessions share batches, whose shape may move the last bit of a float
+        assert difference(results[way], reference(whole, directory, settings)) <= 1
+
+
+def test_sessions_of_several_sizes_do_not_mix(
+    pool: LocalPool, whole: StableDiffusionXLPipeline, directory: Path
+) -> None:
+    jobs = [dataclasses.replace(EXACT, height=side, width=side) for side in (48, 64, 64, 80)]
+    results: dict[int, Any] = {}
+
+    def make(index: int) -> None:
+        results[index] = ImageMaker(directory, pool.connect()).make(jobs[index])
+
+    threads = [threading.Thread(target=make, args=(index,)) for index in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, settings in enumerate(jobs):
+        assert difference(results[index], reference(whole, directory, settings)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"steps": 0}, "the number of steps is 0"),
+        ({"height": 60}, "the height is 60; expected a multiple of 8, as 64"),
+        ({"width": -8}, "the width is -8"),
+        ({"count": 0}, "the number of images is 0"),
+        ({"prompt": " "}, "the prompt is empty"),
+        ({"scheduler": "magic"}, "scheduler 'magic' is unknown; known are euler, ddim"),
+        ({"codec_up": "int9"}, "codec 'int9' is unknown"),
+        ({"cut": "inner", "sync": "cloud"}, "sync cloud goes with cut unet"),
+        ({"reuse": 2}, "reuse goes with cut inner"),
+    ],
+)
+def test_bad_settings_are_named(makers: Makers, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        makers["unet"].make(dataclasses.replace(EXACT, **changes))
+
+
+def test_the_end_of_a_long_prompt_is_named(makers: Makers) -> None:
+    words = "a red house on a green hill under a blue sky with the sun and " * 4
+    assert makers["unet"].find_cut_off(PROMPT) == ""
+    rest = makers["unet"].find_cut_off(words + "a boat")
+    assert rest.endswith("a boat")
+    assert len(rest.split()) < len(words.split())
+
+
+def test_a_pool_without_the_image_model_says_what_it_serves(directory: Path) -> None:
+    with LocalPool(PoolSettings(workers=1)) as text_only:
+        client = text_only.connect()
+        words = r"no worker serves unet of the model .*; being served: stories-llama 2-6"
+        with pytest.raises(NoWorker, match=words):
+            ImageMaker(directory, client).make(EXACT)
+        client.close()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "opening", "words"),
+    [
+        ({"shape": [1, 3, 16, 16]}, {}, r"expected \(n, 4, h, w\)"),
+        ({"shape": [2, 4, 16, 16]}, {}, "sample is of 2 images; expected 1"),
+        ({"name": "bogus"}, {}, "unknown tensor 'bogus'"),
+        ({"codec": 9}, {}, "codec beyond the 1 it opened"),
+        ({}, {"images": 10**6}, "session has 1000000 images"),
+        ({}, {"timesteps": []}, "step is number 0; the session has 0"),
+        ({}, {"codecs": ["int9"]}, "codec 'int9' is unknown"),
+        ({}, {"keeps_latents": True}, "the edge has scheduler '' and this worker"),
+    ],
+)
+def test_steps_that_cannot_be_computed_are_refused_and_the_worker_lives_on(
+    pool: LocalPool,
+    makers: Makers,
+    tensor: dict[str, Any],
+    opening: dict[str, Any],
+    words: str,
+) -> None:
+    client = pool.connect(timeout_s=20)
+    part = dataclasses.replace(TensorPart("sample", 0, [1, 4, 16, 16], 0), **tensor)
+    size = 4 * int(np.prod(part.shape))
+    part = dataclasses.replace(part, body_bytes=size)
+    step = ImageStep(random.randbytes(16), 0, 0, 0, [part], 0, 20_000)
+    good = ImageOpening(makers["unet"]._fingerprint, "unet", ["fp32"], 1, 2.5, [999.0], False, "")
+    with pytest.raises(StepRefused, match=words):
+        client.ask(
+            step, bytes(size), dataclasses.replace(good, **opening), is_known=False,
+            wait_for_worker=False,
+        )  # fmt: skip
+    client.close()
+    pool.check()

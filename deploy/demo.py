@@ -98,7 +98,7 @@ def make_picture(pool: LocalPool, file: Path) -> None:
     def kill_once(progress: Progress) -> None:
         nonlocal killed
         if progress.step == KILL_AFTER_STEPS:
-            killed = max(maker.stats.calls_by_worker, key=maker.stats.calls_by_worker.__getitem__)
+            killed = maker.unet.last_worker_id
             pool.kill_worker(killed)
 
     click.echo(f"\nA picture of {click.style(IMAGE_PROMPT, bold=True)} …")

@@ -86,6 +86,7 @@ class RemoteUNet(nn.Module):
         self.dtype, self.device = dtype, device  # the pipeline asks
         self.add_embedding = _Widths(config.projection_class_embeddings_input_dim)
         self.stats = ImageStats()
+        self.last_worker_id = ""
         self.on_travel: Callable[[Travelled], None] = lambda travelled: None
         self._client = client
         self._outer = [outer] if outer is not None else []  # not a module of this one
@@ -212,6 +213,7 @@ class RemoteUNet(nn.Module):
                 continue
             self.stats.calls += 1
             self.stats.calls_by_worker[answer.worker_id] += 1
+            self.last_worker_id = answer.worker_id
             self.stats.pool_s += time.monotonic() - sent_at
             self.stats.middle_s += answer.compute_us / 1e6
             self.on_travel(Travelled(position, tensors.get("sample"), down))

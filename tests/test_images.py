@@ -193,12 +193,11 @@ def test_the_serving_worker_is_killed_at_a_random_step(
 
     def kill(progress: Progress) -> None:
         if progress.step == at:
-            (name,) = maker.stats.calls_by_worker
-            pool.kill_worker(name)
+            pool.kill_worker(maker.unet.last_worker_id)
             pool.start_worker()
 
     assert difference(makers.make(settings, on_step=kill), undisturbed) == 0
-    assert len(maker.stats.calls_by_worker) == 2
+    assert len(maker.stats.calls_by_worker) >= 2
     pool.wait_for_workers(2)
 
 
@@ -212,8 +211,7 @@ def test_redis_is_flushed_and_the_worker_killed(pool: LocalPool, makers: Makers,
     def harm(progress: Progress) -> None:
         if progress.step == 4:
             redis.Redis.from_url(pool.redis_url).flushall()
-            (name,) = maker.stats.calls_by_worker
-            pool.kill_worker(name)
+            pool.kill_worker(maker.unet.last_worker_id)
             pool.start_worker()
 
     assert difference(makers.make(settings, on_step=harm), undisturbed) == 0

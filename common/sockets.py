@@ -13,6 +13,7 @@ Context = zmq.Context[zmq.Socket[bytes]]
 Socket = zmq.Socket[bytes]
 
 RECONNECT_MS, RECONNECT_LIMIT_MS = 50, 500
+LINGER_MS = 200
 PING_MS, PING_LIMIT_MS = 1000, 3000  # ZMTP's own heartbeats find links that died without a word
 
 
@@ -24,6 +25,7 @@ def connect_dealer(context: Context, endpoint: str, keys: ClientKeys | None = No
     """
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.IMMEDIATE, 1)
+    socket.setsockopt(zmq.LINGER, LINGER_MS)  # nobody hangs on what cannot be sent
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_BODY_BYTES)
     socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_LIMIT_MS)

@@ -26,14 +26,16 @@ from edge_agent.tokenizer import TextTokenizer
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_midspan(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def run_midspan(
+    *arguments: str, stdin: str = "", timeout_s: float = 120
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         midspan_command(*arguments),
         cwd=ROOT,
         input=stdin,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout_s,
         check=False,
     )
 

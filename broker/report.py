@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from broker.state import BrokerState, Worker
+from broker.records import Worker
+from broker.state import BrokerState
 
 
 def make_report(state: BrokerState, now: float) -> dict[str, Any]:

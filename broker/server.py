@@ -30,8 +30,9 @@ from broker.actions import (
     TellPending,
 )
 from broker.admission import Admission
+from broker.records import Peer
 from broker.report import make_report
-from broker.state import BrokerState, Peer
+from broker.state import BrokerState
 from common.errors import ProtocolError, SettingsError
 from common.messages import (
     Alive,

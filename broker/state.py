@@ -18,7 +18,6 @@ one is alive; a session belongs to the edge, by its key, that opened it.
 from __future__ import annotations
 
 from collections import Counter, deque
-from dataclasses import dataclass, field
 
 from broker.actions import (
     AcceptDrain,
@@ -32,6 +31,14 @@ from broker.actions import (
     Refuse,
     TellBusy,
     TellPending,
+)
+from broker.records import (
+    Peer,
+    ServiceKey,
+    SessionRecord,
+    StepRecord,
+    Worker,
+    describe_service,
 )
 from common.messages import (
     Announce,
@@ -53,8 +60,6 @@ from common.settings import (
     MAX_SESSIONS_PER_EDGE,
 )
 
-ServiceKey = tuple[str, str]  # model fingerprint, part
-
 SESSION_MEMORY_S = 600.0  # how long the warm worker of a silent session is remembered
 BUSY_RETRY_MS = 200
 SEND_AGAIN_S = 1.0
@@ -62,77 +67,6 @@ FRESH_PART = 0.6  # of the time after which a silent worker is dead
 SILENCE_AT_MOST_S = 30.0
 MAX_WORKERS = 4096
 MISSED_AT_LEAST = 3  # heartbeats of a worker that announces slower ones than we expect
-
-
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """Who sent a message: a connection, and the CURVE key behind it."""
-
-    address: bytes  # ROUTER's name for the connection
-    key: str = ""  # empty where keys are not used
-    connection: int = -1  # its file descriptor
-
-    @property
-    def account(self) -> bytes:
-        """Whose sessions are counted together."""
-        return self.key.encode() or self.address
-
-
-@dataclass(slots=True)
-class Worker:
-    """A worker as it last announced itself."""
-
-    announce: Announce
-    peer: Peer
-    seen_at: float
-    draining: bool = False
-    in_flight: set[StepKey] = field(default_factory=set)
-    steps_done: int = 0
-
-    @property
-    def claim(self) -> tuple[str, str, int]:
-        """What makes it the same worker after a reconnection."""
-        return self.peer.key, self.announce.host, self.announce.pid
-
-    @property
-    def room(self) -> int:
-        if self.draining or not self.announce.ready:
-            return 0
-        return self.announce.capacity - len(self.in_flight)
-
-    def serves(self, service: ServiceKey) -> bool:
-        return any((s.model, s.part) == service for s in self.announce.services)
-
-
-@dataclass(slots=True)
-class StepRecord:
-    """A step between its arrival and its answer."""
-
-    step: AnyStep
-    service: ServiceKey
-    edge: Peer
-    body_bytes: int
-    arrived_at: float
-    queued_at: float
-    deadline_at: float
-    worker_id: str | None = None
-    attempts: int = 0
-    sent_at: float = 0.0
-    failures: list[tuple[str, str]] = field(default_factory=list)  # worker, reason
-
-    def failed_on(self, worker_id: str) -> bool:
-        return any(failed == worker_id for failed, _ in self.failures)
-
-
-@dataclass(slots=True)
-class SessionRecord:
-    """How a session was opened, where its KV is warm, and its newest step."""
-
-    opening: AnyOpening
-    edge: Peer
-    worker_id: str | None
-    newest: StepKey
-    seen_at: float
 
 
 COUNTERS = (
@@ -554,8 +488,3 @@ class BrokerState:
             if not warm.draining and warm in workers:
                 candidates = [w for w in candidates if not w.in_flight]
         return min(candidates, key=lambda w: len(w.in_flight), default=None)
-
-
-def describe_service(service: Service) -> str:
-    """`stories-llama 2-6 (fingerprint 0123456789abcdef)`"""
-    return f"{service.name} {service.part} (fingerprint {service.model})"

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +20,16 @@ from torch import Tensor
 from cloud_worker.batcher import Task
 from cloud_worker.blobs import Blobs
 from cloud_worker.image_executor import ImageExecutor, ImageInput
+from cloud_worker.image_sessions import (
+    HISTORY,
+    ImageSession,
+    Latents,
+    Waiting,
+    conditioning_fields,
+    conditioning_key,
+    latents_key,
+    read_latents,
+)
 from cloud_worker.kv_cipher import KvCipher
 from cloud_worker.outbox import Outbox
 from cloud_worker.store import KvStore, StoreEvent
@@ -41,71 +51,9 @@ from common.unet import INNER, WHOLE, Conditioning, boundary_channels
 log = logging.getLogger("midspan.worker")
 
 CONDITIONING = ("prompt_embeds", "text_embeds", "time_ids")
-HISTORY = "history"
 MAX_IMAGES = 64
 MAX_SIDE = 1024  # of the latents
 KEEP_REPLY_BYTES = 8 << 20
-
-
-@dataclass(slots=True)
-class Latents:
-    """What a worker that keeps the latents needs before step `position`."""
-
-    position: int
-    sample: Tensor  # (B, 4, h, w)
-    history: list[Tensor] = field(default_factory=list)  # of a multistep scheduler
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        named = {f"{HISTORY}{index}": tensor for index, tensor in enumerate(self.history)}
-        return {"latents": self.sample, **named}
-
-
-@dataclass(slots=True)
-class ImageSession:
-    """One image session in memory: a cache, worth nothing once lost."""
-
-    key: bytes
-    cipher: KvCipher | None = None
-    conditioning: Conditioning | None = None
-    latents: Latents | None = None
-    before: Latents | None = None  # of the step before, in case that is asked for again
-    last_reply: tuple[StepReply, bytes] | None = None
-
-    def find_latents(self, position: int) -> Latents | None:
-        """Those before a step, if they are here."""
-        known = (self.latents, self.before)
-        return next((x for x in known if x is not None and x.position == position), None)
-
-    @property
-    def size(self) -> int:
-        tensors: list[Tensor] = []
-        for latents in (self.latents, self.before):
-            tensors += [latents.sample, *latents.history] if latents is not None else []
-        if self.conditioning is not None:
-            tensors += [self.conditioning.prompt_embeds, self.conditioning.text_embeds]
-        reply = len(self.last_reply[1]) if self.last_reply else 0
-        return reply + 1000 + sum(tensor.nbytes for tensor in tensors)
-
-
-@dataclass(slots=True)
-class Waiting:
-    """A step on its way to being computed."""
-
-    task: Task
-    session: ImageSession
-    tensors: dict[str, Tensor]
-    asked_store: bool = False
-    loads_open: int = 0
-
-    @property
-    def step(self) -> ImageStep:
-        assert isinstance(self.task.step, ImageStep)
-        return self.task.step
-
-    @property
-    def opening(self) -> ImageOpening:
-        assert isinstance(self.task.opening, ImageOpening)
-        return self.task.opening
 
 
 class ImageService:
@@ -182,8 +130,8 @@ class ImageService:
         known = self._sessions.pop(session_key, None)
         self._drop(session_key)
         if known is not None:
-            self._blobs.forget(_conditioning_key(session_key))
-            self._blobs.forget(_latents_key(session_key))
+            self._blobs.forget(conditioning_key(session_key))
+            self._blobs.forget(latents_key(session_key))
 
     def on_store_event(self, event: StoreEvent) -> None:
         self._blobs.on_event(event)
@@ -313,11 +261,11 @@ class ImageService:
         session, tensors = waiting.session, waiting.tensors
         if all(name in tensors for name in CONDITIONING):
             session.conditioning = Conditioning(*(tensors.pop(name) for name in CONDITIONING))
-            named = dict(zip(CONDITIONING, _fields(session.conditioning), strict=True))
-            key = _conditioning_key(session.key)
+            named = dict(zip(CONDITIONING, conditioning_fields(session.conditioning), strict=True))
+            key = conditioning_key(session.key)
             self._blobs.save(key, 0, 0, to_blob(named), session.cipher)
         if "latents" in tensors:
-            session.latents = _read_latents(tensors, waiting.step.position)
+            session.latents = read_latents(tensors, waiting.step.position)
 
     def _missing(self, waiting: Waiting) -> list[str]:
         names = [] if waiting.session.conditioning is not None else ["conditioning"]
@@ -354,7 +302,7 @@ class ImageService:
         def then(blob: bytes) -> None:
             tensors = from_blob(blob)
             if name == "latents" and "latents" in tensors:
-                session.latents = _read_latents(tensors, position)
+                session.latents = read_latents(tensors, position)
             elif name == "conditioning" and all(n in tensors for n in CONDITIONING):
                 session.conditioning = Conditioning(*(tensors[n] for n in CONDITIONING))
             waiting.loads_open -= 1
@@ -362,9 +310,9 @@ class ImageService:
                 self._prepare(waiting)
 
         if name == "latents":
-            self._blobs.load(_latents_key(session.key), position, session.cipher, then)
+            self._blobs.load(latents_key(session.key), position, session.cipher, then)
         else:
-            self._blobs.load(_conditioning_key(session.key), 0, session.cipher, then)
+            self._blobs.load(conditioning_key(session.key), 0, session.cipher, then)
 
     def _drop(self, session_key: bytes) -> None:
         """An older step of a session is no longer wanted."""
@@ -426,23 +374,6 @@ class ImageService:
         session.before = before
         session.latents = Latents(step.position + 1, sample, read_history(scheduler))
         self._blobs.save(
-            _latents_key(session.key), step.position + 1, step.step,
+            latents_key(session.key), step.position + 1, step.step,
             to_blob(session.latents.to_tensors()), session.cipher,
         )  # fmt: skip
-
-
-def _conditioning_key(session_key: bytes) -> bytes:
-    return session_key + b"/conditioning"
-
-
-def _latents_key(session_key: bytes) -> bytes:
-    return session_key + b"/latents"
-
-
-def _fields(conditioning: Conditioning) -> tuple[Tensor, Tensor, Tensor]:
-    return conditioning.prompt_embeds, conditioning.text_embeds, conditioning.time_ids
-
-
-def _read_latents(tensors: dict[str, Tensor], position: int) -> Latents:
-    names = sorted(name for name in tensors if name.startswith(HISTORY))
-    return Latents(position, tensors["latents"], [tensors[name] for name in names])

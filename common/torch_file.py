@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,22 @@ class TorchFile:
     """Mapped into memory where torch can. Raises CheckpointError if it holds more than tensors."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            loaded: Any = self._load(path, mmap=True)
-        except RuntimeError:  # the format from before zip files cannot be mapped
-            loaded = self._load(path, mmap=False)
+        loaded = self._load(path)
         if not isinstance(loaded, dict):
             raise CheckpointError(f"{path} holds a {type(loaded).__name__}; expected named tensors")
         self._tensors = {k: v for k, v in loaded.items() if isinstance(v, Tensor)}
 
     @staticmethod
-    def _load(path: Path, mmap: bool) -> Any:
+    def _load(path: Path) -> Any:
+        options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
         try:
-            return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
-        except (pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
-            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(f"{path} cannot be read as weights only: {first_line}") from error
+            try:
+                return torch.load(path, mmap=True, **options)
+            except RuntimeError:  # the format from before zip files cannot be mapped
+                return torch.load(path, **options)
+        except Exception as error:  # of many classes, none of which is part of torch's interface
+            words = (str(error) or type(error).__name__).splitlines()[0]
+            raise CheckpointError(f"{path} cannot be read as weights only: {words}") from error
 
     def keys(self) -> list[str]:
         return list(self._tensors)

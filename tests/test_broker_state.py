@@ -15,7 +15,8 @@ from broker.actions import (
     TellBusy,
     TellPending,
 )
-from broker.state import BrokerState, Peer
+from broker.records import Peer
+from broker.state import BrokerState
 from common.messages import Announce, NeedRows, Opening, Part, Service, Step, StepFailed, StepReply
 
 MODEL, SPAN = "f" * 16, "2-6"

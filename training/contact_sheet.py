@@ -1,6 +1,6 @@
 """Draw the contact sheet of the demo image model's card, with diffusers' own pipeline.
 
-    python training/contact_sheet.py models/landscapes-sdxl
+python training/contact_sheet.py models/landscapes-sdxl
 """
 
 from __future__ import annotations

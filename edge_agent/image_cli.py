@@ -134,6 +134,7 @@ def image(
         codec, codec, reuse,
     )  # fmt: skip
     settings.check()
+    check_output(output)
     client = connect(brokers, key, broker_key, timeout_s)
     try:
         client.status()  # a broker that is not there is better known before models are loaded
@@ -168,6 +169,22 @@ def parse_size(text: str | None) -> tuple[int | None, int | None]:
     if len(sides) > 2 or not all(side.isdecimal() for side in sides):
         raise SettingsError(f"--size is {text!r}; expected WIDTHxHEIGHT, as 1024x768, or a number")
     return int(sides[0]), int(sides[-1])
+
+
+def check_output(output: Path) -> None:
+    """Raises SettingsError if no picture can be written there: better known before it is made."""
+    from PIL import Image as Images
+
+    from common.errors import SettingsError
+
+    if output.suffix.lower() not in Images.registered_extensions():
+        raise SettingsError(f"{output} has no suffix of a picture format, as .png")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"{output} cannot be written: {error}") from error
+    if output.is_dir() or not os.access(output.parent, os.W_OK):
+        raise SettingsError(f"{output} cannot be written")
 
 
 def warn_of_cut_off(maker: ImageMaker, text: str) -> None:
@@ -215,7 +232,6 @@ def save_images(images: list[Image], output: Path) -> list[Path]:
     if len(images) > 1:
         files = [output.with_stem(f"{output.stem}-{index}") for index in range(1, len(images) + 1)]
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
         for picture, file in zip(images, files, strict=True):
             picture.save(file)
     except (OSError, ValueError) as error:

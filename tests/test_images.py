@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import redis
 import torch
+from click.testing import CliRunner
 from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
@@ -22,6 +24,7 @@ from diffusers import (
 )
 from PIL import Image
 from pools import PROMPTS, generate
+from test_cli import run_midspan
 from test_unet import NARROW
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -29,6 +32,7 @@ from common.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
 from common.errors import NoWorker, SettingsError, StepRefused
 from common.image_schedulers import SCHEDULERS, make_scheduler, read_scheduler_config
 from common.messages import ImageOpening, ImageStep, TensorPart
+from deploy.cli import midspan
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.client import BrokerClient
 from edge_agent.ends import ModelEnds
@@ -381,3 +385,35 @@ def test_steps_that_cannot_be_computed_are_refused_and_the_worker_lives_on(
         )  # fmt: skip
     client.close()
     pool.check()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["x", "--size", "60"], "the height is 60"),
+        (["x", "--size", "big"], "--size is 'big'; expected WIDTHxHEIGHT"),
+        (["x", "-o", "picture.xyz"], "picture.xyz has no suffix of a picture format"),
+        (["x", "-o", "/dev/null/picture.png"], "/dev/null/picture.png cannot be written"),
+        (["x", "--broker", "tcp://127.0.0.1:1"], "no broker answers at tcp://127.0.0.1:1"),
+    ],
+)
+def test_the_command_says_what_is_wrong_before_it_computes(
+    arguments: list[str], words: str
+) -> None:
+    result = CliRunner().invoke(midspan, ["image", *arguments])
+    assert result.exit_code == 1
+    assert words in result.output
+
+
+def test_the_command_writes_pictures_previews_and_noise(pool: LocalPool, tmp_path: Path) -> None:
+    done = run_midspan(
+        "image", PROMPT, "-o", str(tmp_path / "out.png"), "--count", "2", "--steps", "4",
+        "--preview-every", "2", "--save-noise", str(tmp_path / "noise"), "--json", "--threads", "1",
+        "--broker", pool.edge_endpoint,
+    )  # fmt: skip
+    result = json.loads(done.stdout)
+    assert result["files"] == [str(tmp_path / "out-1.png"), str(tmp_path / "out-2.png")]
+    assert result["stats"]["calls"] == 4
+    for name in ("out-1", "out-2", "out-step02-1", "out-step04-2"):
+        assert Image.open(tmp_path / f"{name}.png").size == (64, 64)
+    assert len(list((tmp_path / "noise").glob("*.png"))) == 8

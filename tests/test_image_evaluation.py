@@ -52,7 +52,8 @@ def test_the_command_measures_writes_and_draws(tmp_path: Path) -> None:
     files = [tmp_path / name for name in ("a.csv", "a.png", "sheet.png")]
     done = run_midspan(
         "eval", "image", "--prompt", "a tree on a green hill", "--seed", "3", "--steps", "4",
-        "--codec", "int8", "--path", "unet-cloud", "--path", "inner", "--reuse", "1", "--reuse", "2",
+        "--codec", "int8", "--path", "unet-cloud", "--path", "inner",
+        "--reuse", "1", "--reuse", "2",
         "--csv", str(files[0]), "--plot", str(files[1]), "--sheet", str(files[2]), "--json",
     )  # fmt: skip
     measured = {(m["path"], m["reuse"], m["codec"]): m for m in json.loads(done.stdout)}

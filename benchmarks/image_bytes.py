@@ -60,7 +60,9 @@ def count(config: dict[str, object], path: str, codec: str, reuse: int) -> tuple
         TensorPart("time_ids", 0, [2, 6], 48),
     ]
     times = [float(t) for t in range(1000, 0, -1000 // STEPS)][:STEPS]
-    opening = ImageOpening("f" * 16, path[:5], ["fp32", codec], 1, 5.0, times, False, "euler " * 3)
+    opening = ImageOpening(
+        "f" * 16, path[:5], ["fp32", codec], 1, 5.0, times, False, "euler " * 3, "float32"
+    )
     sample = TensorPart("sample", 1, list(up), body_bytes(up, codec))
     total_up = step_bytes(conditioning, opening)
     if path == "unet-cloud":

@@ -9,8 +9,8 @@ from pathlib import Path
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from common.errors import SettingsError
 from common.keys import BROKER, ROLES, authorized_directory, list_authorized, read_pair
+from common.log_limit import LogLimit
 from common.sockets import Context
 
 log = logging.getLogger("midspan.broker")
@@ -26,6 +26,7 @@ class Admission:
     def __init__(self, context: Context, directory: Path) -> None:
         self.refused: Counter[str] = Counter()
         self._directory = directory
+        self._complaints = LogLimit(log)
         self._pair = read_pair(directory / f"{BROKER}.key_secret")
         self._authenticator = ThreadAuthenticator(context)
         self._authenticator.start()
@@ -42,15 +43,10 @@ class Admission:
         socket.setsockopt(zmq.ZAP_DOMAIN, role.encode())
 
     def admits(self, role: str, public: bytes) -> bool:
-        try:
-            known = list_authorized(self._directory, role)
-        except SettingsError as error:
-            log.warning("%s; nobody is admitted", error)
-            known = {}
-        if public in known:
+        if public in list_authorized(self._directory, role):
             return True
         self.refused[role] += 1
-        log.warning(
+        self._complaints.warning(
             "refused the %s with key %s: it is not in %s",
             role, public.decode(errors="replace"), authorized_directory(self._directory, role),
         )  # fmt: skip

@@ -34,6 +34,7 @@ from broker.records import Peer
 from broker.report import make_report
 from broker.state import BrokerState
 from common.errors import ProtocolError, SettingsError
+from common.log_limit import LogLimit
 from common.messages import (
     Alive,
     Announce,
@@ -67,7 +68,6 @@ from common.wire import check_frames, decode_header, encode_header
 log = logging.getLogger("midspan.broker")
 
 MAX_TICK_S = 0.05
-COMPLAIN_EVERY_S = 1.0
 RECEIVE_BURST = 256  # messages read from one socket before the other gets a turn
 
 
@@ -104,7 +104,7 @@ class BrokerServer:
         self._frames: dict[StepKey, list[bytes]] = {}
         self._answer: list[bytes] = []
         self._bad_messages = 0
-        self._complained_at = -COMPLAIN_EVERY_S
+        self._complaints = LogLimit(log)
         self._stopping = False
 
     def _bind(self, endpoint: str, role: str) -> Socket:
@@ -174,17 +174,17 @@ class BrokerServer:
                 handle(self._read_peer(first), decode_header(frames[0]), frames)
             except ProtocolError as error:
                 self._count_bad_message(error)
+            except Exception as error:  # one message must not end the broker
+                log.exception("a message could not be handled")
+                self._count_bad_message(error)
 
     def _read_peer(self, address: zmq.Frame) -> Peer:
         key = "" if self._admission is None else str(address.get("User-Id"))
         return Peer(address.bytes, key, int(address.get(zmq.SRCFD)))
 
-    def _count_bad_message(self, error: ProtocolError) -> None:
+    def _count_bad_message(self, error: Exception) -> None:
         self._bad_messages += 1
-        now = self._clock()
-        if now - self._complained_at > COMPLAIN_EVERY_S:  # a flood must not fill the disk
-            self._complained_at = now
-            log.warning("dropped a message, the %dth: %s", self._bad_messages, error)
+        self._complaints.warning("dropped a message, the %dth: %s", self._bad_messages, error)
 
     def _receive_disconnections(self) -> None:
         while has_message(self._worker_links):
@@ -194,9 +194,12 @@ class BrokerServer:
     def _on_edge_message(self, edge: Peer, message: Message, frames: list[bytes]) -> None:
         now = self._clock()
         if isinstance(message, Step | ImageStep):
-            opening = self._read_opening(
-                frames, Opening if isinstance(message, Step) else ImageOpening
-            )
+            kind = Opening if isinstance(message, Step) else ImageOpening
+            try:
+                opening = self._read_opening(frames, kind)
+            except ProtocolError as error:  # whoever sent it shall not wait for an answer
+                self._perform([Refuse(edge.address, message.key, "invalid", str(error))])
+                raise
             known = message.key in self.state.steps
             actions = self.state.on_step(message, opening, edge, len(frames[1]), now)
             if not known and message.key in self.state.steps:
@@ -241,7 +244,9 @@ class BrokerServer:
         elif isinstance(message, Alive):
             self._perform(self.state.on_alive(message.worker_id, peer, now))
         elif isinstance(message, StepFailed):
-            log.warning("worker %s failed a step: %s", message.worker_id, message.reason)
+            self._complaints.warning(
+                "worker %s failed a step: %s", message.worker_id, message.reason
+            )
             self._perform(self.state.on_failed(message, now))
         elif isinstance(message, Drain):
             self._perform(self.state.on_drain(message.worker_id, peer, now))
@@ -280,7 +285,10 @@ class BrokerServer:
                 case AcceptDrain(address):
                     self._send(self._workers, address, [encode_header(DrainAccepted())])
                 case Note(text, is_warning):
-                    log.log(logging.WARNING if is_warning else logging.INFO, "%s", text)
+                    if is_warning:
+                        self._complaints.warning("%s", text)
+                    else:
+                        log.info("%s", text)
 
     def _send_to_worker(self, worker_id: str, frames: list[bytes]) -> bool:
         worker = self.state.workers.get(worker_id)

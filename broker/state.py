@@ -114,6 +114,8 @@ class BrokerState:
         record = self.steps.get(step.key)
         if record is not None:
             record.edge = edge
+            if session is not None:
+                session.seen_at = now
             return [TellPending(edge.address, step.key), *self._send_again(record, now)]
         self.counters["steps"] += 1
         if session is not None and step.key[1:] < session.newest[1:]:
@@ -312,7 +314,7 @@ class BrokerState:
         for record in [r for r in self.steps.values() if now >= r.deadline_at]:
             actions += self._refuse(record, "deadline", self._why_late(record, now))
         for session_id, session in list(self.sessions.items()):
-            if now - session.seen_at > SESSION_MEMORY_S:
+            if now - session.seen_at > SESSION_MEMORY_S and session.newest not in self.steps:
                 self._forget_session(session_id)
         return actions
 

@@ -7,6 +7,8 @@ is refused, by the fence that guards KV rows.
 
 from __future__ import annotations
 
+import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,8 +24,10 @@ from cloud_worker.store import (
     Loaded,
     StoreEvent,
 )
+from common.errors import StoreUnavailable
 
 LARGEST = 256 << 20
+CHECK_LIMIT_S = 2.0
 
 
 @dataclass(slots=True)
@@ -51,8 +55,9 @@ class Blobs:
     def save(
         self, key: bytes, generation: int, step: int, blob: bytes, cipher: KvCipher | None
     ) -> None:
-        """Begin to write a blob; an older one that is still being written is dropped."""
-        if not self._store.is_up():
+        """Begin to write a blob, unless that is under way; an older one is then dropped."""
+        under_way = self._saves.get(key)
+        if not self._store.is_up() or (under_way and under_way.generation == generation):
             return
         if cipher is not None:
             blob = cipher.encrypt(blob, generation, len(blob))
@@ -65,6 +70,21 @@ class Blobs:
         """Begin to read a blob; `then` gets it, or b"" if the store does not have it."""
         self._loads[key] = (generation, cipher, then)
         self._store.begin_load(Load(key, self._shape, generation, 0, 0, LARGEST, 1))
+
+    def check(self, blob: bytes, is_over: Callable[[], bool]) -> None:
+        """Save a blob, read it back and compare. Raises StoreUnavailable."""
+        key, loaded = secrets.token_bytes(16), list[bytes]()
+        self.save(key, 0, 0, blob, None)
+        give_up_at = time.monotonic() + CHECK_LIMIT_S
+        while not loaded and time.monotonic() < give_up_at and not is_over():
+            if self.is_settled() and key not in self._loads:
+                self.load(key, 0, None, loaded.append)
+            for event in self._store.poll():
+                self.on_event(event)
+            time.sleep(0.002)
+        self.forget(key)
+        if loaded != [blob]:
+            raise StoreUnavailable("the store does not give back what it was given")
 
     def forget(self, key: bytes) -> None:
         """Delete a blob, and drop what was begun with it."""

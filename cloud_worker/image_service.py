@@ -8,6 +8,7 @@ order. The store has the latents after a step under a generation that is the ste
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -34,7 +35,13 @@ from cloud_worker.kv_cipher import KvCipher
 from cloud_worker.outbox import Outbox
 from cloud_worker.store import KvStore, StoreEvent
 from common.errors import MidspanError, NonFiniteError, ProtocolError, SettingsError
-from common.image_schedulers import describe_scheduler, go_to, make_scheduler, read_history
+from common.image_schedulers import (
+    SCHEDULERS,
+    describe_scheduler,
+    go_to,
+    make_scheduler,
+    read_history,
+)
 from common.image_tensors import (
     check_image_codec,
     decode_tensor,
@@ -51,6 +58,12 @@ from common.unet import INNER, WHOLE, Conditioning, boundary_channels
 log = logging.getLogger("midspan.worker")
 
 CONDITIONING = ("prompt_embeds", "text_embeds", "time_ids")
+LATENTS_DTYPES = {
+    "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
+}  # fmt: skip
+CHECK_CODEC = "int8"
+MAX_TOKENS = 4096
+MAX_STEP_VALUES = 1 << 26  # of all tensors of a step together
 MAX_IMAGES = 64
 MAX_SIDE = 1024  # of the latents
 KEEP_REPLY_BYTES = 8 << 20
@@ -89,7 +102,10 @@ class ImageService:
     # --- what the worker asks
 
     def check_ready(self, is_over: Callable[[], bool]) -> None:
-        """Compute a step of a tiny image and save its result. Raises MidspanError."""
+        """Compute a step of a tiny image, encode, store and read back what comes out.
+
+        Raises MidspanError; StoreUnavailable if only the store is at fault.
+        """
         config = self._executor.model.config
         channels = config.in_channels if self._executor.part == WHOLE else self._channels()[0]
         generator = torch.Generator().manual_seed(0)
@@ -103,8 +119,12 @@ class ImageService:
         (result,) = self._executor.run([ImageInput(sample, 1.0, conditioning)])
         if isinstance(result, str):
             raise MidspanError(f"this worker cannot compute its own test step: {result}")
-        if not torch.isfinite(result).all():
-            raise MidspanError("this worker's own test step computes NaN or infinity")
+        try:
+            body = encode_tensor(result, CHECK_CODEC)
+            decode_tensor(body, result.shape, CHECK_CODEC)
+        except NonFiniteError as error:
+            raise MidspanError(f"this worker's own test step: {error}") from error
+        self._blobs.check(body, is_over)
 
     def has_batch(self) -> bool:
         return bool(self._ready)
@@ -127,11 +147,10 @@ class ImageService:
                 del self._sessions[key]
 
     def on_end(self, session_key: bytes) -> None:
-        known = self._sessions.pop(session_key, None)
+        self._sessions.pop(session_key, None)
         self._drop(session_key)
-        if known is not None:
-            self._blobs.forget(conditioning_key(session_key))
-            self._blobs.forget(latents_key(session_key))
+        self._blobs.forget(conditioning_key(session_key))
+        self._blobs.forget(latents_key(session_key))
 
     def on_store_event(self, event: StoreEvent) -> None:
         self._blobs.on_event(event)
@@ -143,8 +162,8 @@ class ImageService:
         assert isinstance(opening, ImageOpening)
         try:
             self._check(step, opening)
+            self._check_tensors(step, opening)
             tensors = unpack_tensors(step.tensors, task.body, opening.codecs)
-            self._check_tensors(tensors, step, opening)
             cipher = self._open_cipher(task, opening)
         except MidspanError as error:
             self._outbox.fail(task, str(error))
@@ -170,7 +189,12 @@ class ImageService:
         left: list[Waiting] = []
         images = 0
         for waiting in self._ready:
-            item, scheduler = self._make_input(waiting)
+            try:
+                item, scheduler = self._make_input(waiting)
+            except Exception as error:  # a step must never end a worker
+                log.exception("a step could not be prepared")
+                self._outbox.fail(waiting.task, f"{type(error).__name__}: {error}")
+                continue
             fits = not batch or (
                 item.shape == batch[0][1].shape
                 and images + len(item.sample) <= self._max_batch_images
@@ -181,6 +205,8 @@ class ImageService:
             else:
                 left.append(waiting)
         self._ready = left
+        if not batch:
+            return
         results = self._executor.run([item for _, item, _ in batch])
         self.stats["image_batches"] += 1
         for (waiting, _, scheduler), result in zip(batch, results, strict=True):
@@ -191,6 +217,9 @@ class ImageService:
                 self._finish(waiting, result, scheduler, started_at)
             except NonFiniteError as error:
                 self._outbox.fail(waiting.task, str(error))
+            except Exception as error:  # as above
+                log.exception("a step could not be finished")
+                self._outbox.fail(waiting.task, f"{type(error).__name__}: {error}")
 
     # --- checks
 
@@ -213,6 +242,10 @@ class ImageService:
         if opening.part != WHOLE:
             raise ProtocolError("only sessions of the whole UNet may leave latents to a worker")
         name = opening.scheduler.split(" ")[0]
+        if name not in SCHEDULERS:
+            raise SettingsError(f"scheduler {name!r} is unknown; known are {', '.join(SCHEDULERS)}")
+        if opening.latents_dtype not in LATENTS_DTYPES:
+            raise ProtocolError(f"latents of {opening.latents_dtype!r} are unknown")
         ours = describe_scheduler(self._scheduler_config, name)
         if opening.scheduler != ours:
             raise SettingsError(
@@ -220,30 +253,38 @@ class ImageService:
                 "must read the same scheduler_config.json"
             )
 
-    def _check_tensors(
-        self, tensors: dict[str, Tensor], step: ImageStep, opening: ImageOpening
-    ) -> None:
+    def _check_tensors(self, step: ImageStep, opening: ImageOpening) -> None:
+        """Names and shapes, before anything is decoded: a small body may announce much."""
         doubled = opening.images * (2 if opening.guidance > 1 else 1)
-        sample_count = doubled if opening.part == INNER else opening.images
+        inner = opening.part == INNER
         config = self._executor.model.config
-        channels = self._channels()[0] if opening.part == INNER else config.in_channels
-        for name, tensor in tensors.items():
+        channels = self._channels()[0] if inner else config.in_channels
+        names = [part.name for part in step.tensors]
+        if len(set(names)) < len(names):
+            raise ProtocolError(f"step has a tensor twice: {names}")
+        if sum(math.prod(part.shape) for part in step.tensors) > MAX_STEP_VALUES:
+            raise ProtocolError(f"step has more than {MAX_STEP_VALUES} values")
+        for part in step.tensors:
+            name, shape = part.name, part.shape
             if name in CONDITIONING:
                 count = doubled
+                if len(shape) == 3 and shape[1] > MAX_TOKENS:
+                    raise ProtocolError(f"{name} has {shape[1]} tokens; at most {MAX_TOKENS}")
             elif name in ("sample", "latents") or name.startswith(HISTORY):
-                count = opening.images if name != "sample" else sample_count
-                if tensor.dim() != 4 or tensor.shape[1] != channels:
-                    raise ProtocolError(
-                        f"{name} has shape {list(tensor.shape)}; expected (n, {channels}, h, w)"
-                    )
-                if max(tensor.shape[2:]) > MAX_SIDE:
-                    raise ProtocolError(f"{name} has sides {list(tensor.shape[2:])}")
+                count = doubled if name == "sample" and inner else opening.images
+                if len(shape) != 4 or shape[1] != channels:
+                    raise ProtocolError(f"{name} has shape {shape}; expected (n, {channels}, h, w)")
+                if max(shape[2:]) > MAX_SIDE:
+                    raise ProtocolError(f"{name} has sides {shape[2:]}; at most {MAX_SIDE}")
             else:
                 raise ProtocolError(f"step has an unknown tensor {name!r}")
-            if len(tensor) != count:
-                raise ProtocolError(f"{name} is of {len(tensor)} images; expected {count}")
-        if not opening.keeps_latents and "sample" not in tensors:
+            if shape[0] != count:
+                raise ProtocolError(f"{name} is of {shape[0]} images; expected {count}")
+        if not opening.keeps_latents and "sample" not in names:
             raise ProtocolError("step has no sample")
+        sides = {tuple(p.shape[2:]) for p in step.tensors if p.name not in CONDITIONING}
+        if len(sides) > 1:
+            raise ProtocolError(f"the tensors of a step have several sizes: {sorted(sides)}")
 
     def _open_cipher(self, task: Task, opening: ImageOpening) -> KvCipher | None:
         if not opening.sealed_key:
@@ -263,9 +304,11 @@ class ImageService:
             session.conditioning = Conditioning(*(tensors.pop(name) for name in CONDITIONING))
             named = dict(zip(CONDITIONING, conditioning_fields(session.conditioning), strict=True))
             key = conditioning_key(session.key)
-            self._blobs.save(key, 0, 0, to_blob(named), session.cipher)
+            step = waiting.step.step  # newer than that of a writer who died half-way
+            self._blobs.save(key, 0, step, to_blob(named), session.cipher)
         if "latents" in tensors:
-            session.latents = read_latents(tensors, waiting.step.position)
+            dtype = LATENTS_DTYPES[waiting.opening.latents_dtype]
+            session.latents = read_latents(tensors, waiting.step.position, dtype)
 
     def _missing(self, waiting: Waiting) -> list[str]:
         names = [] if waiting.session.conditioning is not None else ["conditioning"]
@@ -300,13 +343,16 @@ class ImageService:
         session, position = waiting.session, waiting.step.position
 
         def then(blob: bytes) -> None:
+            if self._waiting.get(session.key) is not waiting:
+                return  # a newer step has come, perhaps with newer state
             tensors = from_blob(blob)
             if name == "latents" and "latents" in tensors:
-                session.latents = read_latents(tensors, position)
+                dtype = LATENTS_DTYPES[waiting.opening.latents_dtype]
+                session.latents = read_latents(tensors, position, dtype)
             elif name == "conditioning" and all(n in tensors for n in CONDITIONING):
                 session.conditioning = Conditioning(*(tensors[n] for n in CONDITIONING))
             waiting.loads_open -= 1
-            if not waiting.loads_open and self._waiting.get(session.key) is waiting:
+            if not waiting.loads_open:
                 self._prepare(waiting)
 
         if name == "latents":
@@ -365,7 +411,9 @@ class ImageService:
         self.stats["image_steps"] += 1
         if scheduler is None:
             return
-        travelled = decode_tensor(body, result.shape, codec).to(result.dtype)
+        # in the edge's own dtype, so that both sides round alike
+        dtype = LATENTS_DTYPES[opening.latents_dtype]
+        travelled = decode_tensor(body, result.shape, codec).to(dtype)
         before = session.find_latents(step.position)
         assert before is not None
         sample = scheduler.step(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from cloud_worker.batcher import Task
@@ -87,6 +88,8 @@ def conditioning_fields(conditioning: Conditioning) -> tuple[Tensor, Tensor, Ten
     return conditioning.prompt_embeds, conditioning.text_embeds, conditioning.time_ids
 
 
-def read_latents(tensors: dict[str, Tensor], position: int) -> Latents:
+def read_latents(tensors: dict[str, Tensor], position: int, dtype: torch.dtype) -> Latents:
+    """Latents and history out of a step's or a blob's tensors."""
     names = sorted(name for name in tensors if name.startswith(HISTORY))
-    return Latents(position, tensors["latents"], [tensors[name] for name in names])
+    history = [tensors[name].to(dtype) for name in names]
+    return Latents(position, tensors["latents"].to(dtype), history)

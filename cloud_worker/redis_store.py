@@ -83,7 +83,9 @@ class RedisKvStore:
                 url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, protocol=2
             )
         except ValueError as error:
-            raise SettingsError(f"--redis-url {url!r} is no Redis URL: {error}") from error
+            raise SettingsError(
+                f"--redis-url {_without_password(url)} is no Redis URL: {error}"
+            ) from error
         # redis-py's connections are not typed
         self._connection: Any = None
         self._fresh: Any = None  # handed over by the connecting thread
@@ -297,5 +299,7 @@ def chunk_key(session_key: bytes, chunk: int) -> str:
 
 
 def _without_password(url: str) -> str:
+    """Scheme, host and port or path: neither user nor password nor options."""
     scheme, _, rest = url.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}"
+    place = rest.rpartition("@")[2].partition("?")[0]
+    return f"{scheme}://{place}"

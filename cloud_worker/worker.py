@@ -25,6 +25,7 @@ from cloud_worker.outbox import Outbox, StepService
 from cloud_worker.store import KvStore
 from common.errors import ProtocolError, StoreUnavailable
 from common.keys import ClientKeys
+from common.log_limit import LogLimit
 from common.messages import (
     Announce,
     Dispatch,
@@ -87,6 +88,7 @@ class Worker:
         self._tidy_at = 0.0
         self._announce_at = 0.0
         self._failed = 0
+        self._complaints = LogLimit(log)
         self._bad_messages = 0
         self._context: Context = zmq.Context()
         self._sockets = [
@@ -184,14 +186,21 @@ class Worker:
             self._receive(index, socket)
         for event in self._store.poll():
             for service in services:
-                service.on_store_event(event)
+                self._guard(service.on_store_event, event)
         for service in services:
-            service.run_batch()
+            self._guard(service.run_batch)
         now = time.monotonic()
         if now >= self._tidy_at:
             self._tidy_at = now + TIDY_S
             for service in services:
                 service.tidy()
+
+    def _guard(self, work: Callable[..., None], *arguments: object) -> None:
+        """Whatever a step or the store brings about, a worker lives on; edges ask again."""
+        try:
+            work(*arguments)
+        except Exception:
+            log.exception("a service failed")
 
     def _announce(self) -> None:
         """Tell all brokers what there is here, over the connections that take the steps."""
@@ -225,7 +234,7 @@ class Worker:
                 self._on_message(source, decode_header(frames[0]), frames)
             except ProtocolError as error:
                 self._bad_messages += 1
-                log.warning("dropped a message: %s", error)
+                self._complaints.warning("dropped a message: %s", error)
 
     def _on_message(self, source: int, message: Message, frames: list[bytes]) -> None:
         if isinstance(message, Dispatch):
@@ -273,6 +282,6 @@ class Worker:
     def fail(self, task: Task, reason: str) -> None:
         """Say that a step could not be computed here."""
         self._failed += 1
-        log.warning("step failed: %s", reason)
+        self._complaints.warning("step failed: %s", reason)
         failed = StepFailed(*task.step.key, task.attempt, self.worker_id, reason[:1000])
         self._send(task.source, failed)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from common.errors import CheckpointError, SettingsError
+from common.errors import CheckpointError, ProtocolError, SettingsError
 
 # name -> diffusers' class, and what is set besides the checkpoint's own configuration
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -42,7 +42,10 @@ def make_scheduler(config: dict[str, Any], name: str, steps: int) -> Any:
         raise SettingsError(f"scheduler {name!r} is unknown; known are {', '.join(SCHEDULERS)}")
     class_name, others = SCHEDULERS[name]
     scheduler = getattr(diffusers, class_name).from_config({**config, **others})
-    scheduler.set_timesteps(steps)
+    try:
+        scheduler.set_timesteps(steps)
+    except ValueError as error:
+        raise SettingsError(f"scheduler {name} cannot make {steps} steps: {error}") from error
     return scheduler
 
 
@@ -58,10 +61,18 @@ def read_history(scheduler: Any) -> list[Tensor]:
 
 
 def go_to(scheduler: Any, position: int, history: list[Tensor]) -> None:
-    """Make a new scheduler stand where another one stood before step `position`."""
+    """Make a new scheduler stand where another one stood before step `position`.
+
+    Raises ProtocolError if the history is not one of that step.
+    """
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(position)
     if hasattr(scheduler, "model_outputs"):
         order = scheduler.config.solver_order
+        if len(history) != min(position, order):
+            raise ProtocolError(
+                f"the scheduler remembers {len(history)} outputs; step {position} needs "
+                f"{min(position, order)}"
+            )
         scheduler.model_outputs = [None] * (order - len(history)) + list(history)
         scheduler.lower_order_nums = min(position, order)

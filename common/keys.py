@@ -14,15 +14,20 @@ Keys guard the wire against the network. They hide nothing from whoever runs bro
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import re
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 import zmq
 import zmq.auth
+from zmq.utils import z85
 
 from common.errors import SettingsError
+
+log = logging.getLogger("midspan.keys")
 
 DEFAULT_KEYS = Path("~/.midspan/keys")
 BROKER = "broker"
@@ -58,7 +63,7 @@ def create_key(directory: Path, name: str) -> Path:
     Raises SettingsError for a bad name and for a key that is there: keys are never overwritten.
     """
     check_name(name)
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_directory(directory)
     path = directory / f"{name}.key"
     if path.exists() or path.with_suffix(".key_secret").exists():
         raise SettingsError(f"{path} is there already; remove it first, or choose another name")
@@ -69,6 +74,16 @@ def create_key(directory: Path, name: str) -> Path:
         os.umask(before)
     path.chmod(0o644)
     return path
+
+
+def make_directory(directory: Path) -> None:
+    """Make a directory that only its owner can enter. Raises SettingsError."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise SettingsError(f"the directory {directory} cannot be made: {error}") from error
+    if not os.access(directory, os.W_OK):
+        raise SettingsError(f"nothing can be written into {directory}")
 
 
 def check_name(name: str) -> None:
@@ -92,7 +107,7 @@ def read_pair(path: Path) -> KeyPair:
 def read_public(path_or_text: str) -> bytes:
     """A public key, from its file or as its 40 characters. Raises SettingsError."""
     text = path_or_text.encode()
-    if KEY_TEXT.fullmatch(text) and not Path(path_or_text).exists():
+    if is_key(text) and not Path(path_or_text).exists():
         return text
     public, _ = _read(Path(path_or_text))
     return public
@@ -107,9 +122,19 @@ def _read(path: Path) -> tuple[bytes, bytes | None]:
             f"the key {path} cannot be read: {error}; `midspan keys new NAME` makes one"
         ) from error
     for half in (public, secret):
-        if half is not None and not KEY_TEXT.fullmatch(half):
+        if half is not None and not is_key(half):
             raise SettingsError(f"the key in {path} is not 40 characters of Z85")
     return public, secret
+
+
+def is_key(text: bytes) -> bool:
+    """Whether a text is 32 bytes in Z85."""
+    if not KEY_TEXT.fullmatch(text):
+        return False
+    try:
+        return len(z85.decode(text)) == 32
+    except (KeyError, ValueError, struct.error):
+        return False
 
 
 def load_client_keys(own: Path | None, broker: str | None) -> ClientKeys | None:
@@ -132,18 +157,25 @@ def authorize(directory: Path, public: bytes, role: str, name: str) -> Path:
     """Admit a public key. Raises SettingsError if the name is taken by another key."""
     check_name(name)
     target = authorized_directory(directory, role)
-    target.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_directory(target)
     path = target / f"{name}.key"
     if path.exists() and _read(path)[0] != public:
         raise SettingsError(f"another {role} is authorized as {name!r}; choose another --name")
-    path.write_text(f'metadata\ncurve\n    public-key = "{public.decode()}"\n')
+    unfinished = path.with_suffix(".new")  # a broker may be reading
+    unfinished.write_text(f'metadata\ncurve\n    public-key = "{public.decode()}"\n')
+    unfinished.replace(path)
     return path
 
 
 def list_authorized(directory: Path, role: str) -> dict[bytes, str]:
-    """The admitted public keys of a role and their names."""
-    paths = sorted(authorized_directory(directory, role).glob("*.key"))
-    return {_read(path)[0]: path.stem for path in paths}
+    """The admitted public keys of a role and their names; files that hold none are passed over."""
+    admitted = {}
+    for path in sorted(authorized_directory(directory, role).glob("*.key")):
+        try:
+            admitted[_read(path)[0]] = path.stem
+        except SettingsError as error:
+            log.warning("%s; it is passed over", error)
+    return admitted
 
 
 def ensure_member(directory: Path, name: str, role: str) -> ClientKeys:

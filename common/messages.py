@@ -92,7 +92,8 @@ class ImageOpening:
     guidance: float  # scale; at most 1 is none, and the batch is not doubled
     timesteps: list[float]
     keeps_latents: bool  # the worker steps latents of its own (part unet only)
-    scheduler: str  # name, where the worker needs one
+    scheduler: str  # name and digest, where the worker needs one
+    latents_dtype: str  # in which the edge steps them
     sealed_key: Sealed = b""  # of what the session leaves in the store, for the workers only
 
 

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from zmq.utils import z85
 
-from common.errors import ProtocolError
+from common.errors import ProtocolError, SettingsError
 from common.keys import KeyPair
 
 KEY_BYTES = 32
@@ -31,11 +31,17 @@ def draw_key() -> bytes:
 
 
 def seal(key: bytes, pool_public: bytes) -> bytes:
-    """Encrypt `key` to the pool key `pool_public` (Z85): 80 bytes."""
+    """Encrypt `key` to the pool key `pool_public` (Z85): 80 bytes.
+
+    Raises SettingsError if that is no public key.
+    """
     once = X25519PrivateKey.generate()
     ours = once.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
     theirs = z85.decode(pool_public)
-    shared = once.exchange(X25519PublicKey.from_public_bytes(theirs))
+    try:
+        shared = once.exchange(X25519PublicKey.from_public_bytes(theirs))
+    except ValueError as error:
+        raise SettingsError(f"{pool_public.decode()} is no public key of a pool") from error
     return ours + AESGCM(_derive(shared, ours + theirs)).encrypt(NONCE, key, None)
 
 

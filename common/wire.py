@@ -51,6 +51,7 @@ MAX_TEXT = 4096
 SESSION_ID_BYTES = 16
 MAX_PARTS = 512
 MAX_SEALED = 256
+MAX_STATS = 64
 MAX_TENSORS = 16
 MAX_TIMESTEPS = 1000
 
@@ -195,8 +196,11 @@ def _codec_names(value: Any) -> list[str]:
 
 
 def _map(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a map, got {value!r:.40}")
+    if not isinstance(value, dict) or len(value) > MAX_STATS:
+        raise ValueError(f"expected a map of at most {MAX_STATS} entries, got {value!r:.40}")
+    for key, item in value.items():
+        if not isinstance(key, str) or not isinstance(item, int | float | str):
+            raise ValueError(f"expected names and plain values, got {key!r:.40}: {item!r:.40}")
     return value
 
 

@@ -114,6 +114,10 @@ def image_command(
     for name in names:
         check_image_codec(name)
     _require("skimage", "eval")
+    if sheet_path is not None and 1 not in reuses:
+        raise SettingsError("--sheet shows pictures without reuse: add --reuse 1")
+    for wanted in (csv_path, plot_path, sheet_path):
+        _check_writable(wanted)
     if plot_path is not None:
         _require("matplotlib", "plot")
     set_up_torch(threads=1)
@@ -172,15 +176,16 @@ def measure_images(
             return makers[cut]
 
         reference = _make_all(maker_of("unet"), wanted, "unet", 1, EXACT)[0]
+        full = {
+            path: sum(_make_all(maker_of(PATHS[path][0]), wanted[:1], path, 1, EXACT)[1:])
+            for path in paths
+        }
         with click.progressbar(ways, label="measuring", file=sys.stderr) as bar:
             for path, reuse, codec in bar:
                 pictures, up, down = _make_all(maker_of(PATHS[path][0]), wanted, path, reuse, codec)
-                full = next(
-                    (m.bytes_up + m.bytes_down for m in measured
-                     if (m.path, m.reuse, m.codec) == (path, 1, EXACT)),
-                    up + down,
-                )  # fmt: skip
-                measured.append(_compare(reference, pictures, path, reuse, codec, up, down, full))
+                measured.append(
+                    _compare(reference, pictures, path, reuse, codec, up, down, full[path])
+                )
                 if path == paths[-1] and reuse == 1:
                     shown[codec] = pictures[: len(prompts)]
     return measured, shown
@@ -277,6 +282,17 @@ def draw_sheet(
     for row, prompt in enumerate(prompts):
         pen.text((gap, head + row * (side + gap + head) + 4), prompt, fill="black")
     return sheet
+
+
+def _check_writable(file: Path | None) -> None:
+    """Raises SettingsError if a file cannot be written: better known before hours of work."""
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    except OSError as error:
+        raise SettingsError(f"{file} cannot be written: {error}") from error
 
 
 def _require(module: str, extra: str) -> None:

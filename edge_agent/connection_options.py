@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import click
 
+from common.errors import SettingsError
 from common.keys import load_client_keys
 from common.settings import EDGE_ENDPOINT, parse_endpoint
 
@@ -42,5 +44,7 @@ def connect(
     """A client as the options say. Raises SettingsError for a bad address or key."""
     from edge_agent.client import BrokerClient
 
+    if not (timeout_s > 0 and math.isfinite(timeout_s)):
+        raise SettingsError(f"--timeout is {timeout_s}; expected seconds, more than 0")
     endpoints = [parse_endpoint(broker, "--broker") for broker in brokers]
     return BrokerClient(endpoints, timeout_s, load_client_keys(key, broker_key))

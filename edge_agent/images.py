@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,11 +20,13 @@ from common.messages import ImageOpening
 from common.sealing import draw_key, seal
 from common.span_loading import check_device, parse_dtype
 from common.unet import INNER, OUTER, WHOLE, load_unet, open_unet
+from common.wire import MAX_TIMESTEPS
 from edge_agent.client import BrokerClient
 from edge_agent.remote_unet import ImageStats, RemoteUNet, Travelled, list_codecs
 
 SIDE_MULTIPLE = 8  # the pipeline's own rule
 MAX_COUNT = 16
+MAX_GUIDANCE = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,12 @@ class ImageSettings:
             raise SettingsError("the prompt is empty")
         if self.steps < 1:
             raise SettingsError(f"the number of steps is {self.steps}; expected 1 or more")
+        if self.steps > MAX_TIMESTEPS:
+            raise SettingsError(f"the number of steps is {self.steps}; at most {MAX_TIMESTEPS}")
+        if not math.isfinite(self.guidance) or abs(self.guidance) > MAX_GUIDANCE:
+            raise SettingsError(f"the guidance is {self.guidance}; expected at most {MAX_GUIDANCE}")
+        if not -(2**63) <= self.seed < 2**64:
+            raise SettingsError(f"the seed is {self.seed}; expected 64 bits")
         if not 1 <= self.count <= MAX_COUNT:
             raise SettingsError(f"the number of images is {self.count}; expected 1 to {MAX_COUNT}")
         for name, size in (("height", self.height), ("width", self.width)):
@@ -180,6 +189,7 @@ class ImageMaker:
             timesteps=timesteps,
             keeps_latents=settings.sync == "cloud",
             scheduler=describe_scheduler(self._scheduler_config, settings.scheduler),
+            latents_dtype=str(self._torch_dtype).removeprefix("torch."),
             sealed_key=seal(draw_key(), self._pool_key) if self._pool_key else b"",
         )
         self._pipeline.scheduler = scheduler

@@ -29,7 +29,12 @@ class NoisePictures:
         for name, tensor in (("up", travelled.up), ("down", travelled.down)):
             if tensor is not None:
                 file = self._directory / f"{name}-{travelled.position:03}.png"
-                draw_channels(tensor[0]).save(file)
+                try:
+                    draw_channels(tensor[0]).save(file)
+                except OSError as error:
+                    raise SettingsError(
+                        f"--save-noise {file} cannot be written: {error}"
+                    ) from error
 
 
 def draw_channels(channels: Tensor) -> Image.Image:

@@ -149,11 +149,13 @@ class Session:
         Rows that were encoded together go together, so those may be fewer than `position`.
         """
         position = min(position, self._caches.tail.length)
-        if position >= len(self._log):
-            return position
+        before = len(self._log)
         left = self._log.cut_back(position)
+        # an error may have left more in head and tail than ever went into the log
         self._caches.head.length = self._caches.tail.length = left
         del self._token_ids[left:]
+        if left == before:
+            return left
         if self._sent_generation == self._generation:
             self._generation += 1
             self._fork = left

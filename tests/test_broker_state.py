@@ -411,3 +411,14 @@ def test_a_worker_whose_answer_could_not_be_used_is_not_asked_again() -> None:
     state.on_answer(reply("w1"), now=0.1)
     again = dataclasses.replace(STEP, step=1, shun="w1")
     assert state.on_step(again, None, EDGE, 12, now=0.2) == [Dispatched("w2", again.key, 1, 0)]
+
+
+def test_a_session_is_not_forgotten_while_its_step_is_open() -> None:
+    state = make_state()
+    arrive(state, announce("w1", capacity=0), now=0.0)
+    patient = dataclasses.replace(STEP, deadline_ms=3_600_000)
+    state.on_step(patient, OPENING, EDGE, 12, now=0.0)
+    arrive(state, announce("w1", capacity=0), now=700.0)
+    state.on_tick(now=700.0)
+    assert STEP.session_id in state.sessions
+    assert arrive(state, announce("w1"), now=700.1) == [Dispatched("w1", STEP.key, 1, 700_100_000)]

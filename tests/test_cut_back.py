@@ -142,3 +142,20 @@ def log_of(*pieces: int) -> ReplayLog:
     for rows in pieces:
         log.append(rows, 0, b"")
     return log
+
+
+def test_a_session_can_be_used_again_after_an_error_in_the_head(
+    client: BrokerClient,
+    demo_ends: ModelEnds,
+    tokenizer: TextTokenizer,
+    whole_model: torch.nn.Module,
+) -> None:
+    session = Session(demo_ends, client, uniform_settings("fp32"))
+    good_codecs = session._up
+    session._up = [None]  # type: ignore[list-item]
+    with pytest.raises(AttributeError):
+        answer(session, tokenizer.encode(PROMPTS[3]))
+    session._up = good_codecs
+    ids = tokenizer.encode(PROMPTS[0])
+    assert answer(session, ids) == reference(whole_model, tokenizer, ids)
+    session.end()

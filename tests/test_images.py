@@ -362,7 +362,11 @@ def test_a_pool_without_the_image_model_says_what_it_serves(directory: Path) -> 
         ({}, {"images": 10**6}, "session has 1000000 images"),
         ({}, {"timesteps": []}, "step is number 0; the session has 0"),
         ({}, {"codecs": ["int9"]}, "codec 'int9' is unknown"),
-        ({}, {"keeps_latents": True}, "the edge has scheduler '' and this worker"),
+        ({}, {"keeps_latents": True}, "scheduler '' is unknown"),
+        ({}, {"keeps_latents": True, "scheduler": "foo 0123"}, "scheduler 'foo' is unknown"),
+        ({"shape": [1, 4, 16, 2000]}, {}, "sample has sides"),
+        ({"name": "prompt_embeds", "shape": [2, 5000, 128]}, {}, "has 5000 tokens"),
+        ({}, {"timesteps": [1.0] * 1001}, "bad timesteps: expected at most 1000 numbers"),
     ],
 )
 def test_steps_that_cannot_be_computed_are_refused_and_the_worker_lives_on(
@@ -377,7 +381,9 @@ def test_steps_that_cannot_be_computed_are_refused_and_the_worker_lives_on(
     size = 4 * int(np.prod(part.shape))
     part = dataclasses.replace(part, body_bytes=size)
     step = ImageStep(random.randbytes(16), 0, 0, 0, [part], 0, 20_000)
-    good = ImageOpening(makers["unet"]._fingerprint, "unet", ["fp32"], 1, 2.5, [999.0], False, "")
+    good = ImageOpening(
+        makers["unet"]._fingerprint, "unet", ["fp32"], 1, 2.5, [999.0], False, "", "float32"
+    )
     with pytest.raises(StepRefused, match=words):
         client.ask(
             step, bytes(size), dataclasses.replace(good, **opening), is_known=False,

@@ -397,12 +397,14 @@ def test_an_edge_has_a_limit_of_sessions() -> None:
 
 
 def test_bodies_are_held_up_to_a_limit() -> None:
-    state = make_state("w1", max_queued_bytes=20)
-    state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
-    (busy,) = state.on_step(OTHER, OPENING, EDGE, 12, now=0.1)
+    state = make_state("w1", max_queued_bytes=30)
+    third = dataclasses.replace(STEP, session_id=b"u" * 16)
+    for step in (STEP, OTHER):
+        state.on_step(step, OPENING, EDGE, 12, now=0.0)
+    (busy,) = state.on_step(third, OPENING, EDGE, 12, now=0.1)
     assert isinstance(busy, TellBusy)
     state.on_answer(reply("w1"), now=0.2)
-    assert isinstance(state.on_step(OTHER, OPENING, EDGE, 12, now=0.3)[0], Dispatched)
+    assert isinstance(state.on_step(third, OPENING, EDGE, 12, now=0.3)[0], Dispatched)
 
 
 def test_a_worker_whose_answer_could_not_be_used_is_not_asked_again() -> None:

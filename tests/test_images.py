@@ -235,13 +235,15 @@ def test_redis_is_flushed_and_the_worker_killed(pool: LocalPool, makers: Makers,
     pool.wait_for_workers(2)
 
 
-def test_cloud_sync_sends_nothing_up_after_the_first_step(makers: Makers) -> None:
-    up: dict[str, list[int]] = {}
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_cloud_sync_sends_nothing_up_after_the_first_step(makers: Makers, scheduler: str) -> None:
+    """If the worker's scheduler went wrong the edge would send its latents, and nobody notice."""
     maker = makers["unet"]
+    up: dict[str, list[int]] = {}
     for sync in ("edge", "cloud"):
         counted: list[int] = []
         maker.make(
-            dataclasses.replace(EXACT, sync=sync),
+            dataclasses.replace(EXACT, sync=sync, scheduler=scheduler),
             on_step=lambda progress, counted=counted: counted.append(maker.stats.bytes_up),
         )
         up[sync] = [after - before for before, after in itertools.pairwise(counted)]

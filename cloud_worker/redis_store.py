@@ -300,6 +300,6 @@ def chunk_key(session_key: bytes, chunk: int) -> str:
 
 def _without_password(url: str) -> str:
     """Scheme, host and port or path: neither user nor password nor options."""
-    scheme, _, rest = url.partition("://")
+    scheme, separator, rest = url.rpartition("://")
     place = rest.rpartition("@")[2].partition("?")[0]
-    return f"{scheme}://{place}"
+    return f"{scheme}{separator}{place}"

@@ -283,5 +283,19 @@ def test_a_redis_that_is_not_there_is_said_without_its_password() -> None:
 
 
 def test_a_bad_redis_url_is_named() -> None:
-    with pytest.raises(SettingsError, match="--redis-url 'localhost' is no Redis URL"):
+    with pytest.raises(SettingsError, match="--redis-url localhost is no Redis URL"):
         RedisKvStore("localhost")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "rdis://:hunter2@h/0",
+        "redis://u:hunter2@127.0.0.1:1",
+        "redis://127.0.0.1:1?password=hunter2",
+    ],
+)
+def test_no_message_has_the_password(url: str) -> None:
+    with pytest.raises((SettingsError, StoreUnavailable)) as caught:
+        RedisKvStore(url)
+    assert "hunter2" not in str(caught.value)

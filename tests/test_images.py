@@ -425,3 +425,18 @@ def test_the_command_writes_pictures_previews_and_noise(pool: LocalPool, tmp_pat
     for name in ("out-1", "out-2", "out-step02-1", "out-step04-2"):
         assert Image.open(tmp_path / f"{name}.png").size == (64, 64)
     assert len(list((tmp_path / "noise").glob("*.png"))) == 8
+
+
+def test_half_precision_on_both_sides_is_close_and_stays_in_step(
+    directory: Path, whole: StableDiffusionXLPipeline
+) -> None:
+    settings = PoolSettings(workers=1, image_model=str(directory), dtype="float16")
+    exact = reference(whole, directory, EXACT)
+    with LocalPool(settings) as pool:
+        client = pool.connect()
+        for way in WAYS.values():
+            changed = dataclasses.replace(EXACT, **way, codec_up="fp16", codec_down="fp16")
+            maker = ImageMaker(directory, client, changed.cut, dtype="float16")
+            assert difference(maker.make(changed), exact) <= 4
+            assert maker.stats.tensors_resent == 0
+        client.close()

@@ -13,6 +13,8 @@ from common.messages import Alive
 from common.sockets import Context, connect_dealer
 from common.wire import encode_header
 
+UNSENT_LIMIT = 10  # after which a broker is connected to anew
+
 
 class Heartbeat:
     """Sends `Alive` to every broker each `interval_s`, until `stop`."""
@@ -43,9 +45,17 @@ class Heartbeat:
 
     def _run(self) -> None:
         sockets = [connect_dealer(self._context, broker, self._keys) for broker in self._brokers]
+        unsent = [0] * len(sockets)
         while not self._stopped.wait(self._interval_s):
-            for socket in sockets:
-                with contextlib.suppress(zmq.Again):  # no broker there: it will hear the next one
+            for index, socket in enumerate(sockets):
+                try:
                     socket.send(self._header, zmq.NOBLOCK)
+                    unsent[index] = 0
+                except zmq.Again:  # no broker there, or it has refused our key
+                    unsent[index] += 1
+                    if unsent[index] % UNSENT_LIMIT == 0:
+                        with contextlib.suppress(zmq.ZMQError):
+                            socket.disconnect(self._brokers[index])
+                        socket.connect(self._brokers[index])
         for socket in sockets:
             socket.close(linger=0)

@@ -7,6 +7,7 @@ takeovers, which then ask the edge for what is missing.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 import zmq
 
 from cloud_worker.batcher import Task, make_session_key
-from cloud_worker.heartbeat import Heartbeat
+from cloud_worker.heartbeat import UNSENT_LIMIT, Heartbeat
 from cloud_worker.outbox import Outbox, StepService
 from cloud_worker.store import KvStore
 from common.errors import ProtocolError, StoreUnavailable
@@ -87,6 +88,7 @@ class Worker:
         self._drain_accepted: set[int] = set()
         self._tidy_at = 0.0
         self._announce_at = 0.0
+        self._unsent = [0] * len(settings.brokers)  # announcements in a row, by broker
         self._failed = 0
         self._complaints = LogLimit(log)
         self._bad_messages = 0
@@ -168,7 +170,8 @@ class Worker:
         give_up_at = time.monotonic() + DRAIN_LIMIT_S
         while time.monotonic() < give_up_at:
             self._turn(0.01)
-            accepted = len(self._drain_accepted) == len(self._sockets)
+            gone = {index for index, count in enumerate(self._unsent) if count > 2}
+            accepted = len(self._drain_accepted | gone) == len(self._sockets)
             if accepted and all(service.is_settled() for service in self._services.values()):
                 return
         log.warning("gave up draining after %s s", DRAIN_LIMIT_S)
@@ -205,16 +208,36 @@ class Worker:
     def _announce(self) -> None:
         """Tell all brokers what there is here, over the connections that take the steps."""
         for index in range(len(self._sockets)):
-            self._send(index, self._describe())
+            if self._send(index, self._describe()):
+                self._unsent[index] = 0
+            else:
+                self._unsent[index] += 1
+                self._connect_anew(index)
             if self._drain_requested and index not in self._drain_accepted:
                 self._send(index, Drain(self.worker_id))
 
-    def _send(self, index: int, message: Message, *bodies: bytes) -> None:
+    def _connect_anew(self, index: int) -> None:
+        """ZeroMQ gives a broker up that has refused our key once; we do not."""
+        if self._unsent[index] % UNSENT_LIMIT:
+            return
+        endpoint = self._settings.brokers[index]
+        if self._unsent[index] == UNSENT_LIMIT:
+            log.warning(
+                "the broker at %s is not there, or refuses this worker's key (admit it there with "
+                "`midspan keys authorize --as worker`); trying again", endpoint,
+            )  # fmt: skip
+        with contextlib.suppress(zmq.ZMQError):
+            self._sockets[index].disconnect(endpoint)
+        self._sockets[index].connect(endpoint)
+
+    def _send(self, index: int, message: Message, *bodies: bytes) -> bool:
         """To one broker. What cannot be sent now is dropped: the edge will ask again."""
         try:
             self._sockets[index].send_multipart([encode_header(message), *bodies], zmq.NOBLOCK)
         except zmq.Again:
             log.debug("no broker takes a %s", message.kind)
+            return False
+        return True
 
     def _wait(self, wait_s: float) -> None:
         store_fd = self._store.fileno()

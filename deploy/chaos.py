@@ -176,6 +176,8 @@ def chaos(
         click.echo(json.dumps(result))
     else:
         faults = result.pop("faults")
+        if not result["errors"]:
+            del result["errors"]
         rows = [(name.replace("_", " "), value) for name, value in result.items()]
         rows += [(f"fault: {name}", count) for name, count in sorted(faults.items())]
         click.echo(format_table(("what", "how many"), rows))

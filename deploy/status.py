@@ -50,7 +50,7 @@ def status(
         report["checks"] = [asdict(check) for check in checks]
     click.echo(json.dumps(report) if as_json else format_report(report))
     if with_check and not checks:
-        raise MidspanError("the check failed: no worker is ready")
+        raise MidspanError("the check failed: no worker is ready that serves text, which it tests")
     failed = [check for check in checks if check.failure]
     if failed:
         raise MidspanError(f"the check failed: {failed[0].service}: {failed[0].failure}")
@@ -133,6 +133,8 @@ def format_report(report: dict[str, Any]) -> str:
     )
     counters = ", ".join(f"{name} {count}" for name, count in report["counters"].items())
     table = format_table(headers, rows) if rows else "no workers"
+    refused = sum(report["refused_connections"].values())
+    counters += f", refused_connections {refused}, bad_messages {report['bad_messages']}"
     return f"{table}\n\n{summary}\n{counters}{_format_checks(report.get('checks', []))}"
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgpack
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from common.errors import (
     BrokerUnavailable,
@@ -155,8 +156,18 @@ class BrokerClient:
     def _note_refusals(self) -> None:
         """A broker that refuses a key closes the connection; ZeroMQ tells on the side."""
         while has_message(self._handshakes):
-            self._handshakes.recv_multipart()
-            self._refused_by = self.broker
+            event = recv_monitor_message(self._handshakes)["event"]
+            refused = event == zmq.EVENT_HANDSHAKE_FAILED_AUTH
+            if not refused and self._keys is not None:
+                self._refused_by = (
+                    f"the broker at {self.broker} has another key than --broker-key, or none"
+                )
+                continue
+            why = "refused this edge's key" if self._keys else "wants --key and --broker-key"
+            self._refused_by = (
+                f"the broker at {self.broker} {why}; a key is admitted there with "
+                "`midspan keys authorize`"
+            )
 
     def _use_next_broker(self) -> None:
         self._note_refusals()
@@ -194,11 +205,7 @@ class BrokerClient:
     def _unavailable(self, waited_s: float) -> str:
         self._note_refusals()
         if self._refused_by:
-            why = "refused this edge's key" if self._keys else "wants --key and --broker-key"
-            return (
-                f"the broker at {self._refused_by} {why}; a key is admitted there with "
-                "`midspan keys authorize`"
-            )
+            return self._refused_by
         listed = ", ".join(self._brokers)
         return (
             f"no broker answers at {listed} (waited {waited_s:g} s); "

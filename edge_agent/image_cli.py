@@ -46,7 +46,12 @@ if TYPE_CHECKING:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--size", help="As WIDTHxHEIGHT or one number.  [default: the model's own]")
 @click.option("--count", default=1, show_default=True, help="Images made at once.")
-@click.option("--scheduler", default="euler", show_default=True, help="euler, ddim or dpm++2m.")
+@click.option(
+    "--scheduler",
+    default="euler",
+    show_default=True,
+    type=click.Choice(["euler", "ddim", "dpm++2m"]),
+)
 @click.option(
     "--image-cut",
     "cut",

@@ -103,7 +103,7 @@ def test_the_keys_commands(tmp_path: Path) -> None:
     assert "admitted as edge" in listed
     bad = runner.invoke(midspan, ["keys", "authorize", "nonsense", "--as", "edge", *where])
     assert bad.exit_code == 1
-    assert "the key nonsense cannot be read" in bad.output
+    assert "the key nonsense does not exist" in bad.output
 
 
 def test_a_sealed_key_opens_with_the_pool_key_and_no_other() -> None:

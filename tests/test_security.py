@@ -18,10 +18,19 @@ from test_cli import run_midspan
 from cloud_worker.redis_store import RedisKvStore, record_key
 from cloud_worker.store import Commit, CommitFailed, Load, Loaded
 from common.errors import BrokerUnavailable, StepRefused
-from common.keys import BROKER, ClientKeys, KeyPair, create_key, ensure_member, read_public
+from common.keys import (
+    BROKER,
+    ClientKeys,
+    KeyPair,
+    authorize,
+    create_key,
+    ensure_member,
+    read_public,
+)
 from common.messages import Announce, EndSession, Opening, Part, Service, Step, StepReply
 from common.sockets import connect_dealer
 from common.wire import encode_header
+from deploy.child import Child, midspan_command
 from deploy.embedded_redis import EmbeddedRedis
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.client import BrokerClient
@@ -291,3 +300,42 @@ def test_redis_with_a_password_and_an_acl_user(tmp_path: Path) -> None:
         assert loaded.rows == bytes(8)
     finally:
         server.stop()
+
+
+def test_a_worker_that_is_authorized_after_its_start_joins(pool: LocalPool, tmp_path: Path) -> None:
+    keys = keys_of(pool)
+    own = create_key(tmp_path, "late")
+    command = midspan_command(
+        "worker", "--broker", pool.worker_endpoint, "--redis-url", pool.redis_url, "--id", "late",
+        "--model", "stories-llama", "--threads", "1", "--key", str(own.with_suffix(".key_secret")),
+        "--broker-key", str(keys / f"{BROKER}.key"),
+    )  # fmt: skip
+    child = Child("late", command, tmp_path)
+    try:
+        child.wait_for("refuses this worker's key")
+        authorize(keys, read_public(str(own)), "worker", "late")
+        give_up_at = time.monotonic() + 20
+        while "late" not in {worker["worker_id"] for worker in status(pool)["workers"]}:
+            assert time.monotonic() < give_up_at, "it did not join"
+            time.sleep(0.1)
+    finally:
+        child.stop()
+
+
+def test_a_refused_worker_leaves_at_once(pool: LocalPool, tmp_path: Path) -> None:
+    command = midspan_command(
+        "worker", "--broker", "tcp://127.0.0.1:1", "--redis-url", pool.redis_url,
+        "--model", "stories-llama", "--threads", "1",
+    )  # fmt: skip
+    child = Child("alone", command, tmp_path)
+    child.wait_for("trying again")
+    child.stop()
+    assert "gave up draining" not in child.log_text()
+
+
+def test_a_wrong_broker_key_is_told_from_a_refusal(pool: LocalPool) -> None:
+    keys = ClientKeys(member(pool, "phone").own, zmq.curve_keypair()[0])
+    client = BrokerClient([pool.edge_endpoint], keys=keys)
+    with pytest.raises(BrokerUnavailable, match="has another key than --broker-key, or none"):
+        client.status()
+    client.close()

@@ -151,7 +151,7 @@ def test_the_image_equals_diffusers(
 
 @pytest.fixture(scope="module")
 def narrow_sdxl(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SDXL base's own UNet blocks and depths with random weights, a sixteenth as wide."""
+    """SDXL base's own UNet blocks and depths with random weights, about a tenth as wide."""
     made = tmp_path_factory.mktemp("narrow-sdxl")
     torch.manual_seed(1)
     tiny = {

@@ -25,7 +25,7 @@ from common.unet import (
 )
 
 SDXL_BASE = Path(__file__).parents[2] / "shared" / "data" / "sdxl-base-config" / "unet"
-# SDXL base's own blocks and depths, a sixteenth as wide
+# SDXL base's own blocks and depths, about a tenth as wide
 NARROW: dict[str, Any] = {
     "sample_size": 32,
     "block_out_channels": (32, 64, 96),

@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from cloud_worker.kv_cipher import ROW_OVERHEAD, KvCipher
+from cloud_worker.row_seals import KvCipher
 from cloud_worker.redis_store import RedisKvStore
 from cloud_worker.store import Commit, Load, Loaded, chunk_rows
 from deploy.embedded_redis import EmbeddedRedis
@@ -45,7 +45,7 @@ def measure(
     rows = secrets.token_bytes(row_bytes * count)
     key = secrets.token_bytes(16)
     cipher = KvCipher(secrets.token_bytes(32), key)
-    stored = row_bytes + ROW_OVERHEAD * encrypted
+    stored = row_bytes + KvCipher.overhead * encrypted
     begun_at = time.perf_counter()
     body = cipher.encrypt(rows, 0, row_bytes) if encrypted else rows
     commit_all(store, key, body, count, stored)

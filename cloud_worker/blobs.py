@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cloud_worker.kv_cipher import ForgedRows, KvCipher
+from cloud_worker.row_seals import Checksum, ForgedRows, RowSeal, unseal_blob
 from cloud_worker.store import (
     CHUNK_BYTES,
     Commit,
@@ -46,39 +46,39 @@ class Blobs:
         self._shape = shape
         self._writer = writer
         self._saves: dict[bytes, _Save] = {}
-        self._loads: dict[bytes, tuple[int, KvCipher | None, Callable[[bytes], None]]] = {}
+        self._loads: dict[bytes, tuple[int, RowSeal, Callable[[bytes], None]]] = {}
 
     def is_settled(self) -> bool:
         """Whether nothing is on its way into the store."""
         return not self._saves
 
     def save(
-        self, key: bytes, generation: int, step: int, blob: bytes, cipher: KvCipher | None
+        self, key: bytes, generation: int, step: int, blob: bytes, seal: RowSeal
     ) -> None:
         """Begin to write a blob, unless that is under way; an older one is then dropped."""
         under_way = self._saves.get(key)
         if not self._store.is_up() or (under_way and under_way.generation == generation):
             return
-        if cipher is not None:
-            blob = cipher.encrypt(blob, generation, len(blob))
-        self._saves[key] = _Save(blob, generation, step)
+        stored = seal.seal(blob, generation, len(blob), 0)
+        self._saves[key] = _Save(stored, generation, step)
         self._write_next(key)
 
     def load(
-        self, key: bytes, generation: int, cipher: KvCipher | None, then: Callable[[bytes], None]
+        self, key: bytes, generation: int, seal: RowSeal, then: Callable[[bytes], None]
     ) -> None:
         """Begin to read a blob; `then` gets it, or b"" if the store does not have it."""
-        self._loads[key] = (generation, cipher, then)
+        self._loads[key] = (generation, seal, then)
         self._store.begin_load(Load(key, self._shape, generation, 0, 0, LARGEST, 1))
 
     def check(self, blob: bytes, is_over: Callable[[], bool]) -> None:
         """Save a blob, read it back and compare. Raises StoreUnavailable."""
         key, loaded = secrets.token_bytes(16), list[bytes]()
-        self.save(key, 0, 0, blob, None)
+        seal = Checksum(key)
+        self.save(key, 0, 0, blob, seal)
         give_up_at = time.monotonic() + CHECK_LIMIT_S
         while not loaded and time.monotonic() < give_up_at and not is_over():
             if self.is_settled() and key not in self._loads:
-                self.load(key, 0, None, loaded.append)
+                self.load(key, 0, seal, loaded.append)
             for event in self._store.poll():
                 self.on_event(event)
             time.sleep(0.002)
@@ -120,11 +120,8 @@ class Blobs:
         wanted = self._loads.get(event.session_key)
         if wanted is None or wanted[0] != event.generation:
             return
-        generation, cipher, then = self._loads.pop(event.session_key)
-        blob = event.rows
-        if cipher is not None and blob:
-            try:
-                blob = cipher.decrypt_one(blob, generation)
-            except ForgedRows:
-                blob = b""
-        then(blob)
+        generation, seal, then = self._loads.pop(event.session_key)
+        try:
+            then(unseal_blob(seal, event.rows, generation))
+        except ForgedRows:
+            then(b"")

@@ -2,7 +2,8 @@
 -- KEYS: record, the chunk to write, then every other chunk of the session
 -- ARGV: shape, generation, fork, step, writer, start, end, continues, byte offset in the chunk,
 --       time to live in ms, rows, session key
--- Returns {code, position}; code is committed, stale or gap.
+-- Returns {code, position}; code is committed, stale or gap. A server that evicts may have dropped
+-- any of these keys: a chunk that is not there, or shorter than the record says, is a gap.
 -- Whoever does not know the session's key has no right to it: keys are named by its SHA-1.
 local home = 'midspan:{' .. redis.sha1hex(ARGV[12]) .. '}:'
 for i = 1, #KEYS do
@@ -14,6 +15,8 @@ local record = redis.call('HMGET', KEYS[1], 'shape', 'generation', 'step', 'writ
 local shape, generation, fork = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local step, writer = tonumber(ARGV[4]), ARGV[5]
 local first, last, continues = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8] == '1'
+local offset, row_bytes = tonumber(ARGV[9]), #ARGV[11] / (last - first)
+local held = redis.call('STRLEN', KEYS[2])
 local valid = 0
 if record[2] then
   local record_generation, record_step = tonumber(record[2]), tonumber(record[3])
@@ -26,7 +29,7 @@ if record[2] then
       return {'stale', position}
     end
     if record_step == step then
-      if position >= last then
+      if position >= last and held >= offset + #ARGV[11] then
         return {'committed', position}
       end
       if continues and record[4] ~= writer then
@@ -44,6 +47,14 @@ if record[2] then
 end
 if first > valid then
   return {'gap', valid}
+end
+if held < offset then
+  return {'gap', first - math.ceil((offset - held) / row_bytes)}
+end
+for i = 3, #KEYS do -- chunks before this one, from the first on
+  if redis.call('EXISTS', KEYS[i]) == 0 then
+    return {'gap', (i - 3) * (first - offset / row_bytes) / (#KEYS - 2)}
+  end
 end
 redis.call('SETRANGE', KEYS[2], ARGV[9], ARGV[11])
 redis.call('HSET', KEYS[1], 'shape', shape, 'generation', ARGV[2], 'step', ARGV[4],

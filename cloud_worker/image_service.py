@@ -31,8 +31,8 @@ from cloud_worker.image_sessions import (
     latents_key,
     read_latents,
 )
-from cloud_worker.kv_cipher import KvCipher
 from cloud_worker.outbox import Outbox
+from cloud_worker.row_seals import Checksum, KvCipher, RowSeal
 from cloud_worker.store import KvStore, StoreEvent
 from common.errors import MidspanError, NonFiniteError, ProtocolError, SettingsError
 from common.image_schedulers import (
@@ -164,17 +164,16 @@ class ImageService:
             self._check(step, opening)
             self._check_tensors(step, opening)
             tensors = unpack_tensors(step.tensors, task.body, opening.codecs)
-            cipher = self._open_cipher(task, opening)
+            seal = self._find_seal(task, opening)
         except MidspanError as error:
             self._outbox.fail(task, str(error))
             return
-        session = self._sessions.setdefault(task.session_key, ImageSession(task.session_key))
+        session = self._sessions.setdefault(task.session_key, ImageSession(task.session_key, seal))
         self._sessions.move_to_end(task.session_key)
         if session.last_reply is not None and session.last_reply[0].key == step.key:
             reply, body = session.last_reply
             self._outbox.answer(task, replace(reply, attempt=task.attempt), body)
             return
-        session.cipher = session.cipher or cipher
         self._drop(task.session_key)
         waiting = Waiting(task, session, tensors)
         self._take_state(waiting)
@@ -286,9 +285,12 @@ class ImageService:
         if len(sides) > 1:
             raise ProtocolError(f"the tensors of a step have several sizes: {sorted(sides)}")
 
-    def _open_cipher(self, task: Task, opening: ImageOpening) -> KvCipher | None:
+    def _find_seal(self, task: Task, opening: ImageOpening) -> RowSeal:
+        known = self._sessions.get(task.session_key)
+        if known is not None:
+            return known.seal
         if not opening.sealed_key:
-            return None
+            return Checksum(task.session_key)
         if self._pool_key is None:
             raise SettingsError(
                 "the session wants its state encrypted, and this worker has no --pool-key"
@@ -305,7 +307,7 @@ class ImageService:
             named = dict(zip(CONDITIONING, conditioning_fields(session.conditioning), strict=True))
             key = conditioning_key(session.key)
             step = waiting.step.step  # newer than that of a writer who died half-way
-            self._blobs.save(key, 0, step, to_blob(named), session.cipher)
+            self._blobs.save(key, 0, step, to_blob(named), session.seal)
         if "latents" in tensors:
             dtype = LATENTS_DTYPES[waiting.opening.latents_dtype]
             session.latents = read_latents(tensors, waiting.step.position, dtype)
@@ -356,9 +358,9 @@ class ImageService:
                 self._prepare(waiting)
 
         if name == "latents":
-            self._blobs.load(latents_key(session.key), position, session.cipher, then)
+            self._blobs.load(latents_key(session.key), position, session.seal, then)
         else:
-            self._blobs.load(conditioning_key(session.key), 0, session.cipher, then)
+            self._blobs.load(conditioning_key(session.key), 0, session.seal, then)
 
     def _drop(self, session_key: bytes) -> None:
         """An older step of a session is no longer wanted."""
@@ -423,5 +425,5 @@ class ImageService:
         session.latents = Latents(step.position + 1, sample, read_history(scheduler))
         self._blobs.save(
             latents_key(session.key), step.position + 1, step.step,
-            to_blob(session.latents.to_tensors()), session.cipher,
+            to_blob(session.latents.to_tensors()), session.seal,
         )  # fmt: skip

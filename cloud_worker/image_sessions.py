@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cloud_worker.batcher import Task
-from cloud_worker.kv_cipher import KvCipher
+from cloud_worker.row_seals import RowSeal
 from common.messages import ImageOpening, ImageStep, StepReply
 from common.unet import Conditioning
 
@@ -33,7 +33,7 @@ class ImageSession:
     """One image session in memory: a cache, worth nothing once lost."""
 
     key: bytes
-    cipher: KvCipher | None = None
+    seal: RowSeal
     conditioning: Conditioning | None = None
     latents: Latents | None = None
     before: Latents | None = None  # of the step before, in case that is asked for again

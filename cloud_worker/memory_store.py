@@ -28,6 +28,9 @@ class _Session:
 class MemoryKvStore:
     """Keeps everything until it is deleted; several workers of one process may share it."""
 
+    identity = "memory"
+    eviction_policy = "noeviction"
+
     def __init__(self) -> None:
         self._sessions: dict[bytes, _Session] = {}
         self._events: list[StoreEvent] = []
@@ -67,12 +70,13 @@ class MemoryKvStore:
 
     def begin_load(self, load: Load) -> None:
         session = self._sessions.get(load.session_key)
-        rows = b""
+        rows, written_in = b"", load.generation
         if session is not None and session.shape == load.shape:
             valid = usable_rows(session.generation, session.position, load.generation, load.fork)
             end = min(valid, load.end)
+            written_in = session.generation
             rows = bytes(session.rows[load.start * load.row_bytes : end * load.row_bytes])
-        self._events.append(Loaded(load.session_key, load.generation, load.start, rows))
+        self._events.append(Loaded(load.session_key, load.generation, load.start, rows, written_in))
 
     def begin_delete(self, session_key: bytes) -> None:
         self._sessions.pop(session_key, None)

@@ -91,6 +91,7 @@ class RedisKvStore:
         self._fresh: Any = None  # handed over by the connecting thread
         self._connecting: threading.Thread | None = None
         self._closed = False
+        self.identity, self.eviction_policy = "", ""
         try:
             self._connection = self._connect()
         except redis.RedisError as error:
@@ -167,7 +168,26 @@ class RedisKvStore:
         for name in ("commit", "load", "delete"):
             connection.send_command("SCRIPT", "LOAD", read_script(name))
             self._sha[name] = connection.read_response().decode()
+        self._read_about(connection)
         return connection
+
+    def _read_about(self, connection: Any) -> None:
+        """Which server this is, and whether it may drop what it was given."""
+        connection.send_command("INFO")
+        try:
+            about = connection.read_response().decode(errors="replace")
+        except redis.ResponseError:  # an ACL may not allow it
+            self.identity, self.eviction_policy = "", ""
+            return
+        facts = dict(line.partition(":")[::2] for line in about.splitlines())
+        self.identity = facts.get("run_id", "")[:16]
+        self.eviction_policy = facts.get("maxmemory_policy", "")
+        if self.eviction_policy not in ("", "noeviction"):
+            log.warning(
+                "Redis at %s has maxmemory-policy %s: it may drop the KV of live sessions, which "
+                "is then computed again from the edge; set noeviction",
+                _without_password(self.url), self.eviction_policy,
+            )  # fmt: skip
 
     def _send(
         self, on_answer: Callable[[Any], None], on_failure: Callable[[str], None], *request: Any
@@ -276,7 +296,10 @@ class RedisKvStore:
     def _finish_load(self, loading: _Loading) -> None:
         load = loading.load
         rows = b"".join(loading.parts)[: max(0, loading.end - load.start) * load.row_bytes]
-        self._events.append(Loaded(load.session_key, load.generation, load.start, rows))
+        written_in = load.generation if loading.generation_seen is None else loading.generation_seen
+        self._events.append(
+            Loaded(load.session_key, load.generation, load.start, rows, written_in)
+        )
 
 
 def read_script(name: str) -> bytes:

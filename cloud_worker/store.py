@@ -8,7 +8,8 @@ rows. Rows without their record, or with another shape, are a miss, never an ans
 The fence. A commit writes rows start..end of (generation, step) and is refused
   - as `stale`, if the record has a newer generation or, in the same generation, a newer step, or
     the same step begun by another writer since;
-  - as `gap`, if `start` is beyond the rows that are valid for its generation.
+  - as `gap`, if `start` is beyond the rows that are valid for its generation, or beyond those that
+    are there: a server that evicts may have dropped a part of a session, or its record.
 A commit of a step that is there already is answered with `Committed` and writes nothing. Check
 and write are one atomic step, else a stale writer could pass the check and write later.
 
@@ -93,6 +94,7 @@ class Loaded:
     generation: int
     start: int
     rows: bytes
+    written_in: int  # the generation that the store names; not to be believed
 
 
 StoreEvent = Committed | CommitRefused | CommitFailed | Loaded
@@ -100,6 +102,9 @@ StoreEvent = Committed | CommitRefused | CommitFailed | Loaded
 
 class KvStore(Protocol):
     """See the module's own text for what must hold."""
+
+    identity: str  # of the server behind it: workers must share one; empty if it does not say
+    eviction_policy: str  # of that server; empty if it does not say
 
     def begin_commit(self, commit: Commit) -> None: ...
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from cloud_worker.batcher import Batcher, Task
 from cloud_worker.executor import Computed, TextExecutor
-from cloud_worker.kv_cipher import ROW_OVERHEAD, ForgedRows, KvCipher
 from cloud_worker.outbox import Outbox
+from cloud_worker.row_seals import Checksum, ForgedRows, KvCipher, RowSeal
 from cloud_worker.self_test import check_executor, check_store
 from cloud_worker.store import (
     Commit,
@@ -50,9 +50,12 @@ class TextService:
     ) -> None:
         self.service = service
         self.stats = dict.fromkeys(
-            ("batches", "steps", "rows", "takeovers", "rows_pulled", "bytes_pulled", "rows_asked"),
+            (
+                "batches", "steps", "rows", "takeovers", "rows_pulled", "bytes_pulled",
+                "rows_asked", "rows_refused",
+            ),
             0,
-        )
+        )  # fmt: skip
         self._executor = executor
         self._store = store
         self._outbox = outbox
@@ -109,7 +112,7 @@ class TextService:
         step = task.text_step
         try:
             self._executor.check(task)
-            cipher = self._open_cipher(task)
+            seal = self._find_seal(task)
         except MidspanError as error:
             self._outbox.fail(task, str(error))
             return
@@ -119,11 +122,10 @@ class TextService:
             again = dataclasses.replace(last, attempt=task.attempt)
             self._outbox.answer(task, again, body)
             return
+        session.seal = seal
         if not session.adjust_to(step):
             self._outbox.fail(task, "the session has a newer generation")
             return
-        if session.cipher is None:
-            session.cipher = cipher
         self._loading.pop(task.session_key, None)
         self._batcher.drop_session(task.session_key)
         self._prepare(task, session)
@@ -176,12 +178,14 @@ class TextService:
         task = self._loading.get(event.session_key)
         if task is None or session is None or task.text_step.generation != event.generation:
             return
-        plain = self._decrypt(session, event)
+        plain = self._unseal(session, event)
         if plain and session.kv.length == event.start:
             session.kv.write_bytes(event.start, plain)
             rows = len(plain) // self._row_bytes
             session.kv.length += rows
-            if session.committed == event.start:
+            assert session.seal is not None
+            holds = session.seal.outlives_generation or event.written_in == session.generation
+            if holds and session.committed == event.start:
                 session.committed += rows
             self.stats["rows_pulled"] += rows
             self.stats["bytes_pulled"] += len(event.rows)
@@ -260,8 +264,8 @@ class TextService:
         continues = session.pieces_of_step == session.last_step
         session.pieces_of_step = session.last_step
         rows = session.kv.read_bytes(start, end)
-        if session.cipher is not None:
-            rows = session.cipher.encrypt(rows, start, self._row_bytes)
+        assert session.seal is not None
+        rows = session.seal.seal(rows, start, self._row_bytes, session.generation)
         self._store.begin_commit(
             Commit(
                 session.session_key, self._shape_of(session), session.generation, session.fork,
@@ -269,31 +273,37 @@ class TextService:
             )
         )  # fmt: skip
 
-    # --- encryption at rest
+    # --- what rows look like in the store
 
-    def _open_cipher(self, task: Task) -> KvCipher | None:
-        sealed = task.opening.sealed_key
+    def _find_seal(self, task: Task) -> RowSeal:
+        sealed_key = task.opening.sealed_key
         known = self._warm.find(task.session_key)
-        if not sealed or (known is not None and known.cipher is not None):
-            return None
+        if known is not None and known.seal is not None:
+            return known.seal
+        if not sealed_key:
+            return Checksum(task.session_key)
         if self._pool_key is None:
             raise SettingsError(
                 "the session wants its KV encrypted, and this worker has no --pool-key"
             )
-        return KvCipher(open_sealed(sealed, self._pool_key), task.session_key)
+        return KvCipher(open_sealed(sealed_key, self._pool_key), task.session_key)
 
     def _stored_row_bytes(self, session: WarmSession) -> int:
-        return self._row_bytes + (ROW_OVERHEAD if session.cipher is not None else 0)
+        assert session.seal is not None
+        return self._row_bytes + session.seal.overhead
 
     def _shape_of(self, session: WarmSession) -> str:
-        return f"{self._shape} encrypted" if session.cipher is not None else self._shape
+        assert session.seal is not None
+        return f"{self._shape} {session.seal.name}"
 
-    def _decrypt(self, session: WarmSession, event: Loaded) -> bytes:
-        """The rows as they were; nothing if they are not what this session wrote."""
-        if session.cipher is None or not event.rows:
-            return event.rows
+    def _unseal(self, session: WarmSession, event: Loaded) -> bytes:
+        """The rows as they were, up to the first that is not what this session wrote."""
+        assert session.seal is not None
         try:
-            return session.cipher.decrypt(event.rows, event.start, self._row_bytes)
-        except ForgedRows:
-            log.warning("the store holds rows of a session that its key does not open")
-            return b""
+            return session.seal.unseal(
+                event.rows, event.start, self._row_bytes, event.written_in
+            )
+        except ForgedRows as error:
+            self.stats["rows_refused"] += 1
+            log.warning("%s; computing from there again", error)
+            return error.whole

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
-from cloud_worker.kv_cipher import KvCipher
+from cloud_worker.row_seals import RowSeal
 from common.kv_rows import KvRows
 from common.messages import Step, StepReply
 
@@ -26,7 +26,7 @@ class WarmSession:
     commit_in_flight: bool = False
     pieces_of_step: int | None = None  # the step of which a first piece was committed
     last_reply: tuple[StepReply, bytes] | None = None  # for a step that is sent again
-    cipher: KvCipher | None = None  # of its rows in the store
+    seal: RowSeal | None = None  # of its rows in the store
 
     @property
     def is_dirty(self) -> bool:
@@ -42,6 +42,9 @@ class WarmSession:
             keep = min(step.position, step.fork)
         else:
             keep = 0
+        outlives = self.seal is None or self.seal.outlives_generation
+        if step.generation != self.generation and not outlives:
+            self.committed = 0  # what is in the store is sealed for the old generation
         self.generation, self.fork = step.generation, step.fork
         self.cut_back(keep)
         return True

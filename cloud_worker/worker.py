@@ -123,7 +123,12 @@ class Worker:
             ready=not self._drain_requested,
             pid=os.getpid(),
             host=host_info.gethostname(),
-            stats={**stats, "store_up": self._store.is_up()},
+            stats={
+                **stats,
+                "store_up": self._store.is_up(),
+                "store_id": self._store.identity,
+                "store_policy": self._store.eviction_policy,
+            },
         )
 
     def request_drain(self) -> None:

@@ -11,7 +11,7 @@ import pytest
 import zmq
 from click.testing import CliRunner
 
-from cloud_worker.kv_cipher import ROW_OVERHEAD, ForgedRows, KvCipher
+from cloud_worker.row_seals import Checksum, ForgedRows, KvCipher, RowSeal
 from common.errors import ProtocolError, SettingsError
 from common.keys import (
     KeyPair,
@@ -116,18 +116,42 @@ def test_a_sealed_key_opens_with_the_pool_key_and_no_other() -> None:
             open_sealed(broken, pool)
 
 
-def test_encrypted_rows_come_back_only_where_they_belong() -> None:
-    cipher, rows = KvCipher(draw_key(), b"session"), secrets.token_bytes(5 * 64)
-    stored = cipher.encrypt(rows, 7, 64)
-    assert len(stored) == 5 * (64 + ROW_OVERHEAD)
-    assert cipher.decrypt(stored, 7, 64) == rows
-    assert cipher.decrypt(stored[64 + ROW_OVERHEAD :], 8, 64) == rows[64:]
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_sealed_rows_come_back_only_where_they_belong(encrypted: bool) -> None:
+    key = draw_key()
+
+    def make(session: bytes) -> RowSeal:
+        return KvCipher(key, session) if encrypted else Checksum(session)
+
+    seal, rows = make(b"session"), secrets.token_bytes(5 * 64)
+    stored, size = seal.seal(rows, 7, 64, 3), 64 + seal.overhead
+    assert len(stored) == 5 * size
+    assert seal.unseal(stored, 7, 64, 3) == rows
+    assert seal.unseal(stored[size:], 8, 64, 3) == rows[64:]
     flipped = bytes([stored[0] ^ 1]) + stored[1:]
-    for wrong, start in ((stored, 8), (flipped, 7)):
+    zeros = bytes(len(stored))
+    for wrong, start in ((stored, 8), (flipped, 7), (zeros, 7)):
         with pytest.raises(ForgedRows):
-            cipher.decrypt(wrong, start, 64)
+            seal.unseal(wrong, start, 64, 3)
+    with pytest.raises(ForgedRows):
+        make(b"another").unseal(stored, 7, 64, 3)
+
+
+@pytest.mark.parametrize("seal", [Checksum(b"session"), KvCipher(draw_key(), b"session")])
+def test_rows_before_a_hole_are_kept(seal: RowSeal) -> None:
+    rows = secrets.token_bytes(4 * 64)
+    stored, size = seal.seal(rows, 0, 64, 0), 64 + seal.overhead
+    with pytest.raises(ForgedRows, match="row 2 in the store") as caught:
+        seal.unseal(stored[: 2 * size] + bytes(size) + stored[3 * size :], 0, 64, 0)
+    assert caught.value.whole == rows[: 2 * 64]
+
+
+def test_encrypted_rows_from_before_a_cut_back_are_refused() -> None:
+    cipher = KvCipher(draw_key(), b"session")
+    with pytest.raises(ForgedRows):
+        cipher.unseal(cipher.seal(b"r" * 64, 5, 64, 0), 5, 64, 1)
 
 
 def test_the_same_rows_are_never_encrypted_alike() -> None:
     cipher = KvCipher(draw_key(), b"session")
-    assert cipher.encrypt(b"r" * 64, 0, 64) != cipher.encrypt(b"r" * 64, 0, 64)
+    assert cipher.seal(b"r" * 64, 0, 64, 0) != cipher.seal(b"r" * 64, 0, 64, 0)

@@ -14,8 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from cloud_worker.row_seals import KvCipher
 from cloud_worker.redis_store import RedisKvStore
+from cloud_worker.row_seals import KvCipher
 from cloud_worker.store import Commit, Load, Loaded, chunk_rows
 from deploy.embedded_redis import EmbeddedRedis
 

@@ -52,6 +52,24 @@ class AskOpening:
 
 
 @dataclass(frozen=True, slots=True)
+class AskStep:
+    """Ask the edge for a step that the broker does not have."""
+
+    edge_id: bytes
+    key: StepKey
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Tell the worker that it need not compute the step, or not any more."""
+
+    worker_id: str
+    key: StepKey
+    attempt: int
+    owner: str
+
+
+@dataclass(frozen=True, slots=True)
 class TellBusy:
     """Tell the edge to ask again later."""
 
@@ -97,6 +115,8 @@ Action = (
     | Refuse
     | TellPending
     | AskOpening
+    | AskStep
+    | Cancel
     | TellBusy
     | Forget
     | ForwardEnd

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from common.messages import Announce, AnyOpening, AnyStep, Service, StepKey
 
-ServiceKey = tuple[str, str]  # model fingerprint, part
+SEND_AGAIN_S = 1.0
+ServiceKey = tuple[str, str, str]  # model fingerprint, part, precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,14 @@ class Peer:
         return self.key.encode() or self.address
 
 
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step that a worker was sent, and has neither answered nor confirmed to have dropped."""
+
+    account: bytes
+    sent_at: float
+
+
 @dataclass(slots=True)
 class Worker:
     """A worker as it last announced itself."""
@@ -31,13 +40,18 @@ class Worker:
     peer: Peer
     seen_at: float
     draining: bool = False
-    in_flight: set[StepKey] = field(default_factory=set)
+    in_flight: dict[StepKey, Flight] = field(default_factory=dict)
     steps_done: int = 0
 
-    @property
-    def claim(self) -> tuple[str, str, int]:
-        """What makes it the same worker after a reconnection."""
-        return self.peer.key, self.announce.host, self.announce.pid
+    def is_same(self, announce: Announce, peer: Peer) -> bool:
+        """Whether the one that announces itself is this worker, connected anew or not.
+
+        Without keys only its connection says so: host and process are mere words.
+        """
+        if not peer.key:
+            return peer.address == self.peer.address
+        claim = (peer.key, announce.host, announce.pid)
+        return claim == (self.peer.key, self.announce.host, self.announce.pid)
 
     @property
     def room(self) -> int:
@@ -46,7 +60,16 @@ class Worker:
         return self.announce.capacity - len(self.in_flight)
 
     def serves(self, service: ServiceKey) -> bool:
-        return any((s.model, s.part) == service for s in self.announce.services)
+        return any(service_key(s) == service for s in self.announce.services)
+
+    def count_of(self, account: bytes) -> int:
+        """How many of an edge's steps are here."""
+        return sum(flight.account == account for flight in self.in_flight.values())
+
+    def is_stuck(self, now: float, patience_s: float) -> bool:
+        """Whether a step has been here for so long that new ones better go elsewhere."""
+        oldest = next(iter(self.in_flight.values()), None)
+        return oldest is not None and now - oldest.sent_at >= patience_s
 
 
 @dataclass(slots=True)
@@ -56,6 +79,7 @@ class StepRecord:
     step: AnyStep
     service: ServiceKey
     edge: Peer
+    account: bytes  # of the edge when it came; it may have connected anew since
     body_bytes: int
     arrived_at: float
     queued_at: float
@@ -63,7 +87,17 @@ class StepRecord:
     worker_id: str | None = None
     attempts: int = 0
     sent_at: float = 0.0
+    asked_at: float = 0.0  # the worker, for the last time
     failures: list[tuple[str, str]] = field(default_factory=list)  # worker, reason
+    late_on: dict[str, int] = field(default_factory=dict)  # worker -> attempt that may still answer
+    moves: int = 0  # attempts that were made because another took long
+    again_after_s: float = SEND_AGAIN_S
+    edge_gone_at: float | None = None
+
+    @property
+    def tries(self) -> int:
+        """Attempts that count against the step."""
+        return self.attempts - self.moves
 
     def failed_on(self, worker_id: str) -> bool:
         return any(failed == worker_id for failed, _ in self.failures)
@@ -78,8 +112,15 @@ class SessionRecord:
     worker_id: str | None
     newest: StepKey
     seen_at: float
+    opening_frame: bytes = b""  # as it came
+    precision: str = ""  # of the workers that have answered
+
+
+def service_key(service: Service) -> ServiceKey:
+    return service.model, service.part, service.precision
 
 
 def describe_service(service: Service) -> str:
-    """`stories-llama 2-6 (fingerprint 0123456789abcdef)`"""
-    return f"{service.name} {service.part} (fingerprint {service.model})"
+    """`stories-llama 2-6 in float32 (fingerprint 0123456789abcdef)`"""
+    precision = f" in {service.precision}" if service.precision else ""
+    return f"{service.name} {service.part}{precision} (fingerprint {service.model})"

@@ -14,8 +14,8 @@ def make_report(state: BrokerState, now: float) -> dict[str, Any]:
         "uptime_s": round(now - state.started_at, 1),
         "workers": [_report_worker(state, worker, now) for worker in state.workers.values()],
         "queues": [
-            {"model": model, "part": part, "queued": len(queue)}
-            for (model, part), queue in state.queues.items()
+            {"model": model, "part": part, "precision": precision, "queued": len(queue)}
+            for (model, part, precision), queue in state.queues.items()
         ],
         "sessions": len(state.sessions),
         "steps_in_flight": sum(len(w.in_flight) for w in state.workers.values()),
@@ -36,6 +36,7 @@ def _report_worker(state: BrokerState, worker: Worker, now: float) -> dict[str, 
                 "name": s.name,
                 "part": s.part,
                 "hidden": s.hidden,
+                "precision": s.precision,
             }
             for s in announce.services
         ],

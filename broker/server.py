@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from broker.actions import (
     Action,
     Answer,
     AskOpening,
+    AskStep,
+    Cancel,
     Dispatched,
     Forget,
     ForwardEnd,
@@ -39,7 +42,9 @@ from common.messages import (
     Alive,
     Announce,
     AnyOpening,
+    AskAgain,
     Busy,
+    CancelStep,
     Dispatch,
     Drain,
     DrainAccepted,
@@ -50,11 +55,13 @@ from common.messages import (
     Message,
     NeedOpening,
     NeedRows,
+    NeedStep,
     NeedTensors,
     Opening,
     StatusQuery,
     StatusReport,
     Step,
+    StepDropped,
     StepFailed,
     StepKey,
     StepPending,
@@ -98,6 +105,7 @@ class BrokerServer:
             self._close(linger=0)
             raise
         self._worker_links = self._workers.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._edge_links = self._edges.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self.edge_endpoint = self._edges.getsockopt_string(zmq.LAST_ENDPOINT)
         self.worker_endpoint = self._workers.getsockopt_string(zmq.LAST_ENDPOINT)
         self.state = BrokerState(started_at=clock(), **state_settings)
@@ -135,6 +143,7 @@ class BrokerServer:
         poller.register(self._edges, zmq.POLLIN)
         poller.register(self._workers, zmq.POLLIN)
         poller.register(self._worker_links, zmq.POLLIN)
+        poller.register(self._edge_links, zmq.POLLIN)
         tick_s = min(MAX_TICK_S, self.state.silence_s / 4)
         next_tick_at = self._clock() + tick_s
         try:
@@ -144,9 +153,11 @@ class BrokerServer:
                 if self._workers in ready:
                     self._receive(self._workers, self._on_worker_message)
                 if self._worker_links in ready:  # after what was said before the end
-                    self._receive_disconnections()
+                    self._receive_ends(self._worker_links, self.state.on_disconnected)
                 if self._edges in ready:
                     self._receive(self._edges, self._on_edge_message)
+                if self._edge_links in ready:
+                    self._receive_ends(self._edge_links, self.state.on_edges_disconnected)
                 now = self._clock()
                 if now >= next_tick_at:
                     if now - next_tick_at > self.state.silence_s / 2:
@@ -186,10 +197,14 @@ class BrokerServer:
         self._bad_messages += 1
         self._complaints.warning("dropped a message, the %dth: %s", self._bad_messages, error)
 
-    def _receive_disconnections(self) -> None:
-        while has_message(self._worker_links):
-            event = recv_monitor_message(self._worker_links)
-            self._perform(self.state.on_disconnected(event["value"], self._clock()))
+    def _receive_ends(
+        self, links: Socket, on_end: Callable[[set[int], float], list[Action]]
+    ) -> None:
+        """All that ended together at once: a step must not go from one dead worker to the next."""
+        ended = set()
+        while has_message(links):
+            ended.add(recv_monitor_message(links)["value"])
+        self._perform(on_end(ended, self._clock()))
 
     def _on_edge_message(self, edge: Peer, message: Message, frames: list[bytes]) -> None:
         now = self._clock()
@@ -201,7 +216,8 @@ class BrokerServer:
                 self._perform([Refuse(edge.address, message.key, "invalid", str(error))])
                 raise
             known = message.key in self.state.steps
-            actions = self.state.on_step(message, opening, edge, len(frames[1]), now)
+            opening_frame = frames[2] if opening is not None else b""
+            actions = self.state.on_step(message, opening, edge, len(frames[1]), now, opening_frame)
             if not known and message.key in self.state.steps:
                 self._frames[message.key] = frames[:2]
             self._perform(actions)
@@ -213,6 +229,8 @@ class BrokerServer:
             self._send(
                 self._edges, edge.address, [encode_header(StatusReport()), msgpack.packb(report)]
             )
+        elif isinstance(message, AskAgain):
+            self._perform(self.state.on_ask_again(message, edge, now))
         elif isinstance(message, EndSession):
             self._perform(self.state.on_end(message.session_id, edge))
         else:
@@ -230,7 +248,10 @@ class BrokerServer:
 
     def _on_worker_message(self, peer: Peer, message: Message, frames: list[bytes]) -> None:
         now = self._clock()
-        if isinstance(message, StepReply | NeedRows | NeedTensors | StepFailed | Drain | Leave):
+        if isinstance(
+            message,
+            StepReply | NeedRows | NeedTensors | StepFailed | StepDropped | Drain | Leave,
+        ):
             forged = self.state.check_sender(message.worker_id, peer)
             if forged is not None:
                 self._perform([forged])
@@ -248,6 +269,8 @@ class BrokerServer:
                 "worker %s failed a step: %s", message.worker_id, message.reason
             )
             self._perform(self.state.on_failed(message, now))
+        elif isinstance(message, StepDropped):
+            self._perform(self.state.on_dropped(message, now))
         elif isinstance(message, Drain):
             self._perform(self.state.on_drain(message.worker_id, peer, now))
         elif isinstance(message, Leave):
@@ -261,9 +284,7 @@ class BrokerServer:
                 case Dispatched(worker_id, key, attempt, queue_us):
                     if not self.state.is_current(action):
                         continue
-                    session = self.state.sessions[key[0]]
-                    header = encode_header(Dispatch(attempt, queue_us, session.edge.key))
-                    frames = [header, *self._frames[key], encode_header(session.opening)]
+                    frames = self._make_dispatch(key, attempt, queue_us)
                     if not self._send_to_worker(worker_id, frames):
                         now = self._clock()
                         self._perform(self.state.on_undeliverable(action, now))
@@ -278,6 +299,11 @@ class BrokerServer:
                     self._send(self._edges, edge_id, [encode_header(StepPending(*key))])
                 case AskOpening(edge_id, key):
                     self._send(self._edges, edge_id, [encode_header(NeedOpening(*key))])
+                case AskStep(edge_id, key):
+                    self._send(self._edges, edge_id, [encode_header(NeedStep(*key))])
+                case Cancel(worker_id, key, attempt, owner):
+                    cancel = CancelStep(*key, attempt, owner)
+                    self._send_to_worker(worker_id, [encode_header(cancel)])
                 case TellBusy(edge_id, key, retry_ms):
                     self._send(self._edges, edge_id, [encode_header(Busy(*key, retry_ms))])
                 case ForwardEnd(worker_id, session_id, owner):
@@ -289,6 +315,12 @@ class BrokerServer:
                         self._complaints.warning("%s", text)
                     else:
                         log.info("%s", text)
+
+    def _make_dispatch(self, key: StepKey, attempt: int, queue_us: int) -> list[bytes]:
+        session = self.state.sessions[key[0]]
+        number = zlib.crc32(session.edge.account)
+        header = encode_header(Dispatch(attempt, queue_us, session.edge.key, number))
+        return [header, *self._frames[key], session.opening_frame]
 
     def _send_to_worker(self, worker_id: str, frames: list[bytes]) -> bool:
         worker = self.state.workers.get(worker_id)

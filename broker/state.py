@@ -9,7 +9,15 @@ A step goes to the worker that is warm for its session (it computed the session'
 long as that worker has room; when it has not, the step waits for it unless another worker is
 idle. Without a warm worker the least loaded one with room gets it. A session has one step here at
 most, its newest, so that the queue goes round all sessions: a long prompt, which comes in many
-steps, holds up the others for one of them at a time.
+steps, holds up the others for one of them at a time. Edges are taken in turn, and while several
+have sessions none fills more than half of a worker.
+
+A worker counts as busy with a step until it answers or confirms to have dropped it, also when
+nobody waits for the step any more. A step that takes much longer than its service usually does
+(three times, and 2 s at least) goes to an idle worker as well; whoever answers first is believed,
+and meanwhile the late worker gets nothing new if another can take it.
+
+A session stays with workers of the precision that has answered it first.
 
 A peer is known by its connection. A worker's id belongs to whoever announced it as long as that
 one is alive; a session belongs to the edge, by its key, that opened it.
@@ -17,13 +25,13 @@ one is alive; a session belongs to the edge, by its key, that opened it.
 
 from __future__ import annotations
 
-from collections import Counter, deque
-
 from broker.actions import (
     AcceptDrain,
     Action,
     Answer,
     AskOpening,
+    AskStep,
+    Cancel,
     Dispatched,
     Forget,
     ForwardEnd,
@@ -32,21 +40,30 @@ from broker.actions import (
     TellBusy,
     TellPending,
 )
+from broker.fair_queue import FairQueue
+from broker.ledger import Ledger, Limits
 from broker.records import (
+    SEND_AGAIN_S,
+    Flight,
     Peer,
     ServiceKey,
     SessionRecord,
     StepRecord,
     Worker,
     describe_service,
+    service_key,
 )
 from common.messages import (
     Announce,
     AnyOpening,
     AnyStep,
+    AskAgain,
     NeedRows,
     NeedTensors,
+    Opening,
     Service,
+    Step,
+    StepDropped,
     StepFailed,
     StepKey,
     StepReply,
@@ -55,14 +72,17 @@ from common.settings import (
     HEARTBEAT_S,
     HEARTBEATS_MISSED,
     MAX_ATTEMPTS,
+    MAX_DEADLINE_S,
     MAX_QUEUED_BYTES,
     MAX_QUEUED_STEPS,
     MAX_SESSIONS_PER_EDGE,
+    MAX_STEP_ROWS,
 )
 
 SESSION_MEMORY_S = 600.0  # how long the warm worker of a silent session is remembered
 BUSY_RETRY_MS = 200
-SEND_AGAIN_S = 1.0
+HAND_OVER_S, HAND_OVER_TIMES = 2.0, 3.0  # of what the service's steps usually take
+EDGE_RETURN_S = 5.0  # how long the steps of an edge that has gone are kept for its return
 FRESH_PART = 0.6  # of the time after which a silent worker is dead
 SILENCE_AT_MOST_S = 30.0
 MAX_WORKERS = 4096
@@ -71,7 +91,7 @@ MISSED_AT_LEAST = 3  # heartbeats of a worker that announces slower ones than we
 
 COUNTERS = (
     "steps", "answers", "redispatched", "refused", "busy", "late_answers", "dead_workers",
-    "foreign_sessions", "forged_workers",
+    "foreign_sessions", "forged_workers", "handed_over", "cancelled",
 )  # fmt: skip
 
 
@@ -89,34 +109,37 @@ class BrokerState:
     ) -> None:
         self.started_at = started_at
         self.silence_s = silence_s
-        self.max_queued_steps = max_queued_steps
         self.max_attempts = max_attempts
-        self.max_queued_bytes = max_queued_bytes
-        self.max_sessions_per_edge = max_sessions_per_edge
+        self._ledger = Ledger(Limits(max_queued_steps, max_queued_bytes, max_sessions_per_edge))
         self.workers: dict[str, Worker] = {}
         self.steps: dict[StepKey, StepRecord] = {}
-        self.queues: dict[ServiceKey, deque[StepKey]] = {}
+        self.queues: dict[ServiceKey, FairQueue] = {}
         self.sessions: dict[bytes, SessionRecord] = {}
         self.counters = dict.fromkeys(COUNTERS, 0)
-        self._queued_bytes = 0
-        self._sessions_of: Counter[bytes] = Counter()
+        self._usual_s: dict[ServiceKey, float] = {}  # of a step at a worker, lately
 
     # --- what arrives from edges
 
     def on_step(
-        self, step: AnyStep, opening: AnyOpening | None, edge: Peer, body_bytes: int, now: float
+        self,
+        step: AnyStep,
+        opening: AnyOpening | None,
+        edge: Peer,
+        body_bytes: int,
+        now: float,
+        opening_frame: bytes = b"",
     ) -> list[Action]:
-        """A step arrived, for the first time or again, with its session's opening or without."""
+        """A step arrived, for the first time or again, with its session's opening or without.
+
+        `opening_frame` is the opening as it came, to be passed on.
+        """
         session = self.sessions.get(step.session_id)
         if session is not None and session.edge.key != edge.key:
             why = "the session belongs to another edge"
             return [Refuse(edge.address, step.key, "invalid", why), self._note_foreign(edge)]
         record = self.steps.get(step.key)
         if record is not None:
-            record.edge = edge
-            if session is not None:
-                session.seen_at = now
-            return [TellPending(edge.address, step.key), *self._send_again(record, now)]
+            return self._hear_again(record, edge, now)
         self.counters["steps"] += 1
         if session is not None and step.key[1:] < session.newest[1:]:
             why = "a newer step of this session has arrived"
@@ -124,9 +147,14 @@ class BrokerState:
         if opening is None:
             if session is None:
                 return [AskOpening(edge.address, step.key)]
-            opening = session.opening
+            opening, opening_frame = session.opening, session.opening_frame
+        why = _why_wrong(step, opening)
+        if why:
+            self.counters["refused"] += 1
+            return [Refuse(edge.address, step.key, "invalid", why)]
         actions = self._abandon_older(step)
-        service = (opening.model, opening.part)
+        precision = opening.precision or (session.precision if session is not None else "")
+        service = self._choose_service(opening, precision)
         refusal = self._refuse_at_once(step, service, edge, body_bytes, now)
         if refusal is not None:
             return [*actions, refusal]
@@ -134,16 +162,42 @@ class BrokerState:
         if session is not None:
             warm_worker = session.worker_id if session.worker_id != step.shun else None
             self._forget_session(step.session_id)
-        self.sessions[step.session_id] = SessionRecord(opening, edge, warm_worker, step.key, now)
-        self._sessions_of[edge.account] += 1
-        deadline_at = now + step.deadline_ms / 1000
-        record = StepRecord(step, service, edge, body_bytes, now, now, deadline_at)
+        self.sessions[step.session_id] = SessionRecord(
+            opening, edge, warm_worker, step.key, now, opening_frame, precision
+        )
+        self._ledger.add_session(edge.account)
+        deadline_at = now + min(step.deadline_ms / 1000, MAX_DEADLINE_S)
+        record = StepRecord(step, service, edge, edge.account, body_bytes, now, now, deadline_at)
         if step.shun:
             record.failures.append((step.shun, "its answer could not be used"))
         self.steps[step.key] = record
-        self._queued_bytes += body_bytes
-        self.queues.setdefault(service, deque()).append(step.key)
+        self._ledger.add_step(record.account, body_bytes)
+        self._queue_of(service).add(record.account, step.key)
         return [*actions, *self._dispatch(service, now)]
+
+    def on_ask_again(self, message: AskAgain, edge: Peer, now: float) -> list[Action]:
+        """An edge waits for a step that it has sent. It sends it anew if that is not here."""
+        record = self.steps.get(message.key)
+        if record is None:
+            return [AskStep(edge.address, message.key)]
+        if record.edge.key != edge.key:
+            why = "the session belongs to another edge"
+            return [Refuse(edge.address, message.key, "invalid", why), self._note_foreign(edge)]
+        return self._hear_again(record, edge, now)
+
+    def _hear_again(self, record: StepRecord, edge: Peer, now: float) -> list[Action]:
+        record.edge, record.edge_gone_at = edge, None
+        session = self.sessions.get(record.step.session_id)
+        if session is not None:
+            session.seen_at = now
+        return [TellPending(edge.address, record.step.key), *self._send_again(record, now)]
+
+    def on_edges_disconnected(self, connections: set[int], now: float) -> list[Action]:
+        """Connections of edges ended. They may come back; their steps are kept for a while."""
+        for record in self.steps.values():
+            if record.edge.connection in connections:
+                record.edge_gone_at = now
+        return []
 
     def on_end(self, session_id: bytes, edge: Peer) -> list[Action]:
         """An edge says that a session is over."""
@@ -163,10 +217,7 @@ class BrokerState:
         return [*actions, ForwardEnd(target, session_id, edge.key)] if target else actions
 
     def _forget_session(self, session_id: bytes) -> None:
-        account = self.sessions.pop(session_id).edge.account
-        self._sessions_of[account] -= 1
-        if not self._sessions_of[account]:
-            del self._sessions_of[account]
+        self._ledger.drop_session(self.sessions.pop(session_id).edge.account)
 
     def _note_foreign(self, edge: Peer) -> Note:
         self.counters["foreign_sessions"] += 1
@@ -185,7 +236,7 @@ class BrokerState:
             worker = self.workers[name] = Worker(announce, peer, now)
             serving = ", ".join(describe_service(s) for s in announce.services)
             actions.append(Note(f"worker {name} joined, serving {serving}"))
-        elif worker.claim != (peer.key, announce.host, announce.pid):
+        elif not worker.is_same(announce, peer):
             return [self._note_forged(name, peer)]
         worker.announce, worker.peer, worker.seen_at = announce, peer, now
         return actions + self._dispatch_for(name, now)
@@ -212,12 +263,12 @@ class BrokerState:
         who = f"the worker with key {peer.key}" if peer.key else "another connection"
         return Note(f"{who} claims to be worker {worker_id}, which it is not", is_warning=True)
 
-    def on_disconnected(self, connection: int, now: float) -> list[Action]:
-        """A connection of the workers' side ended: whoever was behind it is gone."""
+    def on_disconnected(self, connections: set[int], now: float) -> list[Action]:
+        """Connections of the workers' side ended: whoever was behind them is gone."""
         gone = {
             name: "lost its connection"
             for name, worker in self.workers.items()
-            if worker.peer.connection == connection
+            if worker.peer.connection in connections
         }
         self.counters["dead_workers"] += len(gone)
         return self._drop_workers(gone, now, blame_steps=True)
@@ -228,14 +279,31 @@ class BrokerState:
         if record is None:
             self.counters["late_answers"] += 1
             return self._dispatch_for(answer.worker_id, now)
+        if answer.precision not in ("", record.service[2]):
+            why = f"answers in {answer.precision}, which it does not serve"
+            failed = self._requeue_failed(record, answer.worker_id, why, now)
+            return failed + self._dispatch(record.service, now)
         self.counters["answers"] += 1
         self.workers[answer.worker_id].steps_done += 1
         session = self.sessions.get(record.step.session_id)
         if session is not None:
             session.worker_id, session.seen_at = answer.worker_id, now
+            session.precision = record.service[2]
+        if record.worker_id is None:  # it had been taken back, and an earlier worker was first
+            self.queues[record.service].remove(record.account, record.step.key)
+        self._learn_time(record.service, now - record.sent_at)
         self._drop_record(record)
         actions: list[Action] = [Answer(record.edge.address, answer.key), Forget(answer.key)]
+        actions += self._cancel_at_all(record, but=answer.worker_id)
         return actions + self._dispatch_for(answer.worker_id, now)
+
+    def on_dropped(self, dropped: StepDropped, now: float) -> list[Action]:
+        """A worker confirms that it does not compute a step (any more): it has room again."""
+        record = self._take_in_flight(dropped.key, dropped.worker_id, dropped.attempt, now)
+        if record is None or record.late_on.pop(dropped.worker_id, None) is not None:
+            return self._dispatch_for(dropped.worker_id, now)
+        self._drop_record(record)  # a newer step of the session reached it by another broker
+        return [Forget(dropped.key), *self._dispatch_for(dropped.worker_id, now)]
 
     def on_failed(self, failed: StepFailed, now: float) -> list[Action]:
         """A worker could not compute a step: another one tries, up to `max_attempts` in all."""
@@ -243,6 +311,8 @@ class BrokerState:
         if record is None:
             self.counters["late_answers"] += 1
             return self._dispatch_for(failed.worker_id, now)
+        if record.late_on.pop(failed.worker_id, None) is not None:
+            return self._dispatch_for(failed.worker_id, now)  # another one is at it
         actions = self._requeue_failed(record, failed.worker_id, failed.reason, now)
         actions += self._dispatch(record.service, now)
         return actions + self._dispatch_for(failed.worker_id, now)
@@ -275,6 +345,8 @@ class BrokerState:
         for name, worker in gone.items():
             for key in worker.in_flight:
                 record = self.steps.get(key)
+                if record is not None:
+                    record.late_on.pop(name, None)
                 if record is None or record.worker_id != name:
                     continue
                 if blame_steps:
@@ -282,7 +354,9 @@ class BrokerState:
                 else:
                     self._requeue_unsent(record, now)
         for worker in gone.values():
-            actions += self._dispatch_services(worker.announce.services, now)
+            for service in worker.announce.services:
+                self._rehome(service_key(service))
+            actions += self._dispatch_all(worker.announce.services, now)
         return actions
 
     def is_current(self, action: Dispatched) -> bool:
@@ -313,6 +387,10 @@ class BrokerState:
         actions = self._drop_workers(silent, now, blame_steps=True)
         for record in [r for r in self.steps.values() if now >= r.deadline_at]:
             actions += self._refuse(record, "deadline", self._why_late(record, now))
+        for record in [r for r in self.steps.values() if r.edge_gone_at is not None]:
+            if now - (record.edge_gone_at or now) >= EDGE_RETURN_S:
+                actions += self._remove(record)
+        actions += self._hand_over_late_steps(now)
         for session_id, session in list(self.sessions.items()):
             if now - session.seen_at > SESSION_MEMORY_S and session.newest not in self.steps:
                 self._forget_session(session_id)
@@ -327,9 +405,10 @@ class BrokerState:
 
     def _send_again(self, record: StepRecord, now: float) -> list[Action]:
         """A step in flight for long may have been lost on its way; a worker takes it twice."""
-        if record.worker_id is None or now - record.sent_at < SEND_AGAIN_S:
+        if record.worker_id is None or now - record.asked_at < record.again_after_s:
             return []
-        record.sent_at = now
+        record.asked_at = now
+        record.again_after_s *= 2
         return [Dispatched(record.worker_id, record.step.key, record.attempts, 0)]
 
     def _refuse_at_once(
@@ -340,19 +419,21 @@ class BrokerState:
             self.counters["refused"] += 1
             return Refuse(edge.address, step.key, "no_worker", self._why_no_worker(service))
         is_new = step.session_id not in self.sessions
-        if is_new and self._sessions_of[edge.account] >= self.max_sessions_per_edge:
+        if is_new and self._ledger.has_all_sessions(edge.account):
             self.counters["refused"] += 1
-            why = f"this edge has {self.max_sessions_per_edge} sessions open; end some first"
+            limit = self._ledger.limits.sessions_per_edge
+            why = f"this edge has {limit} sessions open; end some first"
             return Refuse(edge.address, step.key, "invalid", why)
-        too_large = self.steps and self._queued_bytes + body_bytes > self.max_queued_bytes
-        if len(self.steps) >= self.max_queued_steps or too_large:
+        if not self._ledger.has_room(edge.account, body_bytes):
             self.counters["busy"] += 1
             return TellBusy(edge.address, step.key, BUSY_RETRY_MS)
         return None
 
     def _why_no_worker(self, service: ServiceKey) -> str:
-        model, part = service
+        model, part, precision = service
         wanted = f"{part} of the model with fingerprint {model}"
+        if precision:
+            wanted += f" in {precision}, in which this session was begun"
         return f"no worker serves {wanted}; {self.describe_serving()}"
 
     def describe_serving(self) -> str:
@@ -379,10 +460,21 @@ class BrokerState:
     def _remove(self, record: StepRecord) -> list[Action]:
         self._drop_record(record)
         if record.worker_id is None:
-            self.queues[record.service].remove(record.step.key)
-        elif record.worker_id in self.workers:
-            self.workers[record.worker_id].in_flight.discard(record.step.key)
-        return [Forget(record.step.key)]
+            self.queues[record.service].remove(record.account, record.step.key)
+        return [Forget(record.step.key), *self._cancel_at_all(record)]
+
+    def _cancel_at_all(self, record: StepRecord, but: str = "") -> list[Action]:
+        """Whoever has a step that is over shall drop it, and counts as busy until then."""
+        holders = dict(record.late_on)
+        if record.worker_id is not None:
+            holders[record.worker_id] = record.attempts
+        holders.pop(but, None)
+        self.counters["cancelled"] += len(holders)
+        return [
+            Cancel(worker_id, record.step.key, attempt, record.edge.key)
+            for worker_id, attempt in holders.items()
+            if worker_id in self.workers
+        ]
 
     def _refuse(self, record: StepRecord, code: str, reason: str) -> list[Action]:
         self.counters["refused"] += 1
@@ -390,7 +482,7 @@ class BrokerState:
 
     def _drop_record(self, record: StepRecord) -> None:
         del self.steps[record.step.key]
-        self._queued_bytes -= record.body_bytes
+        self._ledger.drop_step(record.account, record.body_bytes)
 
     def _take_in_flight(
         self, key: StepKey, worker_id: str, attempt: int, now: float
@@ -400,21 +492,22 @@ class BrokerState:
         if worker is not None:
             worker.seen_at = now  # an answer is a sign of life
         record = self.steps.get(key)
-        is_current = (
-            record is not None and record.worker_id == worker_id and record.attempts == attempt
+        is_current = record is not None and (
+            (record.worker_id == worker_id and record.attempts == attempt)
+            or record.late_on.get(worker_id) == attempt
         )
         if worker is not None and (record is None or is_current or record.worker_id != worker_id):
-            worker.in_flight.discard(key)
+            worker.in_flight.pop(key, None)
         return record if worker is not None and is_current else None
 
     def _requeue(self, record: StepRecord, now: float) -> None:
         """Take a step back from its worker, to the front of its queue."""
         worker = self.workers.get(record.worker_id or "")
         if worker is not None:
-            worker.in_flight.discard(record.step.key)
+            worker.in_flight.pop(record.step.key, None)
         record.worker_id = None
         record.queued_at = now
-        self.queues[record.service].appendleft(record.step.key)
+        self._queue_of(record.service).add_first(record.account, record.step.key)
 
     def _requeue_unsent(self, record: StepRecord, now: float) -> None:
         """The same, as if it had never been sent: no attempt was made."""
@@ -427,9 +520,9 @@ class BrokerState:
         """Put a step that a worker failed back into its queue, or refuse it after too many."""
         record.failures.append((worker_id, reason))
         self._requeue(record, now)
-        if record.attempts >= self.max_attempts:
+        if record.tries >= self.max_attempts:
             reasons = dict.fromkeys(f"worker {w}: {why}" for w, why in record.failures)
-            tried = f"failed {record.attempts} times: {'; '.join(reasons)}"
+            tried = f"failed {record.tries} times: {'; '.join(reasons)}"
             return self._refuse(record, "failed", tried)
         self.counters["redispatched"] += 1
         return []
@@ -437,44 +530,69 @@ class BrokerState:
     def _dispatch_for(self, worker_id: str, now: float) -> list[Action]:
         """A worker's room may have changed: look at the queues it serves."""
         worker = self.workers.get(worker_id)
-        return self._dispatch_services(worker.announce.services, now) if worker else []
+        return self._dispatch_all(worker.announce.services, now) if worker else []
 
-    def _dispatch_services(self, services: list[Service], now: float) -> list[Action]:
+    def _dispatch_all(self, services: list[Service], now: float) -> list[Action]:
         actions: list[Action] = []
         for service in services:
-            actions += self._dispatch((service.model, service.part), now)
+            actions += self._dispatch(service_key(service), now)
         return actions
 
     def _dispatch(self, service: ServiceKey, now: float) -> list[Action]:
-        """Hand out what is queued for a service, oldest first, while there is room."""
+        """Hand out what is queued for a service, edges in turn, while there is room."""
         queue = self.queues.get(service)
         if not queue:
             return []
         workers = [w for w in self.workers.values() if w.serves(service)]
         actions: list[Action] = []
-        for key in list(queue):
-            with_room = [w for w in workers if w.room > 0 and self._is_fresh(w, now)]
-            if not with_room:
-                break
+        placed = True
+        while placed:
+            placed = False
+            for account in queue.accounts():
+                with_room = [w for w in workers if w.room > 0 and self._is_fresh(w, now)]
+                if not with_room:
+                    return actions
+                dispatched = self._dispatch_first(queue, account, workers, with_room, now)
+                placed = placed or bool(dispatched)
+                actions += dispatched
+        return actions
+
+    def _dispatch_first(
+        self,
+        queue: FairQueue,
+        account: bytes,
+        workers: list[Worker],
+        with_room: list[Worker],
+        now: float,
+    ) -> list[Action]:
+        """Hand out one step of an edge, its first that needs not wait for a worker of its own."""
+        if not self._ledger.is_alone(account):
+            with_room = [w for w in with_room if w.count_of(account) < _share(w)]
+        for key in queue.first(account) if with_room else ():
             record = self.steps[key]
-            worker = self._pick_worker(record, workers, with_room)
+            worker = self._pick_worker(record, workers, with_room, now)
             if worker is None:
                 continue
-            queue.remove(key)
-            record.worker_id = worker.announce.worker_id
-            record.attempts += 1
-            record.sent_at = now
-            worker.in_flight.add(key)
-            queue_us = max(0, round((now - record.queued_at) * 1e6))
-            actions.append(Dispatched(record.worker_id, key, record.attempts, queue_us))
-        return actions
+            queue.remove(account, key)
+            queue.served(account)
+            return [self._assign(record, worker, now)]
+        return []
+
+    def _assign(self, record: StepRecord, worker: Worker, now: float) -> Dispatched:
+        record.worker_id = worker.announce.worker_id
+        record.attempts += 1
+        record.sent_at = record.asked_at = now
+        record.again_after_s = SEND_AGAIN_S
+        worker.in_flight[record.step.key] = Flight(record.account, now)
+        queue_us = max(0, round((now - record.queued_at) * 1e6))
+        return Dispatched(record.worker_id, record.step.key, record.attempts, queue_us)
 
     def _is_fresh(self, worker: Worker, now: float) -> bool:
         """Heard of lately. When a whole pool pauses, a step does not go from silent to silent."""
         return now - worker.seen_at < FRESH_PART * self._silence_limit_s(worker)
 
     def _pick_worker(
-        self, record: StepRecord, workers: list[Worker], with_room: list[Worker]
+        self, record: StepRecord, workers: list[Worker], with_room: list[Worker], now: float
     ) -> Worker | None:
         session = self.sessions.get(record.step.session_id)
         warm = self.workers.get(session.worker_id) if session and session.worker_id else None
@@ -484,9 +602,100 @@ class BrokerState:
             candidates = untried
         elif any(not record.failed_on(w.announce.worker_id) for w in workers if not w.draining):
             return None  # wait for room at a worker that has not failed it yet
+        patience_s = self._patience_s(record.service)
+        moving = [w for w in candidates if not w.is_stuck(now, patience_s)]
+        candidates = moving or candidates
         if warm is not None and not record.failed_on(warm.announce.worker_id):
             if warm in candidates:
                 return warm
-            if not warm.draining and warm in workers:
+            if not warm.draining and warm in workers and not warm.is_stuck(now, patience_s):
                 candidates = [w for w in candidates if not w.in_flight]
         return min(candidates, key=lambda w: len(w.in_flight), default=None)
+
+    # --- steps that take long
+
+    def _learn_time(self, service: ServiceKey, taken_s: float) -> None:
+        usual_s = self._usual_s.get(service, taken_s)
+        self._usual_s[service] = usual_s + (taken_s - usual_s) / 8
+
+    def _patience_s(self, service: ServiceKey) -> float:
+        """After how long a step at a worker is late."""
+        return max(HAND_OVER_S, HAND_OVER_TIMES * self._usual_s.get(service, 0.0))
+
+    def _hand_over_late_steps(self, now: float) -> list[Action]:
+        """Give a step that is late to an idle worker too, each time with twice the patience."""
+        actions: list[Action] = []
+        for record in self.steps.values():
+            if record.worker_id is None:
+                continue
+            patience_s = self._patience_s(record.service) * 2**record.moves
+            if now - record.sent_at < patience_s:
+                continue
+            idle = self._find_idle(record, now)
+            late = self.workers.get(record.worker_id)
+            if idle is None or late is None:
+                continue
+            record.late_on[record.worker_id] = record.attempts
+            record.moves += 1
+            self.counters["handed_over"] += 1
+            actions.append(
+                Note(f"a step is late on worker {record.worker_id}: {idle.announce.worker_id} too")
+            )
+            owner, late_attempt = record.edge.key, record.attempts
+            actions.append(self._assign(record, idle, now))
+            actions.append(Cancel(late.announce.worker_id, record.step.key, late_attempt, owner))
+        return actions
+
+    def _find_idle(self, record: StepRecord, now: float) -> Worker | None:
+        for worker in self.workers.values():
+            name = worker.announce.worker_id
+            untried = name not in record.late_on and not record.failed_on(name)
+            idle = worker.room > 0 and not worker.in_flight and self._is_fresh(worker, now)
+            if untried and idle and worker.serves(record.service):
+                return worker
+        return None
+
+    # --- precisions
+
+    def _queue_of(self, service: ServiceKey) -> FairQueue:
+        return self.queues.setdefault(service, FairQueue())
+
+    def _choose_service(self, opening: AnyOpening, precision: str) -> ServiceKey:
+        """The service of a session: as it was begun, else where there is most room."""
+        model, part = opening.model, opening.part
+        if precision:
+            return model, part, precision
+        room: dict[str, int] = {}
+        for worker in self.workers.values():
+            for service in worker.announce.services:
+                if (service.model, service.part) == (model, part):
+                    room[service.precision] = room.get(service.precision, 0) + worker.room
+        return model, part, max(room, key=lambda name: (room[name], name), default="")
+
+    def _rehome(self, service: ServiceKey) -> None:
+        """Steps of sessions that nobody has answered yet need not wait for one precision."""
+        if any(w.serves(service) for w in self.workers.values()):
+            return
+        for key in list(self.queues.get(service, ())):
+            record, session = self.steps[key], self.sessions[key[0]]
+            chosen = self._choose_service(
+                session.opening, session.opening.precision or session.precision
+            )
+            if chosen[2] and chosen != service:
+                self.queues[service].remove(record.account, key)
+                record.service = chosen
+                self._queue_of(chosen).add(record.account, key)
+
+
+def _share(worker: Worker) -> int:
+    """How many steps one edge may have at a worker while others have sessions, too."""
+    return max(1, worker.announce.capacity // 2)
+
+
+def _why_wrong(step: AnyStep, opening: AnyOpening) -> str:
+    """What no worker could make sense of; empty if nothing is wrong."""
+    if isinstance(step, Step) != isinstance(opening, Opening):
+        return f"a step of kind {step.kind!r} does not go with an opening of kind {opening.kind!r}"
+    if isinstance(step, Step) and not 1 <= step.rows <= MAX_STEP_ROWS:
+        return f"the step has {step.rows} rows; expected 1 to {MAX_STEP_ROWS}"
+    return ""

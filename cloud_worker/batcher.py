@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import zip_longest
 
-from common.messages import AnyOpening, AnyStep, Opening, Step
+from common.messages import AnyOpening, AnyStep, Opening, Step, StepKey
 
 
 @dataclass(slots=True)
@@ -20,6 +21,7 @@ class Task:
     broker_queue_us: int
     arrived_at: float
     owner: str = ""  # the edge's public key
+    edge: int = 0  # the broker's number for it
 
     @property
     def text_step(self) -> Step:
@@ -46,16 +48,17 @@ def make_session_key(session_id: bytes, owner: str) -> bytes:
 
 
 class Batcher:
-    """First come, first served, up to `max_rows` rows and `max_steps` steps in a batch.
+    """Edges in turn, up to `max_rows` rows and `max_steps` steps in a batch.
 
-    A step with more rows than that has a batch of its own. A session is in a batch at most once:
-    its second step needs the first one's KV.
+    Of one edge's steps the first that came goes first. A step with more rows than that has a batch
+    of its own. A session is in a batch at most once: its second step needs the first one's KV.
     """
 
     def __init__(self, max_rows: int, max_steps: int) -> None:
         self._max_rows = max_rows
         self._max_steps = max_steps
         self._ready: deque[Task] = deque()
+        self._last_edge = 0
 
     def __len__(self) -> int:
         return len(self._ready)
@@ -63,9 +66,26 @@ class Batcher:
     def add(self, task: Task) -> None:
         self._ready.append(task)
 
-    def drop_session(self, session_key: bytes) -> None:
-        """Forget what is ready of a session: it is over, or a newer step has come."""
-        self._ready = deque(t for t in self._ready if t.session_key != session_key)
+    def renew(self, task: Task) -> bool:
+        """Put a step that was sent again in its own place. False if it is not here."""
+        for index, known in enumerate(self._ready):
+            if known.session_key == task.session_key and known.step.key == task.step.key:
+                self._ready[index] = task
+                return True
+        return False
+
+    def drop_session(self, session_key: bytes) -> list[Task]:
+        """Take out what is ready of a session: it is over, or a newer step has come."""
+        dropped = [t for t in self._ready if t.session_key == session_key]
+        if dropped:
+            self._ready = deque(t for t in self._ready if t.session_key != session_key)
+        return dropped
+
+    def drop_step(self, session_key: bytes, key: StepKey) -> None:
+        """Forget one step."""
+        self._ready = deque(
+            t for t in self._ready if t.session_key != session_key or t.step.key != key
+        )
 
     def session_keys(self) -> set[bytes]:
         """Whose steps are ready: their KV must stay."""
@@ -77,7 +97,7 @@ class Batcher:
         left: deque[Task] = deque()
         sessions: set[bytes] = set()
         rows = 0
-        for task in self._ready:
+        for task in self._in_turn():
             fits = not batch or rows + task.text_step.rows <= self._max_rows
             if fits and len(batch) < self._max_steps and task.session_key not in sessions:
                 batch.append(task)
@@ -86,4 +106,16 @@ class Batcher:
             else:
                 left.append(task)
         self._ready = left
+        if batch:
+            self._last_edge = batch[-1].edge
         return batch
+
+    def _in_turn(self) -> list[Task]:
+        """What is ready, one step of each edge after another, beginning behind the last served."""
+        by_edge: dict[int, deque[Task]] = {}
+        for task in self._ready:
+            by_edge.setdefault(task.edge, deque()).append(task)
+        if len(by_edge) < 2:
+            return list(self._ready)
+        edges = sorted(by_edge, key=lambda edge: (edge <= self._last_edge, edge))
+        return [task for turn in zip_longest(*(by_edge[e] for e in edges)) for task in turn if task]

@@ -52,9 +52,7 @@ class Blobs:
         """Whether nothing is on its way into the store."""
         return not self._saves
 
-    def save(
-        self, key: bytes, generation: int, step: int, blob: bytes, seal: RowSeal
-    ) -> None:
+    def save(self, key: bytes, generation: int, step: int, blob: bytes, seal: RowSeal) -> None:
         """Begin to write a blob, unless that is under way; an older one is then dropped."""
         under_way = self._saves.get(key)
         if not self._store.is_up() or (under_way and under_way.generation == generation):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cloud_worker.batcher import Task
 from cloud_worker.blobs import Blobs
-from cloud_worker.image_executor import ImageExecutor, ImageInput
+from cloud_worker.image_executor import ImageExecutor, ImageInput, StepsCancelled
 from cloud_worker.image_sessions import (
     HISTORY,
     ImageSession,
@@ -32,6 +32,7 @@ from cloud_worker.image_sessions import (
     read_latents,
 )
 from cloud_worker.outbox import Outbox
+from cloud_worker.precision import check_precision, tell_precision
 from cloud_worker.row_seals import Checksum, KvCipher, RowSeal
 from cloud_worker.store import KvStore, StoreEvent
 from common.errors import MidspanError, NonFiniteError, ProtocolError, SettingsError
@@ -51,7 +52,7 @@ from common.image_tensors import (
     unpack_tensors,
 )
 from common.keys import KeyPair
-from common.messages import ImageOpening, ImageStep, NeedTensors, Service, StepReply
+from common.messages import ImageOpening, ImageStep, NeedTensors, Service, StepKey, StepReply
 from common.sealing import open_sealed
 from common.unet import INNER, WHOLE, Conditioning, boundary_channels
 
@@ -66,11 +67,14 @@ MAX_TOKENS = 4096
 MAX_STEP_VALUES = 1 << 26  # of all tensors of a step together
 MAX_IMAGES = 64
 MAX_SIDE = 1024  # of the latents
+MAX_PIXELS = 1 << 18  # of the latents of all images of a step, doubled for guidance
 KEEP_REPLY_BYTES = 8 << 20
 
 
 class ImageService:
     """One part of one SDXL UNet."""
+
+    kind = "image"
 
     def __init__(
         self,
@@ -161,6 +165,7 @@ class ImageService:
         assert isinstance(step, ImageStep)
         assert isinstance(opening, ImageOpening)
         try:
+            check_precision(task, self.service)
             self._check(step, opening)
             self._check_tensors(step, opening)
             tensors = unpack_tensors(step.tensors, task.body, opening.codecs)
@@ -173,6 +178,8 @@ class ImageService:
         if session.last_reply is not None and session.last_reply[0].key == step.key:
             reply, body = session.last_reply
             self._outbox.answer(task, replace(reply, attempt=task.attempt), body)
+            return
+        if self._is_waiting(task):
             return
         self._drop(task.session_key)
         waiting = Waiting(task, session, tensors)
@@ -206,7 +213,13 @@ class ImageService:
         self._ready = left
         if not batch:
             return
-        results = self._executor.run([item for _, item, _ in batch])
+        try:
+            results = self._executor.run(
+                [item for _, item, _ in batch],
+                lambda: all(self._outbox.is_cancelled(waiting.task) for waiting, _, _ in batch),
+            )
+        except StepsCancelled:
+            return  # the broker's cancel is confirmed when it is read
         self.stats["image_batches"] += 1
         for (waiting, _, scheduler), result in zip(batch, results, strict=True):
             if isinstance(result, str):
@@ -279,11 +292,23 @@ class ImageService:
                 raise ProtocolError(f"step has an unknown tensor {name!r}")
             if shape[0] != count:
                 raise ProtocolError(f"{name} is of {shape[0]} images; expected {count}")
+        self._check_work(step, doubled, inner)
         if not opening.keeps_latents and "sample" not in names:
             raise ProtocolError("step has no sample")
         sides = {tuple(p.shape[2:]) for p in step.tensors if p.name not in CONDITIONING}
         if len(sides) > 1:
             raise ProtocolError(f"the tensors of a step have several sizes: {sorted(sides)}")
+
+    def _check_work(self, step: ImageStep, doubled: int, inner: bool) -> None:
+        """A few bytes can announce images that take minutes: a step has a budget of pixels."""
+        for part in step.tensors:
+            if part.name in CONDITIONING:
+                continue
+            pixels = doubled * math.prod(part.shape[2:]) * (4 if inner else 1)
+            if pixels > MAX_PIXELS:
+                raise ProtocolError(
+                    f"step has {pixels} pixels of latents in {doubled} images; at most {MAX_PIXELS}"
+                )
 
     def _find_seal(self, task: Task, opening: ImageOpening) -> RowSeal:
         known = self._sessions.get(task.session_key)
@@ -337,8 +362,9 @@ class ImageService:
             self._waiting.pop(session.key, None)
             self.stats["tensors_asked"] += len(missing)
             need = NeedTensors(
-                *waiting.step.key, waiting.task.attempt, missing, self._outbox.worker_id
-            )
+                *waiting.step.key, waiting.task.attempt, missing, self._outbox.worker_id,
+                tell_precision(waiting.task, self.service),
+            )  # fmt: skip
             self._outbox.answer(waiting.task, need)
 
     def _begin_load(self, waiting: Waiting, name: str) -> None:
@@ -363,9 +389,27 @@ class ImageService:
             self._blobs.load(conditioning_key(session.key), 0, session.seal, then)
 
     def _drop(self, session_key: bytes) -> None:
-        """An older step of a session is no longer wanted."""
-        self._waiting.pop(session_key, None)
+        """An older step of a session is no longer wanted; brokers are told."""
+        waiting = self._waiting.pop(session_key, None)
+        dropped = [w for w in self._ready if w.session.key == session_key]
         self._ready = [w for w in self._ready if w.session.key != session_key]
+        for old in [*dropped, *([waiting] if waiting else [])]:
+            self._outbox.drop(old.task)
+
+    def on_cancel(self, session_key: bytes, key: StepKey) -> None:
+        waiting = self._waiting.get(session_key)
+        if waiting is not None and waiting.step.key == key:
+            del self._waiting[session_key]
+        self._ready = [w for w in self._ready if w.session.key != session_key or w.step.key != key]
+
+    def _is_waiting(self, task: Task) -> bool:
+        """Whether a step that was sent again is here already; it keeps its place."""
+        here = [*self._ready, *self._waiting.values()]
+        for known in here:
+            if known.session.key == task.session_key and known.step.key == task.step.key:
+                known.task = task
+                return True
+        return False
 
     # --- computing
 
@@ -407,6 +451,7 @@ class ImageService:
             queue_us=waiting.task.broker_queue_us
             + round((started_at - waiting.task.arrived_at) * 1e6),
             compute_us=round((done_at - started_at) * 1e6),
+            precision=tell_precision(waiting.task, self.service),
         )
         session.last_reply = (reply, body) if len(body) <= KEEP_REPLY_BYTES else None
         self._outbox.answer(waiting.task, reply, body)

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from cloud_worker.batcher import Task
 from cloud_worker.store import StoreEvent
-from common.messages import NeedRows, NeedTensors, Service, StepReply
+from common.messages import NeedRows, NeedTensors, Service, StepKey, StepReply
 
 
 class Outbox(Protocol):
@@ -21,10 +21,19 @@ class Outbox(Protocol):
 
     def fail(self, task: Task, reason: str) -> None: ...
 
+    def drop(self, task: Task) -> None:
+        """Say that a step is not computed here: nobody waits for it."""
+        ...
+
+    def is_cancelled(self, task: Task) -> bool:
+        """Whether a broker has said so while something was computed."""
+        ...
+
 
 class StepService(Protocol):
     """Sessions of one kind: it takes their steps and answers them through an Outbox."""
 
+    kind: str  # of work, for its share of the worker's time
     service: Service
     stats: dict[str, int]
 
@@ -35,6 +44,10 @@ class StepService(Protocol):
     def on_step(self, task: Task) -> None: ...
 
     def on_end(self, session_key: bytes) -> None: ...
+
+    def on_cancel(self, session_key: bytes, key: StepKey) -> None:
+        """Forget a step that waits here."""
+        ...
 
     def on_store_event(self, event: StoreEvent) -> None:
         """Something the store did, perhaps for another service."""

@@ -297,9 +297,7 @@ class RedisKvStore:
         load = loading.load
         rows = b"".join(loading.parts)[: max(0, loading.end - load.start) * load.row_bytes]
         written_in = load.generation if loading.generation_seen is None else loading.generation_seen
-        self._events.append(
-            Loaded(load.session_key, load.generation, load.start, rows, written_in)
-        )
+        self._events.append(Loaded(load.session_key, load.generation, load.start, rows, written_in))
 
 
 def read_script(name: str) -> bytes:

@@ -131,6 +131,4 @@ class KvCipher:
         return b"".join(parts)
 
     def _bind(self, position: int, generation: int) -> bytes:
-        return (
-            self._session_key + generation.to_bytes(8, "little") + position.to_bytes(8, "little")
-        )
+        return self._session_key + generation.to_bytes(8, "little") + position.to_bytes(8, "little")

@@ -57,7 +57,9 @@ def load_text_service(
     config = read_config(checkpoint)
     span = parse_span(span_text, config.num_hidden_layers)
     model = load_span(checkpoint, span, parse_dtype(settings.dtype), check_device(settings.device))
-    service = Service(checkpoint.fingerprint(), checkpoint.name, str(span), model.hidden)
+    service = Service(
+        checkpoint.fingerprint(), checkpoint.name, str(span), model.hidden, settings.dtype
+    )
     known = open_calibration(
         calibration, checkpoint.directory, service.model, (span.first, span.last)
     )
@@ -103,7 +105,7 @@ def load_image_services(
     def make(part: str) -> ServiceMaker:
         return lambda outbox: ImageService(
             ImageExecutor(model, part),
-            Service(fingerprint, name, part, 0),
+            Service(fingerprint, name, part, 0, settings.dtype),
             scheduler_config,
             store,
             outbox,

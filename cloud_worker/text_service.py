@@ -10,6 +10,7 @@ from collections.abc import Callable
 from cloud_worker.batcher import Batcher, Task
 from cloud_worker.executor import Computed, TextExecutor
 from cloud_worker.outbox import Outbox
+from cloud_worker.precision import check_precision, tell_precision
 from cloud_worker.row_seals import Checksum, ForgedRows, KvCipher, RowSeal
 from cloud_worker.self_test import check_executor, check_store
 from cloud_worker.store import (
@@ -26,16 +27,18 @@ from cloud_worker.store import (
 from cloud_worker.warm_cache import WarmCache, WarmSession
 from common.errors import MidspanError, SettingsError
 from common.keys import KeyPair
-from common.messages import NeedRows, Service, StepReply
+from common.messages import NeedRows, Service, StepKey, StepReply
 from common.sealing import open_sealed
 
 log = logging.getLogger("midspan.worker")
 
-KEEP_REPLY_BYTES = 1 << 20
+KEEP_REPLY_BYTES = 32 << 20
 
 
 class TextService:
     """One span of one language model."""
+
+    kind = "text"
 
     def __init__(
         self,
@@ -97,10 +100,21 @@ class TextService:
 
     def on_end(self, session_key: bytes) -> None:
         """A session is over. It may be one of another service."""
-        self._loading.pop(session_key, None)
-        self._batcher.drop_session(session_key)
+        self._drop_waiting(session_key)
         self._warm.drop(session_key)
         self._store.begin_delete(session_key)
+
+    def on_cancel(self, session_key: bytes, key: StepKey) -> None:
+        waiting = self._loading.get(session_key)
+        if waiting is not None and waiting.step.key == key:
+            del self._loading[session_key]
+        self._batcher.drop_step(session_key, key)
+
+    def _drop_waiting(self, session_key: bytes) -> None:
+        """Steps of a session that a newer one or the end has overtaken; brokers are told."""
+        loading = self._loading.pop(session_key, None)
+        for task in [*self._batcher.drop_session(session_key), *([loading] if loading else [])]:
+            self._outbox.drop(task)
 
     def run_batch(self) -> None:
         """Compute the next batch, if a step is ready."""
@@ -111,6 +125,7 @@ class TextService:
     def on_step(self, task: Task) -> None:
         step = task.text_step
         try:
+            check_precision(task, self.service)
             self._executor.check(task)
             seal = self._find_seal(task)
         except MidspanError as error:
@@ -122,13 +137,22 @@ class TextService:
             again = dataclasses.replace(last, attempt=task.attempt)
             self._outbox.answer(task, again, body)
             return
+        if self._is_waiting(task):
+            return
         session.seal = seal
         if not session.adjust_to(step):
             self._outbox.fail(task, "the session has a newer generation")
             return
-        self._loading.pop(task.session_key, None)
-        self._batcher.drop_session(task.session_key)
+        self._drop_waiting(task.session_key)
         self._prepare(task, session)
+
+    def _is_waiting(self, task: Task) -> bool:
+        """Whether a step that was sent again is here already; it keeps its place."""
+        loading = self._loading.get(task.session_key)
+        if loading is not None and loading.step.key == task.step.key:
+            self._loading[task.session_key] = task
+            return True
+        return self._batcher.renew(task)
 
     def _prepare(self, task: Task, session: WarmSession) -> None:
         """Make a step ready, or begin to load the rows that it needs."""
@@ -196,7 +220,10 @@ class TextService:
             self._batcher.add(task)
             return
         self.stats["rows_asked"] += step.position - session.kv.length
-        need = NeedRows(*step.key, task.attempt, session.kv.length, self._outbox.worker_id)
+        need = NeedRows(
+            *step.key, task.attempt, session.kv.length, self._outbox.worker_id,
+            tell_precision(task, self.service),
+        )  # fmt: skip
         self._outbox.answer(task, need)
 
     # --- computing
@@ -247,6 +274,7 @@ class TextService:
             worker_id=self._outbox.worker_id,
             queue_us=task.broker_queue_us + round((started_at - task.arrived_at) * 1e6),
             compute_us=round((done_at - started_at) * 1e6),
+            precision=tell_precision(task, self.service),
         )
         keep = len(computed.body) <= KEEP_REPLY_BYTES
         session.last_reply = (reply, computed.body) if keep else None
@@ -300,9 +328,7 @@ class TextService:
         """The rows as they were, up to the first that is not what this session wrote."""
         assert session.seal is not None
         try:
-            return session.seal.unseal(
-                event.rows, event.start, self._row_bytes, event.written_in
-            )
+            return session.seal.unseal(event.rows, event.start, self._row_bytes, event.written_in)
         except ForgedRows as error:
             self.stats["rows_refused"] += 1
             log.warning("%s; computing from there again", error)

@@ -11,6 +11,7 @@ from common.kv_rows import KvRows
 from common.messages import Step, StepReply
 
 MAX_SESSIONS = 8192
+LARGE_REPLY_BYTES = 1 << 16
 
 
 @dataclass(slots=True)
@@ -31,6 +32,12 @@ class WarmSession:
     @property
     def is_dirty(self) -> bool:
         return self.committed < self.kv.length
+
+    @property
+    def size(self) -> int:
+        """Bytes of its rows and of its last reply, if that is a large one."""
+        reply = len(self.last_reply[1]) if self.last_reply is not None else 0
+        return self.kv.capacity_bytes + (reply if reply >= LARGE_REPLY_BYTES else 0)
 
     def adjust_to(self, step: Step) -> bool:
         """Keep only the rows that are valid before `step`. False if the step is out of date."""
@@ -88,7 +95,7 @@ class WarmCache:
         self._sessions.pop(session_key, None)
 
     def used_bytes(self) -> int:
-        return sum(session.kv.capacity_bytes for session in self._sessions.values())
+        return sum(session.size for session in self._sessions.values())
 
     def evict(self, busy: Collection[bytes]) -> int:
         """Drop old sessions that are not busy until the limits hold; returns how many."""
@@ -99,7 +106,7 @@ class WarmCache:
                 break
             if session.session_key in busy:
                 continue
-            used -= session.kv.capacity_bytes
+            used -= session.size
             self.drop(session.session_key)
             dropped += 1
         return dropped

@@ -14,8 +14,8 @@ import os
 import socket as host_info
 import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import zmq
@@ -24,11 +24,13 @@ from cloud_worker.batcher import Task, make_session_key
 from cloud_worker.heartbeat import UNSENT_LIMIT, Heartbeat
 from cloud_worker.outbox import Outbox, StepService
 from cloud_worker.store import KvStore
+from cloud_worker.time_shares import TimeShares
 from common.errors import ProtocolError, StoreUnavailable
 from common.keys import ClientKeys
 from common.log_limit import LogLimit
 from common.messages import (
     Announce,
+    CancelStep,
     Dispatch,
     Drain,
     DrainAccepted,
@@ -41,16 +43,19 @@ from common.messages import (
     NeedTensors,
     Opening,
     Step,
+    StepDropped,
     StepFailed,
+    StepKey,
     StepReply,
 )
 from common.settings import HEARTBEAT_S
-from common.sockets import Context, Socket, connect_dealer, has_message, receive_frames
+from common.sockets import Context, connect_dealer, has_message, receive_frames
 from common.wire import check_frames, decode_header, encode_header
 
 log = logging.getLogger("midspan.worker")
 
 IDLE_POLL_S = 0.1
+HELD_BACK_POLL_S = 0.005
 DRAIN_LIMIT_S = 10.0
 STORE_RETRY_S = 0.5
 TIDY_S = 1.0  # how often commits that failed are tried again
@@ -84,6 +89,10 @@ class Worker:
         self._store = store
         self._settings = settings
         self._services = {(s.service.model, s.service.part): s for s in make_services(self)}
+        self._shares = TimeShares({s.kind for s in self._services.values()})
+        self._inbox: deque[tuple[int, list[bytes]]] = deque()  # read, not handled yet
+        self._cancelled: set[StepKey] = set()
+        self._held_back = False
         self._drain_requested = False
         self._drain_accepted: set[int] = set()
         self._tidy_at = 0.0
@@ -189,19 +198,33 @@ class Worker:
             self._announce_at = now + self._settings.heartbeat_s
             self._announce()
         services = self._services.values()
-        self._wait(0.0 if any(service.has_batch() for service in services) else wait_s)
-        for index, socket in enumerate(self._sockets):
-            self._receive(index, socket)
+        if any(service.has_batch() for service in services):
+            wait_s = HELD_BACK_POLL_S if self._held_back else 0.0
+        self._wait(wait_s)
+        self._receive()
         for event in self._store.poll():
             for service in services:
                 self._guard(service.on_store_event, event)
-        for service in services:
-            self._guard(service.run_batch)
+        self._run_next()
         now = time.monotonic()
         if now >= self._tidy_at:
             self._tidy_at = now + TIDY_S
             for service in services:
                 service.tidy()
+
+    def _run_next(self) -> None:
+        """Compute a batch of each service of the kind of work whose turn it is."""
+        ready = [service for service in self._services.values() if service.has_batch()]
+        begun_at = time.monotonic()
+        kind = self._shares.pick({service.kind for service in ready}, begun_at)
+        self._held_back = bool(ready) and kind is None
+        if kind is None:
+            return
+        for service in ready:
+            if service.kind == kind:
+                self._guard(service.run_batch)
+        ended_at = time.monotonic()
+        self._shares.charge(kind, ended_at - begun_at, ended_at)
 
     def _guard(self, work: Callable[..., None], *arguments: object) -> None:
         """Whatever a step or the store brings about, a worker lives on; edges ask again."""
@@ -254,9 +277,11 @@ class Worker:
             self._polled_store_fd = store_fd
         self._poller.poll(round(wait_s * 1000))
 
-    def _receive(self, source: int, socket: Socket) -> None:
-        while has_message(socket):
-            frames = receive_frames(socket)
+    def _receive(self) -> None:
+        for source, frames in self._read_sockets():
+            self._inbox.append((source, frames))
+        while self._inbox:
+            source, frames = self._inbox.popleft()
             try:
                 check_frames(frames)
                 self._on_message(source, decode_header(frames[0]), frames)
@@ -264,12 +289,22 @@ class Worker:
                 self._bad_messages += 1
                 self._complaints.warning("dropped a message: %s", error)
 
+    def _read_sockets(self) -> Iterator[tuple[int, list[bytes]]]:
+        for source, socket in enumerate(self._sockets):
+            while has_message(socket):
+                yield source, receive_frames(socket)
+
     def _on_message(self, source: int, message: Message, frames: list[bytes]) -> None:
         if isinstance(message, Dispatch):
             self._on_dispatch(source, message, frames)
         elif isinstance(message, EndSession):
             for service in self._services.values():
                 service.on_end(make_session_key(message.session_id, message.owner))
+        elif isinstance(message, CancelStep):
+            self._cancelled.discard(message.key)
+            for service in self._services.values():
+                service.on_cancel(make_session_key(message.session_id, message.owner), message.key)
+            self._send(source, StepDropped(*message.key, message.attempt, self.worker_id))
         elif isinstance(message, DrainAccepted):
             self._drain_accepted.add(source)
         else:
@@ -278,16 +313,17 @@ class Worker:
     def _on_dispatch(self, source: int, dispatch: Dispatch, frames: list[bytes]) -> None:
         if len(frames) != 4:
             raise ProtocolError(f"dispatch has {len(frames) - 1} further frames; expected 3")
-        step, opening = decode_header(frames[1]), decode_opening(frames[3])
-        is_text = isinstance(step, Step) and isinstance(opening, Opening)
-        is_image = isinstance(step, ImageStep) and isinstance(opening, ImageOpening)
-        if not is_text and not is_image:
-            raise ProtocolError(f"dispatch carries {step.kind!r} and {opening.kind!r}")
-        assert isinstance(step, Step | ImageStep)
-        assert isinstance(opening, Opening | ImageOpening)
+        step = decode_header(frames[1])
+        if not isinstance(step, Step | ImageStep):
+            raise ProtocolError(f"dispatch carries {step.kind!r}; expected a step")
+        try:
+            opening = _read_opening(step, frames[3])
+        except ProtocolError as error:  # whoever can be answered is
+            self._fail(source, step.key, dispatch.attempt, str(error))
+            return
         task = Task(
             step, opening, frames[2], dispatch.attempt, source, dispatch.queue_us,
-            time.monotonic(), dispatch.owner,
+            time.monotonic(), dispatch.owner, dispatch.edge,
         )  # fmt: skip
         service = self._services.get((opening.model, opening.part))
         if service is None:
@@ -309,7 +345,33 @@ class Worker:
 
     def fail(self, task: Task, reason: str) -> None:
         """Say that a step could not be computed here."""
+        self._fail(task.source, task.step.key, task.attempt, reason)
+
+    def _fail(self, source: int, key: StepKey, attempt: int, reason: str) -> None:
         self._failed += 1
         self._complaints.warning("step failed: %s", reason)
-        failed = StepFailed(*task.step.key, task.attempt, self.worker_id, reason[:1000])
-        self._send(task.source, failed)
+        self._send(source, StepFailed(*key, attempt, self.worker_id, reason[:1000]))
+
+    def drop(self, task: Task) -> None:
+        """Say that a step is not computed here: nobody waits for it."""
+        self._send(task.source, StepDropped(*task.step.key, task.attempt, self.worker_id))
+
+    def is_cancelled(self, task: Task) -> bool:
+        """Whether a broker has cancelled a step since this worker began to compute."""
+        for source, frames in self._read_sockets():
+            self._inbox.append((source, frames))
+            with contextlib.suppress(ProtocolError):
+                message = decode_header(frames[0])
+                if isinstance(message, CancelStep):
+                    self._cancelled.add(message.key)
+        return task.step.key in self._cancelled
+
+
+def _read_opening(step: Step | ImageStep, frame: bytes) -> Opening | ImageOpening:
+    """The opening of a step's session. Raises ProtocolError if it is not of the step's kind."""
+    opening = decode_opening(frame)
+    if isinstance(step, Step) and isinstance(opening, Opening):
+        return opening
+    if isinstance(step, ImageStep) and isinstance(opening, ImageOpening):
+        return opening
+    raise ProtocolError(f"dispatch carries {step.kind!r} and {opening.kind!r}")

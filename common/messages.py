@@ -1,10 +1,13 @@
 """The messages of the protocol, one dataclass each. `common/wire.py` puts them on the wire.
 
     edge -> broker    Step or ImageStep (with its opening if need be), EndSession, StatusQuery
-    broker -> edge    StepReply, NeedRows, NeedTensors, NeedOpening, StepPending, StepRefused, Busy,
-                      StatusReport
-    broker -> worker  Dispatch (in front of a step and its opening), EndSession, DrainAccepted
-    worker -> broker  Announce, Alive, Drain, Leave, StepReply, NeedRows, NeedTensors, StepFailed
+    edge -> broker    AskAgain, for a step that was sent
+    broker -> edge    StepReply, NeedRows, NeedTensors, NeedOpening, NeedStep, StepPending,
+                      StepRefused, Busy, StatusReport
+    broker -> worker  Dispatch (in front of a step and its opening), CancelStep, EndSession,
+                      DrainAccepted
+    worker -> broker  Announce, Alive, Drain, Leave, StepReply, NeedRows, NeedTensors, StepFailed,
+                      StepDropped
 
 A peer is known by its connection (and its CURVE key, where keys are used), never by what it says
 of itself: a message that names another worker, or another edge's session, is refused.
@@ -37,6 +40,7 @@ class Opening:
     codecs: list[str]  # steps name them by their index
     calibration: str  # fingerprint, or empty if no codec needs one
     sealed_key: Sealed = b""  # of the session's KV at rest, for the workers only
+    precision: str = ""  # of the workers that began the session; empty until one has answered
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,7 @@ class ImageOpening:
     scheduler: str  # name and digest, where the worker needs one
     latents_dtype: str  # in which the edge steps them
     sealed_key: Sealed = b""  # of what the session leaves in the store, for the workers only
+    precision: str = ""  # of the workers that began the session; empty until one has answered
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +149,7 @@ class StepReply:
     worker_id: str
     queue_us: int  # waited in the broker and in the worker
     compute_us: int  # in the middle layers, with decoding and encoding
+    precision: str = ""  # the worker's, until the session's opening names it
 
     @property
     def key(self) -> StepKey:
@@ -161,6 +167,7 @@ class NeedRows:
     attempt: int
     have: int
     worker_id: str
+    precision: str = ""  # as in StepReply
 
     @property
     def key(self) -> StepKey:
@@ -178,6 +185,7 @@ class NeedTensors:
     attempt: int
     names: list[str]
     worker_id: str
+    precision: str = ""  # as in StepReply
 
     @property
     def key(self) -> StepKey:
@@ -199,6 +207,62 @@ class StepFailed:
     @property
     def key(self) -> StepKey:
         return (self.session_id, self.generation, self.step)
+
+
+@dataclass(frozen=True, slots=True)
+class StepDropped:
+    """The worker does not compute the step, because it was cancelled or a newer one came."""
+
+    kind: ClassVar[str] = "dropped"
+    session_id: bytes
+    generation: int
+    step: int
+    attempt: int
+    worker_id: str
+
+    @property
+    def key(self) -> StepKey:
+        return (self.session_id, self.generation, self.step)
+
+
+@dataclass(frozen=True, slots=True)
+class CancelStep:
+    """Nobody waits for this step any more, or another worker has it; confirmed by StepDropped."""
+
+    kind: ClassVar[str] = "cancel"
+    session_id: bytes
+    generation: int
+    step: int
+    attempt: int
+    owner: str  # as in Dispatch
+
+    @property
+    def key(self) -> StepKey:
+        return (self.session_id, self.generation, self.step)
+
+
+@dataclass(frozen=True, slots=True)
+class AskAgain:
+    """The edge still waits for a step that it has sent: StepPending, or NeedStep, answers it."""
+
+    kind: ClassVar[str] = "again"
+    session_id: bytes
+    generation: int
+    step: int
+
+    @property
+    def key(self) -> StepKey:
+        return (self.session_id, self.generation, self.step)
+
+
+@dataclass(frozen=True, slots=True)
+class NeedStep:
+    """The broker does not have the step: send it."""
+
+    kind: ClassVar[str] = "need_step"
+    session_id: bytes
+    generation: int
+    step: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +339,7 @@ class Dispatch:
     attempt: int
     queue_us: int
     owner: str  # the edge's public key, or empty where keys are not used
+    edge: int = 0  # a number for it, so that a worker can take edges in turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +350,7 @@ class Service:
     name: str  # for people
     part: str  # a span a-b of layers; unet or inner of an image model
     hidden: int  # D; 0 for images
+    precision: str = ""  # in which its weights and their state are: sessions stay in theirs
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,6 +404,7 @@ class Leave:
 
 Message = (
     Opening | Step | ImageOpening | ImageStep | StepReply | NeedRows | NeedTensors | NeedOpening
-    | StepFailed | StepPending | StepRefused | Busy | EndSession | StatusQuery | StatusReport
-    | Dispatch | Announce | Alive | Drain | DrainAccepted | Leave
+    | NeedStep | StepFailed | StepDropped | CancelStep | AskAgain | StepPending | StepRefused | Busy
+    | EndSession | StatusQuery | StatusReport | Dispatch | Announce | Alive | Drain | DrainAccepted
+    | Leave
 )  # fmt: skip

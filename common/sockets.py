@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from common.keys import ClientKeys
 from common.settings import MAX_BODY_BYTES, MAX_FRAMES
@@ -17,11 +18,13 @@ LINGER_MS = 200
 PING_MS, PING_LIMIT_MS = 1000, 3000  # ZMTP's own heartbeats find links that died without a word
 
 
-def connect_dealer(context: Context, endpoint: str, keys: ClientKeys | None = None) -> Socket:
+def connect_dealer(
+    context: Context, endpoint: str, keys: ClientKeys | None = None, pings: bool = True
+) -> Socket:
     """A DEALER that finds its broker again whenever that comes back.
 
     Nothing is queued for a broker that is not there: sending waits, or raises zmq.Again, so that
-    old messages do not pile up.
+    old messages do not pile up. Without `pings` only the peers' own words say that a link lives.
     """
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.IMMEDIATE, 1)
@@ -29,8 +32,9 @@ def connect_dealer(context: Context, endpoint: str, keys: ClientKeys | None = No
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_BODY_BYTES)
     socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_LIMIT_MS)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, PING_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, PING_LIMIT_MS)
+    if pings:
+        socket.setsockopt(zmq.HEARTBEAT_IVL, PING_MS)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, PING_LIMIT_MS)
     if keys is not None:
         keys.apply(socket)
     socket.connect(endpoint)
@@ -48,6 +52,11 @@ def receive_frames(socket: Socket, flags: int = 0) -> list[bytes]:
         if len(frames) <= MAX_FRAMES:
             frames.append(frame)
     return frames
+
+
+def read_link_event(monitor: Socket) -> int:
+    """The next event of a socket's monitor: one of zmq's EVENT_ numbers."""
+    return int(recv_monitor_message(monitor)["event"])
 
 
 def wire_bytes(frames: Sequence[bytes]) -> int:

@@ -15,6 +15,7 @@ Letters: n images of a batch (twice as many with guidance), h and w of the laten
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,10 @@ class UnetPart:
     def __init__(self, unet: Any, part: str) -> None:
         self.unet = unet  # diffusers' modules are not typed
         self.part = part
+        self.on_block: Callable[[], None] = lambda: None  # called before each block
+        for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+            if block is not None:
+                block.register_forward_pre_hook(lambda *_: self.on_block())
 
     @property
     def config(self) -> Any:

@@ -19,7 +19,9 @@ from common.errors import ProtocolError
 from common.messages import (
     Alive,
     Announce,
+    AskAgain,
     Busy,
+    CancelStep,
     Dispatch,
     Drain,
     DrainAccepted,
@@ -30,6 +32,7 @@ from common.messages import (
     Message,
     NeedOpening,
     NeedRows,
+    NeedStep,
     NeedTensors,
     Opening,
     Part,
@@ -37,6 +40,7 @@ from common.messages import (
     StatusQuery,
     StatusReport,
     Step,
+    StepDropped,
     StepFailed,
     StepPending,
     StepRefused,
@@ -59,7 +63,7 @@ KINDS: dict[str, type[Message]] = {
     message.kind: message
     for message in (
         Opening, Step, ImageOpening, ImageStep, StepReply, NeedRows, NeedTensors, NeedOpening,
-        StepFailed, StepPending, StepRefused,
+        StepFailed, StepDropped, CancelStep, AskAgain, NeedStep, StepPending, StepRefused,
         Busy, EndSession, StatusQuery, StatusReport, Dispatch, Announce, Alive, Drain,
         DrainAccepted, Leave,
     )
@@ -74,7 +78,9 @@ def encode_header(message: Message) -> bytes:
     elif isinstance(message, ImageStep):
         values[TENSORS_AT] = [(t.name, t.codec, t.shape, t.body_bytes) for t in message.tensors]
     elif isinstance(message, Announce):
-        values[SERVICES_AT] = [(s.model, s.name, s.part, s.hidden) for s in message.services]
+        values[SERVICES_AT] = [
+            (s.model, s.name, s.part, s.hidden, s.precision) for s in message.services
+        ]
     packed: bytes = msgpack.packb((VERSION, message.kind, *values))
     return packed
 
@@ -144,10 +150,10 @@ def _services(value: Any) -> list[Service]:
         raise ValueError("expected a list of at most 64 services")
     services = []
     for item in value:
-        if not isinstance(item, list) or len(item) != 4:
-            raise ValueError(f"expected [model, name, part, hidden], got {item!r:.40}")
+        if not isinstance(item, list) or len(item) != 5:
+            raise ValueError(f"expected [model, name, part, hidden, precision], got {item!r:.40}")
         model, name, part = _text(item[0]), _text(item[1]), _text(item[2])
-        services.append(Service(model, name, part, _integer(item[3])))
+        services.append(Service(model, name, part, _integer(item[3]), _text(item[4])))
     return services
 
 

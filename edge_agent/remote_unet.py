@@ -7,11 +7,12 @@ doubled, it goes through the pipeline's own guidance unchanged.
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from common.errors import NonFiniteError, ProtocolError, StepRefused
 from common.image_schedulers import read_history
 from common.image_tensors import EXACT, decode_tensor, pack_tensors
-from common.messages import ImageOpening, ImageStep, NeedTensors, StepReply
+from common.messages import ImageOpening, ImageStep, NeedRows, NeedTensors, StepReply
 from common.settings import MAX_ATTEMPTS
 from common.unet import Conditioning, UnetPart, boundary_channels
 from edge_agent.client import BrokerClient
@@ -107,7 +108,8 @@ class RemoteUNet(nn.Module):
         self._raw_latents: Tensor | None = None
         self._step = 0
         self._position = 0
-        self._is_known = False
+        self._is_known = False  # some worker has had the session
+        self._is_open = False  # the broker has the opening as it is now
         self._shun = ""
         self._deep: Tensor | None = None
         self._started = self._client.bytes_up, self._client.bytes_down
@@ -191,25 +193,31 @@ class RemoteUNet(nn.Module):
         if not self._is_known and self._opening is not None and self._opening.keeps_latents:
             lacking.append("latents")
         resends = unusable = 0
+        askers: Counter[str] = Counter()  # workers that lacked something in this step
         while True:
             sending = {**tensors, **self._state(lacking, conditioning)}
-            answer, body = self._send(position, sending)
+            answer, body = self._send(position, sending, math.prod(shape) * 4)
             self._is_known = True
-            if isinstance(answer, NeedTensors):
-                lacking = answer.names
-                resends += 1
-                self.stats.tensors_resent += len(lacking)
-                if resends > MAX_RESENDS:
-                    raise StepRefused(f"workers lost the session {resends} times in one step")
-                continue
             try:
-                down = decode_tensor(body, shape, self._down)
+                lacking = self._read_need(answer)
+                if isinstance(answer, StepReply):
+                    down = decode_tensor(body, shape, self._down)
             except (NonFiniteError, ProtocolError) as error:
                 unusable += 1
                 self.stats.answers_unusable += 1
                 self._shun = answer.worker_id
                 if unusable >= MAX_ATTEMPTS:
                     raise StepRefused(f"{unusable} answers could not be used: {error}") from error
+                continue
+            self._note_precision(answer.precision)
+            if not isinstance(answer, StepReply):
+                resends += 1
+                self.stats.tensors_resent += len(lacking)
+                askers[answer.worker_id] += 1
+                if askers[answer.worker_id] > 1:  # it was given them, or says so to no end
+                    self._shun = answer.worker_id
+                if resends > MAX_RESENDS:
+                    raise StepRefused(f"workers lost the session {resends} times in one step")
                 continue
             self.stats.calls += 1
             self.stats.calls_by_worker[answer.worker_id] += 1
@@ -233,9 +241,26 @@ class RemoteUNet(nn.Module):
                 tensors[f"history{index}"] = output
         return tensors
 
+    def _read_need(self, answer: StepReply | NeedRows | NeedTensors) -> list[str]:
+        """What a worker lacks. Raises ProtocolError for what it cannot lack, naming it."""
+        if isinstance(answer, StepReply):
+            return []
+        keeps_latents = self._opening is not None and self._opening.keeps_latents
+        known = {"conditioning", "latents"} if keeps_latents else {"conditioning"}
+        names = answer.names if isinstance(answer, NeedTensors) else [answer.kind]
+        if not names or set(names) - known:
+            raise ProtocolError(f"worker {answer.worker_id} asks an image for {names}")
+        return names
+
+    def _note_precision(self, precision: str) -> None:
+        """The first answer settles it for the session; the broker gets the opening once more."""
+        if precision and self._opening is not None and not self._opening.precision:
+            self._opening = replace(self._opening, precision=precision)
+            self._is_open = False
+
     def _send(
-        self, position: int, tensors: dict[str, Tensor]
-    ) -> tuple[StepReply | NeedTensors, bytes]:
+        self, position: int, tensors: dict[str, Tensor], reply_bytes: int
+    ) -> tuple[StepReply | NeedRows | NeedTensors, bytes]:
         opening = self._opening
         assert opening is not None
         chosen = dict.fromkeys(CONDITIONING, conditioning_codec(self._up)) | {"sample": self._up}
@@ -253,9 +278,10 @@ class RemoteUNet(nn.Module):
         self._step += 1
         self._shun = ""
         answer, reply = self._client.ask(
-            step, body, opening, is_known=self._is_known, wait_for_worker=self._is_known
-        )
-        assert isinstance(answer, StepReply | NeedTensors)
+            step, body, opening,
+            is_known=self._is_open, wait_for_worker=self._is_known, reply_bytes=reply_bytes,
+        )  # fmt: skip
+        self._is_open = True
         return answer, reply
 
 

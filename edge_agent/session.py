@@ -10,8 +10,10 @@ that a slow worker still writes are refused, so that what was rolled back stays 
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import time
+from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +25,7 @@ from common.codecs.calibration import Calibration
 from common.codecs.codec import make_codec
 from common.codecs.spec import DEFAULT_CODEC
 from common.errors import NonFiniteError, ProtocolError, SettingsError, StepRefused
-from common.messages import NeedRows, Opening, Step, StepReply
+from common.messages import NeedRows, NeedTensors, Opening, Step, StepReply
 from common.sealing import draw_key, seal
 from common.settings import MAX_ATTEMPTS, PREFILL_ROWS
 from edge_agent.client import BrokerClient
@@ -32,6 +34,7 @@ from edge_agent.replay_log import Encoded, ReplayLog, parts_of
 from edge_agent.sampler import Sampler, SamplingSettings
 from edge_agent.stats import GenerationStats
 
+MOST_BYTES_PER_VALUE = 4  # of boundary rows, whatever the codec
 MAX_REPLAYS = 16  # in one step; every worker that dies on the way costs one or two
 
 
@@ -96,6 +99,7 @@ class Session:
         self._step = 0
         self._shun = ""  # the worker of an answer that could not be used
         self._answered = False  # a worker has answered in this session
+        self._is_open = False  # the broker has the opening as it is now
         self.ended_by_itself = False  # with an end-of-sequence token
         self.last_worker_id = ""
 
@@ -234,36 +238,38 @@ class Session:
         """
         parts: list[Tensor] = []
         position, queue_s, middle_s, replays, unusable = start, 0.0, 0.0, 0, 0
+        askers: Counter[str] = Counter()  # workers that lacked rows in this step
         while position < end:
             pieces = self._log.read(position, self._settings.prefill_rows)
             first, last = pieces[0].start, pieces[-1].end
             reply_rows = max(0, last - max(position, start))
-            answer, body = self._send(pieces, reply_rows, down)
+            said, body = self._send(pieces, reply_rows, down)
+            try:
+                answer = _check_kind(said, first)
+                if isinstance(answer, StepReply):
+                    rows = self._decode(answer, body, pieces, reply_rows, down)
+            except (NonFiniteError, ProtocolError) as error:
+                unusable += 1
+                self.stats.answers_unusable += 1
+                self._shun = said.worker_id
+                if unusable >= MAX_ATTEMPTS:
+                    raise StepRefused(f"{unusable} answers could not be used: {error}") from error
+                continue
+            self._note_precision(answer.precision)
             if isinstance(answer, NeedRows):
-                if answer.have >= first:
-                    raise ProtocolError(
-                        f"worker {answer.worker_id} asks for rows from {answer.have} on, "
-                        f"which a step at {first} has sent"
-                    )
                 self.stats.rows_replayed += position - answer.have
                 received = max(0, answer.have - start)
                 parts = [torch.cat(parts)[:received]] if parts and received else []
                 position = answer.have
                 replays += 1
+                askers[answer.worker_id] += 1
+                if askers[answer.worker_id] > 1:  # it was given them, or says so to no end
+                    self._shun = answer.worker_id
                 if replays > MAX_REPLAYS:
                     raise StepRefused(
                         f"workers lost the session's KV {replays} times in one step; is their "
                         "--cache-mb smaller than one session, and Redis down?"
                     )
-                continue
-            try:
-                rows = self._decode(answer, body, pieces, reply_rows, down)
-            except (NonFiniteError, ProtocolError) as error:
-                unusable += 1
-                self.stats.answers_unusable += 1
-                self._shun = answer.worker_id
-                if unusable >= MAX_ATTEMPTS:
-                    raise StepRefused(f"{unusable} answers could not be used: {error}") from error
                 continue
             if reply_rows:
                 parts.append(rows)
@@ -275,9 +281,15 @@ class Session:
             position = last
         return (parts[0] if len(parts) == 1 else torch.cat(parts)), queue_s, middle_s
 
+    def _note_precision(self, precision: str) -> None:
+        """The first answer settles it for the session; the broker gets the opening once more."""
+        if precision and not self._opening.precision:
+            self._opening = dataclasses.replace(self._opening, precision=precision)
+            self._is_open = False
+
     def _send(
         self, pieces: list[Encoded], reply_rows: int, down: int
-    ) -> tuple[StepReply | NeedRows, bytes]:
+    ) -> tuple[StepReply | NeedRows | NeedTensors, bytes]:
         step = Step(
             session_id=self.session_id,
             generation=self._generation,
@@ -298,11 +310,11 @@ class Session:
             step,
             body,
             self._opening,
-            is_known=self._answered,
+            is_known=self._is_open,
             wait_for_worker=self._answered,
+            reply_bytes=reply_rows * self._ends.hidden * MOST_BYTES_PER_VALUE,
         )
-        self._answered = True
-        assert isinstance(answer, StepReply | NeedRows)
+        self._answered = self._is_open = True
         return answer, answer_body
 
     def _decode(
@@ -321,3 +333,15 @@ class Session:
             return codec.decode(body, reply.rows, self._ends.hidden, dtype, uplink)
         except (NonFiniteError, ProtocolError) as error:
             raise type(error)(f"worker {reply.worker_id} answered badly: {error}") from error
+
+
+def _check_kind(answer: StepReply | NeedRows | NeedTensors, first: int) -> StepReply | NeedRows:
+    """An answer that a step from row `first` on can have. Raises ProtocolError."""
+    if isinstance(answer, NeedTensors):
+        raise ProtocolError(f"worker {answer.worker_id} asks text for {answer.names}")
+    if isinstance(answer, NeedRows) and answer.have >= first:
+        raise ProtocolError(
+            f"worker {answer.worker_id} asks for rows from {answer.have} on, "
+            f"which a step at {first} has sent"
+        )
+    return answer

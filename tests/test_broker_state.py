@@ -2,11 +2,14 @@
 
 import dataclasses
 
+import pytest
+
 from broker.actions import (
     AcceptDrain,
     Action,
     Answer,
     AskOpening,
+    Cancel,
     Dispatched,
     Forget,
     ForwardEnd,
@@ -17,7 +20,17 @@ from broker.actions import (
 )
 from broker.records import Peer
 from broker.state import BrokerState
-from common.messages import Announce, NeedRows, Opening, Part, Service, Step, StepFailed, StepReply
+from common.messages import (
+    Announce,
+    NeedRows,
+    Opening,
+    Part,
+    Service,
+    Step,
+    StepDropped,
+    StepFailed,
+    StepReply,
+)
 
 MODEL, SPAN = "f" * 16, "2-6"
 EDGE = Peer(b"edge-1")
@@ -62,7 +75,7 @@ def test_a_step_goes_to_a_worker_and_its_answer_to_the_edge() -> None:
         Forget(STEP.key),
     ]
     assert state.steps == {}
-    assert state.workers["w1"].in_flight == set()
+    assert state.workers["w1"].in_flight == {}
 
 
 def test_a_dead_workers_step_goes_to_a_live_worker() -> None:
@@ -179,8 +192,9 @@ def test_a_deadline_that_passes_says_where_the_step_was() -> None:
     state = make_state("w1")
     short = dataclasses.replace(STEP, deadline_ms=300)
     state.on_step(short, OPENING, EDGE, 12, now=0.0)
-    forget, refuse = state.on_tick(now=0.3)
+    forget, cancel, refuse = state.on_tick(now=0.3)
     assert forget == Forget(short.key)
+    assert cancel == Cancel("w1", short.key, 1, "")
     assert isinstance(refuse, Refuse)
     assert refuse.code == "deadline"
     assert refuse.reason == "the step's deadline passed after 0.3 s, in flight on worker w1"
@@ -192,6 +206,7 @@ def test_a_newer_step_of_a_session_replaces_the_older_one() -> None:
     newer = dataclasses.replace(STEP, step=1)
     assert state.on_step(newer, OPENING, EDGE, 12, now=0.1) == [
         Forget(STEP.key),
+        Cancel("w1", STEP.key, 1, ""),
         Dispatched("w1", newer.key, 1, 0),
     ]
     assert state.on_answer(reply("w1", STEP), now=0.2) == []
@@ -279,7 +294,7 @@ def test_what_was_overtaken_is_not_sent_and_not_queued_twice() -> None:
     state.on_worker_gone("w1", "died", now=0.1)
     assert not state.is_current(first)
     assert without_notes(state.on_undeliverable(first, now=0.2)) == []
-    assert list(state.queues[MODEL, SPAN]) == []
+    assert list(state.queues[MODEL, SPAN, ""]) == []
     state.on_end(STEP.session_id, EDGE)
     assert state.on_undeliverable(first, now=0.3) == []
 
@@ -287,8 +302,10 @@ def test_what_was_overtaken_is_not_sent_and_not_queued_twice() -> None:
 def test_a_session_that_ends_gives_its_credit_back() -> None:
     state = make_state("w1")
     state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
-    state.on_end(STEP.session_id, EDGE)
-    assert state.workers["w1"].in_flight == set()
+    assert Cancel("w1", STEP.key, 1, "") in state.on_end(STEP.session_id, EDGE)
+    assert list(state.workers["w1"].in_flight) == [STEP.key]  # it may be at it still
+    state.on_dropped(StepDropped(*STEP.key, 1, "w1"), now=0.1)
+    assert state.workers["w1"].in_flight == {}
 
 
 def test_a_step_in_flight_for_long_is_sent_again_to_the_same_worker() -> None:
@@ -328,10 +345,10 @@ def test_a_connection_that_ends_frees_its_steps_at_once() -> None:
     state.on_announce(announce("w1"), peer, now=0.0)
     arrive(state, announce("w2"), now=0.0)
     state.on_step(STEP, OPENING, EDGE, 12, now=0.1)
-    (again,) = without_notes(state.on_disconnected(12, now=0.11))
+    (again,) = without_notes(state.on_disconnected({12}, now=0.11))
     assert again == Dispatched("w2", STEP.key, 2, 0)
     assert state.counters["dead_workers"] == 1
-    assert state.on_disconnected(99, now=0.12) == []
+    assert state.on_disconnected({99}, now=0.12) == []
 
 
 def test_the_queue_goes_round_the_sessions() -> None:
@@ -415,12 +432,15 @@ def test_a_worker_whose_answer_could_not_be_used_is_not_asked_again() -> None:
     assert state.on_step(again, None, EDGE, 12, now=0.2) == [Dispatched("w2", again.key, 1, 0)]
 
 
-def test_a_session_is_not_forgotten_while_its_step_is_open() -> None:
+def test_a_session_is_not_forgotten_while_its_step_is_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("broker.state.SESSION_MEMORY_S", 100.0)
     state = make_state()
     arrive(state, announce("w1", capacity=0), now=0.0)
     patient = dataclasses.replace(STEP, deadline_ms=3_600_000)
     state.on_step(patient, OPENING, EDGE, 12, now=0.0)
-    arrive(state, announce("w1", capacity=0), now=700.0)
-    state.on_tick(now=700.0)
+    arrive(state, announce("w1", capacity=0), now=300.0)
+    state.on_tick(now=300.0)
     assert STEP.session_id in state.sessions
-    assert arrive(state, announce("w1"), now=700.1) == [Dispatched("w1", STEP.key, 1, 700_100_000)]
+    assert arrive(state, announce("w1"), now=300.1) == [Dispatched("w1", STEP.key, 1, 300_100_000)]

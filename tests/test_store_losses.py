@@ -99,9 +99,7 @@ class Model:
         """Another writer loads what is there; the rest comes from the edge."""
         self.writer = f"w{self.rng.randrange(3)}"
         self.store.begin_load(
-            Load(
-                self.key, self.seal.name, self.generation, self.fork, 0, len(self.rows), self.size
-            )
+            Load(self.key, self.seal.name, self.generation, self.fork, 0, len(self.rows), self.size)
         )
         event = wait(self.store)
         assert isinstance(event, Loaded)

@@ -355,7 +355,7 @@ class BrokerState:
                     self._requeue_unsent(record, now)
         for worker in gone.values():
             for service in worker.announce.services:
-                self._rehome(service_key(service))
+                actions += self._rehome(service_key(service), now)
             actions += self._dispatch_all(worker.announce.services, now)
         return actions
 
@@ -672,10 +672,11 @@ class BrokerState:
                     room[service.precision] = room.get(service.precision, 0) + worker.room
         return model, part, max(room, key=lambda name: (room[name], name), default="")
 
-    def _rehome(self, service: ServiceKey) -> None:
+    def _rehome(self, service: ServiceKey, now: float) -> list[Action]:
         """Steps of sessions that nobody has answered yet need not wait for one precision."""
         if any(w.serves(service) for w in self.workers.values()):
-            return
+            return []
+        homes: set[ServiceKey] = set()
         for key in list(self.queues.get(service, ())):
             record, session = self.steps[key], self.sessions[key[0]]
             chosen = self._choose_service(
@@ -685,6 +686,8 @@ class BrokerState:
                 self.queues[service].remove(record.account, key)
                 record.service = chosen
                 self._queue_of(chosen).add(record.account, key)
+                homes.add(chosen)
+        return [action for home in homes for action in self._dispatch(home, now)]
 
 
 def _share(worker: Worker) -> int:

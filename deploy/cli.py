@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from common.errors import MidspanError
+from common.processes import end_with_parent
 
 COMMANDS = {
     "ask": ("edge_agent.cli:ask", "Answer a prompt with the pool's help."),
@@ -52,6 +53,7 @@ class LazyGroup(click.Group):
 @click.version_option(package_name="midspan")
 def midspan() -> None:
     """Split inference: the ends of a model here, its middle on a pool of stateless workers."""
+    end_with_parent()
 
 
 if __name__ == "__main__":

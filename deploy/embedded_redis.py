@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from common.errors import ProcessFailed
-from deploy.child import Child
+from deploy.child import Child, guarded_command
 
 SERVERS = ("redis-server", "valkey-server")
 
@@ -39,11 +39,11 @@ class EmbeddedRedis:
         self.child = self._start()
 
     def _start(self) -> Child:
-        command = [
+        command = guarded_command(
             find_redis_server(), "--port", "0", "--unixsocket", str(self._socket),
             "--save", "", "--appendonly", "no", "--maxmemory-policy", "noeviction",
             "--dir", str(self._directory),
-        ]  # fmt: skip
+        )  # fmt: skip
         child = Child("redis", command, self._directory)
         child.wait_for("eady to accept connections")
         return child

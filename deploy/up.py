@@ -55,7 +55,7 @@ def up(
     from deploy.pool import LocalPool, PoolSettings
 
     stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: stopped.set())
     if model is None and image_model is None:
         model, image_model = DEMO_TEXT_MODEL, DEMO_IMAGE_MODEL

@@ -101,10 +101,13 @@ class Child:
 
 
 def midspan_command(*arguments: str) -> list[str]:
-    """The command line of a midspan subcommand in this same Python."""
-    return [sys.executable, "-m", "deploy.cli", *arguments]
+    """The command line of a midspan subcommand in this same Python.
+
+    With -P, or the current directory would come first: any `common` in it would be imported.
+    """
+    return [sys.executable, "-P", "-m", "midspan", *arguments]
 
 
 def guarded_command(*command: str) -> list[str]:
     """The command line of something that is not ours, which is to end when we do."""
-    return [sys.executable, "-m", "deploy.guard", *command]
+    return [sys.executable, "-P", "-m", "deploy.guard", *command]

@@ -26,7 +26,7 @@ def run_guarded(command: Sequence[str]) -> None:
             os.close(held_fd)
             guard(guarded_pid, alive_fd, lifeline_fd)
         os.set_inheritable(held_fd, True)  # the command holds it for as long as it lives
-    os.execvp(command[0], [*command])  # noqa: S606: a command of our own parts, as elsewhere
+    os.execvp(command[0], [*command])  # noqa: S606  (of our own parts, as elsewhere)
 
 
 def guard(guarded_pid: int, alive_fd: int, lifeline_fd: int) -> None:

@@ -10,7 +10,7 @@ import click
 
 from common.keys import load_client_keys, read_pair
 from common.processes import freeze_loaded_objects, set_up_logging, set_up_torch
-from common.settings import HEARTBEAT_S, WORKER_ENDPOINT, parse_endpoint
+from common.settings import HEARTBEAT_S, REDIS_PORT, REDIS_URL, WORKER_ENDPOINT, parse_endpoint
 
 log = logging.getLogger("midspan.worker")
 
@@ -44,7 +44,12 @@ log = logging.getLogger("midspan.worker")
     help="A broker's address for workers; repeat it for several.",
 )
 @click.option(
-    "--redis-url", default="redis://127.0.0.1:6379/0", show_default=True, help="Where KV is kept."
+    "--redis-url",
+    envvar=REDIS_URL,
+    show_envvar=True,
+    default=f"redis://127.0.0.1:{REDIS_PORT}/0",
+    show_default=True,
+    help="Where KV is kept. A password is better given in the variable: `ps` shows arguments.",
 )
 @click.option(
     "--calibration",

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.errors import ProcessFailed
@@ -31,7 +31,13 @@ class Child:
     A midspan command or one under deploy/guard.py ends when we do, however that comes about.
     """
 
-    def __init__(self, name: str, command: Sequence[str], log_dir: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        log_dir: Path,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.name = name
         log_dir.mkdir(parents=True, exist_ok=True)
         handle, path = tempfile.mkstemp(prefix=f"{name}-", suffix=".log", dir=log_dir)
@@ -42,7 +48,7 @@ class Child:
                 command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for us; we stop our children in order
                 pass_fds=[read_end],
-                env={**os.environ, LIFELINE: str(read_end)},
+                env={**os.environ, **(environment or {}), LIFELINE: str(read_end)},
             )  # fmt: skip
 
     @property

@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar
 from common.demo_model import DEMO_TEXT_MODEL
 from common.errors import BrokerUnavailable, ProcessFailed
 from common.keys import BROKER, ClientKeys, create_key, ensure_member
+from common.settings import REDIS_URL
 from deploy.child import Child, midspan_command
 from deploy.embedded_redis import EmbeddedRedis
 from edge_agent.client import BrokerClient
@@ -120,8 +121,8 @@ class LocalPool:
         name = f"w{self._workers_started}"
         settings = self.settings
         options = [
-            "--broker", endpoint or self.worker_endpoint, "--redis-url", self.redis_url,
-            "--id", name, "--threads", str(settings.threads), "--dtype", settings.dtype,
+            "--broker", endpoint or self.worker_endpoint, "--id", name,
+            "--threads", str(settings.threads), "--dtype", settings.dtype,
             *settings.worker_options,
         ]  # fmt: skip
         if settings.model is not None or settings.image_model is None:
@@ -133,7 +134,10 @@ class LocalPool:
         if settings.keys is not None:
             options += ["--key", str(settings.keys / "local-worker.key_secret")]
             options += ["--broker-key", str(settings.keys / f"{BROKER}.key")]
-        self.workers[name] = Child(name, midspan_command("worker", *options), self.directory)
+        # not as an argument: it may have a password, and every user can list those
+        environment = {REDIS_URL: self.redis_url}
+        command = midspan_command("worker", *options)
+        self.workers[name] = Child(name, command, self.directory, environment)
         return name
 
     def wait_for_workers(self, count: int) -> None:

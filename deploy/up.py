@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from common.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
-from common.settings import EDGE_ENDPOINT, WORKER_ENDPOINT, parse_endpoint
+from common.settings import EDGE_ENDPOINT, REDIS_URL, WORKER_ENDPOINT, parse_endpoint
 
 
 @click.command()
@@ -25,7 +25,12 @@ from common.settings import EDGE_ENDPOINT, WORKER_ENDPOINT, parse_endpoint
 )
 @click.option("--dtype", default="float32", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="Of each worker.  [default: cores / N]")
-@click.option("--redis-url", help="A server of yours.  [default: an embedded one]")
+@click.option(
+    "--redis-url",
+    envvar=REDIS_URL,
+    show_envvar=True,
+    help="A server of yours.  [default: an embedded one]",
+)
 @click.option(
     "--keys",
     type=click.Path(path_type=Path),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from common.errors import SettingsError
 from common.keys import is_public
+from common.listeners import name_listener
 from common.processes import set_up_logging
 from common.settings import (
     EDGE_ENDPOINT,
@@ -21,6 +25,9 @@ from common.settings import (
     WORKER_ENDPOINT,
     parse_endpoint,
 )
+
+if TYPE_CHECKING:
+    from broker.server import BrokerServer
 
 log = logging.getLogger("midspan.broker")
 
@@ -79,8 +86,6 @@ def broker(
     It holds no state worth keeping: kill it and start it again at the same addresses, and
     generations go on.
     """
-    from broker.server import BrokerServer
-
     set_up_logging(verbose)
     for option, endpoint in (("--edges", edges), ("--workers", workers)):
         if is_public(endpoint) and keys is None and not insecure:
@@ -89,7 +94,7 @@ def broker(
                 "anyone there could use the pool or pose as a worker; make keys with "
                 "`midspan keys new broker`, or say --insecure"
             )
-    server = BrokerServer(
+    server = bind_server(
         parse_endpoint(edges, "--edges"),
         parse_endpoint(workers, "--workers"),
         silence_s=silence_ms / 1000,
@@ -103,3 +108,19 @@ def broker(
     click.echo(f"broker ready: edges {server.edge_endpoint} workers {server.worker_endpoint}")
     server.run()
     log.info("broker stopped")
+
+
+def bind_server(edges: str, workers: str, **settings: Any) -> BrokerServer:
+    """A broker at these addresses. Raises SettingsError, which names who holds one of them."""
+    from broker.server import BrokerServer
+
+    try:
+        return BrokerServer(edges, workers, **settings)
+    except SettingsError as error:
+        taken = [e for e in (edges, workers) if f" {e} " in str(error)]
+        if not taken or os.strerror(errno.EADDRINUSE) not in str(error):
+            raise
+        holder = name_listener(taken[0])
+        raise SettingsError(
+            f"{error} It is in use by {holder}" if holder else str(error)
+        ) from error

@@ -37,6 +37,8 @@ class PoolSettings:
     dtype: str = "float32"
     threads: int = 1  # torch threads of each worker
     redis_url: str | None = None  # None: an embedded one
+    redis_port: int | None = None  # of the embedded one, on loopback; None: a Unix socket only
+    calibration: Path | None = None
     edge_endpoint: str = "tcp://127.0.0.1:*"
     worker_endpoint: str = "tcp://127.0.0.1:*"
     worker_options: list[str] = field(default_factory=list)
@@ -79,12 +81,17 @@ class LocalPool:
     def redis_url(self) -> str:
         return self.redis.url if self.redis else (self.settings.redis_url or "")
 
+    @property
+    def public_redis_url(self) -> str:
+        """How a worker that is started beside the pool reaches its Redis."""
+        return self.redis.public_url if self.redis else self.redis_url
+
     def start(self) -> None:
         """Start everything and wait until all workers are known to the broker."""
         if self.settings.keys is not None:
             self._complete_keys(self.settings.keys)
         if self.settings.redis_url is None:
-            self.redis = EmbeddedRedis(self.directory)
+            self.redis = EmbeddedRedis(self.directory, self.settings.redis_port)
         self.start_broker()
         for _ in range(self.settings.workers):
             self.start_worker()
@@ -131,6 +138,8 @@ class LocalPool:
             options += ["--image-model", settings.image_model]
         if settings.span is not None:
             options += ["--span", settings.span]
+        if settings.calibration is not None:
+            options += ["--calibration", str(settings.calibration)]
         if settings.keys is not None:
             options += ["--key", str(settings.keys / "local-worker.key_secret")]
             options += ["--broker-key", str(settings.keys / f"{BROKER}.key")]

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from common.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
-from common.settings import EDGE_ENDPOINT, REDIS_URL, WORKER_ENDPOINT, parse_endpoint
+from common.settings import EDGE_ENDPOINT, REDIS_PORT, REDIS_URL, WORKER_ENDPOINT, parse_endpoint
 
 
 @click.command()
@@ -57,6 +57,8 @@ def up(
 
     What dies in between is started again.
     """
+    from deploy.embedded_redis import choose_port
+    from deploy.hints import describe_pool, hide_password
     from deploy.pool import LocalPool, PoolSettings
 
     stopped = threading.Event()
@@ -72,20 +74,19 @@ def up(
         dtype=dtype,
         threads=threads or max(1, (os.cpu_count() or 1) // workers),
         redis_url=redis_url,
+        # keys are for those who do not trust everybody here: then Redis has no port, either
+        redis_port=choose_port(REDIS_PORT) if redis_url is None and keys is None else None,
         keys=keys.expanduser() if keys else None,
         broker_options=["--insecure"] if insecure else [],
-        worker_options=["--calibration", str(calibration)] if calibration else [],
+        calibration=calibration,
         edge_endpoint=parse_endpoint(edges, "--edges"),
         worker_endpoint=parse_endpoint(worker_endpoint, "--worker-endpoint"),
     )
-    store = redis_url or "an embedded Redis"
+    store = hide_password(redis_url) if redis_url else "an embedded Redis"
     click.echo(f"starting a broker and {workers} worker{'s' * (workers > 1)}, with {store} …")
     with LocalPool(settings) as pool:
-        click.echo(f"ready: edges at {pool.edge_endpoint}, workers at {pool.worker_endpoint}")
-        if model is not None:
-            click.echo('try: midspan ask "Once upon a time" --stats')
-        if image_model is not None:
-            click.echo('try: midspan image "a red house on a green hill under a blue sky" --stats')
+        for line in describe_pool(pool):
+            click.echo(line)
         click.echo("Ctrl-C stops")
         while not stopped.wait(0.5):
             for line in pool.heal():

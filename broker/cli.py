@@ -14,6 +14,7 @@ import click
 from common.errors import SettingsError
 from common.keys import is_public
 from common.listeners import name_listener
+from common.option_types import COUNT
 from common.processes import set_up_logging
 from common.settings import (
     EDGE_ENDPOINT,
@@ -39,28 +40,28 @@ log = logging.getLogger("midspan.broker")
     "--silence-ms",
     default=round(HEARTBEAT_S * HEARTBEATS_MISSED * 1000),
     show_default=True,
-    type=click.IntRange(min=50),
+    type=click.IntRange(50, 3_600_000),
     help="A worker that is silent for this long is taken for dead.",
 )
 @click.option(
     "--max-queued",
     default=MAX_QUEUED_STEPS,
     show_default=True,
-    type=click.IntRange(min=1),
+    type=COUNT,
     help="Steps held at once; beyond that edges are told to come back.",
 )
 @click.option(
     "--max-attempts",
     default=MAX_ATTEMPTS,
     show_default=True,
-    type=click.IntRange(min=1),
+    type=COUNT,
     help="Workers that may fail a step before it is refused.",
 )
 @click.option(
     "--max-sessions",
     default=MAX_SESSIONS_PER_EDGE,
     show_default=True,
-    type=click.IntRange(min=1),
+    type=COUNT,
     help="Sessions that one edge may have open.",
 )
 @click.option(

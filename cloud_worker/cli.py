@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from common.keys import load_client_keys, read_pair
+from common.option_types import COUNT, THREADS
 from common.processes import freeze_loaded_objects, set_up_logging, set_up_torch
 from common.settings import HEARTBEAT_S, REDIS_PORT, REDIS_URL, WORKER_ENDPOINT, parse_endpoint
 
@@ -58,14 +59,25 @@ log = logging.getLogger("midspan.worker")
 )
 @click.option("--dtype", default="float32", show_default=True, help="float32, float16 or bfloat16.")
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, …")
-@click.option("--threads", type=click.IntRange(min=1), help="torch threads.  [default: all cores]")
-@click.option("--max-batch-rows", default=512, show_default=True, type=click.IntRange(min=1))
-@click.option("--max-batch-steps", default=32, show_default=True, type=click.IntRange(min=1))
-@click.option("--max-batch-images", default=16, show_default=True, type=click.IntRange(min=1))
-@click.option("--capacity", default=64, show_default=True, help="Steps in flight here at once.")
-@click.option("--cache-mb", default=1024, show_default=True, help="Bound of the warm KV cache.")
+@click.option("--threads", type=THREADS, help="torch threads.  [default: all cores]")
+@click.option("--max-batch-rows", default=512, show_default=True, type=COUNT)
+@click.option("--max-batch-steps", default=32, show_default=True, type=COUNT)
+@click.option("--max-batch-images", default=16, show_default=True, type=COUNT)
 @click.option(
-    "--heartbeat-ms", default=round(HEARTBEAT_S * 1000), show_default=True, type=click.IntRange(10)
+    "--capacity", default=64, show_default=True, type=COUNT, help="Steps in flight here at once."
+)
+@click.option(
+    "--cache-mb",
+    default=1024,
+    show_default=True,
+    type=click.IntRange(0, 1 << 24),
+    help="Bound of the warm KV cache.",
+)
+@click.option(
+    "--heartbeat-ms",
+    default=round(HEARTBEAT_S * 1000),
+    show_default=True,
+    type=click.IntRange(10, 3_600_000),
 )
 @click.option("--key", type=click.Path(path_type=Path), help="This worker's .key_secret.")
 @click.option("--broker-key", help="The broker's public key: its .key file, or the text.")

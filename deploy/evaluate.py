@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from common.outputs import check_writable
 from common.tables import format_table
 from deploy.evaluate_image import image_command
 
@@ -88,6 +89,7 @@ def codec(
     for name in names:
         for direction in name.split(","):
             parse_codec(direction)
+    check_writable(csv_path, plot_path)
     if plot_path is not None:
         _require_matplotlib()
     set_up_torch(threads=1)

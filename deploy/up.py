@@ -10,11 +10,12 @@ from pathlib import Path
 import click
 
 from common.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
+from common.option_types import THREADS
 from common.settings import EDGE_ENDPOINT, REDIS_PORT, REDIS_URL, WORKER_ENDPOINT, parse_endpoint
 
 
 @click.command()
-@click.option("--workers", default=2, show_default=True, type=click.IntRange(min=1))
+@click.option("--workers", default=2, show_default=True, type=click.IntRange(1, 1000))
 @click.option("--model", help="Hugging Face directory.  [default: both demo models]")
 @click.option("--image-model", help="SDXL pipeline: a directory in diffusers format.")
 @click.option("--span", help="Layers the workers serve, as a-b.  [default: the middle half]")
@@ -24,7 +25,7 @@ from common.settings import EDGE_ENDPOINT, REDIS_PORT, REDIS_URL, WORKER_ENDPOIN
     help="For calibrated codecs.  [default: the one in the model directory]",
 )
 @click.option("--dtype", default="float32", show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), help="Of each worker.  [default: cores / N]")
+@click.option("--threads", type=THREADS, help="Of each worker.  [default: cores / N]")
 @click.option(
     "--redis-url",
     envvar=REDIS_URL,

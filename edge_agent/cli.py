@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from common.keys import read_public
+from common.option_types import SEED, THREADS
 from common.processes import freeze_loaded_objects, set_up_torch
 from common.tables import format_table
 from edge_agent.codec_options import codec_options, find_calibration, read_codec_options
 from edge_agent.connection_options import connect, connection_options
+from edge_agent.prompts import check_text, read_prompt
 
 
 @click.command()
@@ -34,10 +35,10 @@ from edge_agent.connection_options import connect, connection_options
 @click.option("--top-k", default=0, show_default=True, help="0 is all.")
 @click.option("--top-p", default=1.0, show_default=True)
 @click.option("--repetition-penalty", default=1.0, show_default=True)
-@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option("--seed", type=SEED, help="Makes sampling repeatable.")
 @click.option("--stop", "stops", multiple=True, help="End the text before this string; repeatable.")
 @click.option("--dtype", default="float32", show_default=True, help="Of head and tail.")
-@click.option("--threads", type=click.IntRange(min=1), help="torch threads.  [default: all cores]")
+@click.option("--threads", type=THREADS, help="torch threads.  [default: all cores]")
 @click.option("--timeout", "timeout_s", default=60.0, show_default=True, help="Seconds for a step.")
 @click.option("--json", "as_json", is_flag=True, help="Print one object: text, token_ids, stats.")
 @click.option("--stats", "with_stats", is_flag=True, help="Print what it cost, to stderr.")
@@ -73,8 +74,9 @@ def ask(
     """
     client = connect(brokers, key, broker_key, timeout_s)
     pool_public = read_public(pool_key) if pool_key else None
-    if prompt == "-":
-        prompt = sys.stdin.read()
+    prompt = read_prompt(prompt)
+    for stop in stops:
+        check_text("--stop", stop)
     set_up_torch(threads or os.cpu_count())
     from common.demo_model import find_model
     from common.errors import SettingsError

@@ -138,3 +138,77 @@ def test_a_redis_port_in_use_is_not_taken() -> None:
         taken = holder.getsockname()[1]
         assert choose_port(taken) != taken
     assert choose_port(taken) == taken
+
+
+def test_a_prompt_that_is_not_utf_8_is_named(pool: LocalPool) -> None:
+    at_pool = ["--broker", pool.edge_endpoint]
+    line = error_line("ask", "-", *at_pool, stdin=b"a caf\xe9")
+    assert "the prompt on stdin is not UTF-8: byte 5 is 0xe9" in line
+    typed = os.fsdecode(b"a caf\xe9")
+    assert "the prompt is not UTF-8 at character 5" in error_line("ask", typed, *at_pool)
+    assert "--stop is not UTF-8" in error_line("ask", "hi", "--stop", typed, *at_pool)
+    assert "the prompt is not UTF-8" in error_line("image", typed, *at_pool)
+    assert "--negative is not UTF-8" in error_line("image", "a hill", "--negative", typed, *at_pool)
+
+
+@pytest.mark.parametrize(
+    ("words", "arguments"),
+    [
+        ("'--seed': 18446744073709551616 is not in the range", ["ask", "hi", "--seed", str(2**64)]),
+        ("'--seed'", ["image", "a hill", "--seed", str(-(2**63) - 1)]),
+        ("'--seed'", ["eval", "image", "--seed", str(2**64)]),
+        ("'--threads': 100000 is not in the range 1<=x<=", ["ask", "hi", "--threads", "100000"]),
+        ("'--threads'", ["worker", "--threads", "100000"]),
+        ("'--threads'", ["up", "--threads", "100000"]),
+        ("'--capacity'", ["worker", "--capacity", "0"]),
+        ("'--cache-mb'", ["worker", "--cache-mb", "-1"]),
+        ("'--heartbeat-ms'", ["worker", "--heartbeat-ms", str(10**30)]),
+        ("'--max-queued'", ["broker", "--max-queued", str(10**30)]),
+        ("'--every': nan is not a number", ["chaos", "--every", "nan"]),
+        ("'--window': 0 is not in the range", ["calibrate", "m", "--text", "t", "--window", "0"]),
+        ("'--window'", ["eval", "codec", "m", "--text", "t", "--window", "0"]),
+        ("--timeout is 1e+300", ["ask", "hi", "--timeout", "1e300"]),
+        ("--size is '99999999x8'; expected at most", ["image", "a hill", "--size", "99999999x8"]),
+        ("--size is '" + "9" * 5000, ["image", "a hill", "--size", "9" * 5000]),
+        ("temperature is 1e-320", ["ask", "hi", "-t", "1e-320"]),
+        ("repetition penalty is inf", ["ask", "hi", "--repetition-penalty", "inf"]),
+    ],
+)
+def test_a_number_out_of_bounds_is_named(words: str, arguments: list[str]) -> None:
+    assert words in error_line(*arguments)
+
+
+def test_a_file_that_cannot_be_written_is_named_before_the_work(
+    tmp_path: Path, demo_directory: Path
+) -> None:
+    no_directory = tmp_path / "file"
+    no_directory.touch()
+    text = tmp_path / "text"
+    text.write_text("Once upon a time. " * 20)
+    evaluation = ["eval", "codec", str(demo_directory), "--text", str(text)]
+    for arguments in (
+        [*evaluation, "--csv", str(no_directory / "a.csv")],
+        [*evaluation, "--plot", str(no_directory / "a.png")],
+        ["calibrate", str(demo_directory), "--text", str(text), "-o", str(no_directory / "a")],
+        ["image", "a hill", "-o", str(no_directory / "a.png")],
+        ["image", "a hill", "-o", str(tmp_path / "a.png"), "--save-noise", str(no_directory / "a")],
+        ["demo", "--image", str(no_directory / "a.png")],
+    ):
+        done = run_midspan(*arguments)
+        assert done.returncode == 1
+        (line,) = done.stderr.splitlines()  # no progress bar has begun
+        assert line.startswith(f"Error: {no_directory}/a")
+        assert "cannot be written" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "text"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line(pool: LocalPool) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            midspan_command("status", "--broker", pool.edge_endpoint),
+            stdout=full, stderr=subprocess.PIPE, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    (line,) = done.stderr.decode().splitlines()
+    assert line == "Error: the output cannot be written: No space left on device"

@@ -89,6 +89,7 @@ def broker(
     """
     set_up_logging(verbose)
     for option, endpoint in (("--edges", edges), ("--workers", workers)):
+        parse_endpoint(endpoint, option)  # what is no address is not a public one, either
         if is_public(endpoint) and keys is None and not insecure:
             raise SettingsError(
                 f"{option} {endpoint} can be reached from other machines, and without --keys "
@@ -96,8 +97,8 @@ def broker(
                 "`midspan keys new broker`, or say --insecure"
             )
     server = bind_server(
-        parse_endpoint(edges, "--edges"),
-        parse_endpoint(workers, "--workers"),
+        edges,
+        workers,
         silence_s=silence_ms / 1000,
         max_queued_steps=max_queued,
         max_attempts=max_attempts,

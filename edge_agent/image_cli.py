@@ -18,7 +18,7 @@ from common.outputs import check_directory, check_writable
 from common.processes import set_up_torch
 from common.tables import format_table
 from edge_agent.connection_options import connect, connection_options
-from edge_agent.prompts import check_text
+from edge_agent.prompts import check_text, read_prompt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -130,7 +130,7 @@ def image(
     as_json: bool,
     with_stats: bool,
 ) -> None:
-    """Make a picture of PROMPT with the pool's help.
+    """Make a picture of PROMPT with the pool's help; - reads the prompt from stdin.
 
     The prompt's text stays here. Its embeddings go to the workers, in either cut, and who holds the
     text encoders can search for the prompt that gives them. With cut unet the workers also see the
@@ -139,7 +139,7 @@ def image(
     from common.demo_model import find_model
     from edge_agent.images import ImageMaker, ImageSettings
 
-    check_text("the prompt", prompt)
+    prompt = read_prompt(prompt)
     check_text("--negative", negative)
     width, height = parse_size(size)
     settings = ImageSettings(
@@ -147,6 +147,11 @@ def image(
         codec, codec, reuse,
     )  # fmt: skip
     settings.check()
+    if negative and guidance <= 1:
+        click.echo(
+            f"warning: --negative does nothing with --guidance {guidance:g}; it guides above 1",
+            err=True,
+        )
     check_output(output)
     if noise_directory is not None:
         check_directory(noise_directory)

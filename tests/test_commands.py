@@ -212,3 +212,44 @@ def test_a_full_disk_is_one_line(pool: LocalPool) -> None:
     assert done.returncode == 1
     (line,) = done.stderr.decode().splitlines()
     assert line == "Error: the output cannot be written: No space left on device"
+
+
+def test_a_calibrated_codec_for_images_is_not_told_to_use_an_option_that_is_not_there() -> None:
+    line = error_line("image", "a hill", "--codec", "compact")
+    assert "codec 'compact' is calibrated on a language model and does not go with images" in line
+
+
+def test_zero_tokens_are_not_blamed_on_the_text(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("Once upon a time.")
+    for command in (["calibrate", "m"], ["eval", "codec", "m"]):
+        assert "'--tokens': 0" in error_line(*command, "--text", str(text), "--tokens", "0")
+    assert "'--tokens': 0" in error_line("chaos", "--tokens", "0")
+    assert "'--max-new-tokens': 0" in error_line("demo", "-n", "0")
+
+
+@pytest.mark.parametrize("command", ["broker", "up"])
+def test_a_bare_port_is_no_address(command: str) -> None:
+    line = error_line(command, "--edges", "7301")
+    assert line == "Error: --edges has value '7301'; expected tcp://HOST:PORT"
+
+
+def test_options_that_do_nothing_are_said(pool: LocalPool) -> None:
+    ask = ["ask", "hi", "--broker", pool.edge_endpoint, "-n", "1"]
+    done = run_midspan(*ask, "--top-k", "5", "--seed", "0")
+    assert "warning: --top-k and --seed do nothing at temperature 0" in done.stderr
+    assert "warning" not in run_midspan(*ask).stderr
+    assert "warning" not in run_midspan(*ask, "--top-k", "5", "-t", "1").stderr
+    assert "--stop is empty" in error_line(*ask, "--stop", "")
+
+
+def test_a_negative_prompt_without_guidance_is_said_to_do_nothing() -> None:
+    image = ["image", "a hill", "--negative", "snow", "--broker", "tcp://127.0.0.1:1"]
+    words = "warning: --negative does nothing with --guidance 1;"
+    assert words in run_midspan(*image, "--guidance", "1").stderr
+    assert "warning" not in run_midspan(*image).stderr
+
+
+def test_image_reads_its_prompt_from_stdin_as_ask_does() -> None:
+    assert "the prompt is empty" in error_line("image", "-", stdin=b" \n")
+    assert "stdin is not UTF-8" in error_line("image", "-", stdin=b"\xff")

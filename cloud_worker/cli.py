@@ -71,7 +71,7 @@ log = logging.getLogger("midspan.worker")
     default=1024,
     show_default=True,
     type=click.IntRange(0, 1 << 24),
-    help="Bound of the warm KV cache.",
+    help="Bound of what is kept warm, in all services together; each has an even share.",
 )
 @click.option(
     "--heartbeat-ms",
@@ -121,7 +121,7 @@ def worker(
     set_up_logging(verbose)
     set_up_torch(threads)
     from cloud_worker.redis_store import RedisKvStore
-    from cloud_worker.serving import ServingSettings, load_image_services, load_text_service
+    from cloud_worker.serving import ServingSettings, load_services
     from cloud_worker.worker import Worker, WorkerSettings
     from common.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
 
@@ -131,12 +131,15 @@ def worker(
     settings = ServingSettings(
         dtype, device, max_batch_rows, max_batch_steps, max_batch_images, cache_mb << 20, pool_pair
     )
-    makers = []
-    if model_name is not None:
-        directory = find_model(model_name)
-        makers.append(load_text_service(directory, span_text, calibration, store, settings))
-    if image_model is not None:
-        makers += load_image_services(find_model(image_model), image_parts, store, settings)
+    makers = load_services(
+        find_model(model_name) if model_name is not None else None,
+        span_text,
+        calibration,
+        find_model(image_model) if image_model is not None else None,
+        image_parts,
+        store,
+        settings,
+    )
     server = Worker(
         store,
         lambda outbox: [make(outbox) for make in makers],

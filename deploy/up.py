@@ -64,7 +64,8 @@ def up(
 
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: stopped.set())
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+            signal.signal(number, lambda *_: stopped.set())
     if model is None and image_model is None:
         model, image_model = DEMO_TEXT_MODEL, DEMO_IMAGE_MODEL
     settings = PoolSettings(

@@ -39,12 +39,20 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def start_up(directory: Path) -> Child:
+def command_line(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def is_worker(pid: int) -> bool:
+    return b"worker\0" in command_line(pid)
+
+
+def start_up(directory: Path, *wrapper: str) -> Child:
     command = midspan_command(
         "up", "--workers", "1", "--model", "stories-llama",
         "--edges", f"ipc://{directory}/edges", "--worker-endpoint", f"ipc://{directory}/workers",
     )  # fmt: skip
-    up = Child("up", command, directory)
+    up = Child("up", [*wrapper, *command], directory)
     up.wait_for("ready: edges at")
     return up
 
@@ -60,8 +68,7 @@ def test_a_kill_9_of_up_ends_its_broker_workers_and_redis(tmp_path: Path) -> Non
 def test_a_child_that_was_started_again_ends_with_up_as_well(tmp_path: Path) -> None:
     up = start_up(tmp_path)
     for child in children_of(up.pid):
-        command = Path(f"/proc/{child}/cmdline").read_bytes()
-        if b"redis-server" in command or b"worker\0" in command:
+        if is_worker(child) or b"redis-server" in command_line(child):
             os.kill(child, signal.SIGKILL)
     up.wait_for("redis was killed by signal 9 (SIGKILL); started an empty one")
     up.wait_for("w1 was killed by signal 9 (SIGKILL); starting w2")
@@ -78,11 +85,21 @@ def test_a_closed_terminal_stops_up_in_order(tmp_path: Path) -> None:
     assert up.log_text().endswith("stopped\n")
 
 
+def test_up_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:
+    up = start_up(tmp_path, "nohup")
+    up.signal(signal.SIGHUP)
+    children = children_of(up.pid)
+    os.kill(next(pid for pid in children if is_worker(pid)), signal.SIGKILL)
+    up.wait_for("starting w2")  # it looked after the pool when it had had the signal
+    up.stop()
+    wait_until_gone(children)
+
+
 def test_a_guarded_command_has_the_process_id_and_its_guardian_goes_with_it(tmp_path: Path) -> None:
     child = Child("sleeper", guarded_command("sleep", "600"), tmp_path)
     while not (guardians := children_of(child.pid)):
         child.check()
-    while b"sleep\0" not in Path(f"/proc/{child.pid}/cmdline").read_bytes():
+    while b"sleep\0" not in command_line(child.pid):
         child.check()
     child.kill()
     wait_until_gone(guardians)

@@ -12,8 +12,8 @@ def check_writable(*files: Path | None) -> None:
     for file in files:
         if file is None:
             continue
-        was_there = file.exists()
         try:
+            was_there = file.exists()
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("ab"):
                 pass

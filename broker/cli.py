@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from common.errors import SettingsError
 from common.keys import is_public
+from common.listeners import name_listener
+from common.option_types import COUNT
 from common.processes import set_up_logging
 from common.settings import (
     EDGE_ENDPOINT,
@@ -22,6 +27,9 @@ from common.settings import (
     parse_endpoint,
 )
 
+if TYPE_CHECKING:
+    from broker.server import BrokerServer
+
 log = logging.getLogger("midspan.broker")
 
 
@@ -32,28 +40,28 @@ log = logging.getLogger("midspan.broker")
     "--silence-ms",
     default=round(HEARTBEAT_S * HEARTBEATS_MISSED * 1000),
     show_default=True,
-    type=click.IntRange(min=50),
+    type=click.IntRange(50, 3_600_000),
     help="A worker that is silent for this long is taken for dead.",
 )
 @click.option(
     "--max-queued",
     default=MAX_QUEUED_STEPS,
     show_default=True,
-    type=click.IntRange(min=1),
+    type=COUNT,
     help="Steps held at once; beyond that edges are told to come back.",
 )
 @click.option(
     "--max-attempts",
     default=MAX_ATTEMPTS,
     show_default=True,
-    type=click.IntRange(min=1),
+    type=COUNT,
     help="Workers that may fail a step before it is refused.",
 )
 @click.option(
     "--max-sessions",
     default=MAX_SESSIONS_PER_EDGE,
     show_default=True,
-    type=click.IntRange(min=1),
+    type=COUNT,
     help="Sessions that one edge may have open.",
 )
 @click.option(
@@ -79,19 +87,18 @@ def broker(
     It holds no state worth keeping: kill it and start it again at the same addresses, and
     generations go on.
     """
-    from broker.server import BrokerServer
-
     set_up_logging(verbose)
     for option, endpoint in (("--edges", edges), ("--workers", workers)):
+        parse_endpoint(endpoint, option)  # what is no address is not a public one, either
         if is_public(endpoint) and keys is None and not insecure:
             raise SettingsError(
                 f"{option} {endpoint} can be reached from other machines, and without --keys "
                 "anyone there could use the pool or pose as a worker; make keys with "
                 "`midspan keys new broker`, or say --insecure"
             )
-    server = BrokerServer(
-        parse_endpoint(edges, "--edges"),
-        parse_endpoint(workers, "--workers"),
+    server = bind_server(
+        edges,
+        workers,
         silence_s=silence_ms / 1000,
         max_queued_steps=max_queued,
         max_attempts=max_attempts,
@@ -103,3 +110,19 @@ def broker(
     click.echo(f"broker ready: edges {server.edge_endpoint} workers {server.worker_endpoint}")
     server.run()
     log.info("broker stopped")
+
+
+def bind_server(edges: str, workers: str, **settings: Any) -> BrokerServer:
+    """A broker at these addresses. Raises SettingsError, which names who holds one of them."""
+    from broker.server import BrokerServer
+
+    try:
+        return BrokerServer(edges, workers, **settings)
+    except SettingsError as error:
+        taken = [e for e in (edges, workers) if f" {e} " in str(error)]
+        if not taken or os.strerror(errno.EADDRINUSE) not in str(error):
+            raise
+        holder = name_listener(taken[0])
+        raise SettingsError(
+            f"{error} It is in use by {holder}" if holder else str(error)
+        ) from error

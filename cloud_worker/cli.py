@@ -9,8 +9,9 @@ from pathlib import Path
 import click
 
 from common.keys import load_client_keys, read_pair
+from common.option_types import COUNT, THREADS
 from common.processes import freeze_loaded_objects, set_up_logging, set_up_torch
-from common.settings import HEARTBEAT_S, WORKER_ENDPOINT, parse_endpoint
+from common.settings import HEARTBEAT_S, REDIS_PORT, REDIS_URL, WORKER_ENDPOINT, parse_endpoint
 
 log = logging.getLogger("midspan.worker")
 
@@ -44,7 +45,12 @@ log = logging.getLogger("midspan.worker")
     help="A broker's address for workers; repeat it for several.",
 )
 @click.option(
-    "--redis-url", default="redis://127.0.0.1:6379/0", show_default=True, help="Where KV is kept."
+    "--redis-url",
+    envvar=REDIS_URL,
+    show_envvar=True,
+    default=f"redis://127.0.0.1:{REDIS_PORT}/0",
+    show_default=True,
+    help="Where KV is kept. A password is better given in the variable: `ps` shows arguments.",
 )
 @click.option(
     "--calibration",
@@ -53,14 +59,25 @@ log = logging.getLogger("midspan.worker")
 )
 @click.option("--dtype", default="float32", show_default=True, help="float32, float16 or bfloat16.")
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, …")
-@click.option("--threads", type=click.IntRange(min=1), help="torch threads.  [default: all cores]")
-@click.option("--max-batch-rows", default=512, show_default=True, type=click.IntRange(min=1))
-@click.option("--max-batch-steps", default=32, show_default=True, type=click.IntRange(min=1))
-@click.option("--max-batch-images", default=16, show_default=True, type=click.IntRange(min=1))
-@click.option("--capacity", default=64, show_default=True, help="Steps in flight here at once.")
-@click.option("--cache-mb", default=1024, show_default=True, help="Bound of the warm KV cache.")
+@click.option("--threads", type=THREADS, help="torch threads.  [default: all cores]")
+@click.option("--max-batch-rows", default=512, show_default=True, type=COUNT)
+@click.option("--max-batch-steps", default=32, show_default=True, type=COUNT)
+@click.option("--max-batch-images", default=16, show_default=True, type=COUNT)
 @click.option(
-    "--heartbeat-ms", default=round(HEARTBEAT_S * 1000), show_default=True, type=click.IntRange(10)
+    "--capacity", default=64, show_default=True, type=COUNT, help="Steps in flight here at once."
+)
+@click.option(
+    "--cache-mb",
+    default=1024,
+    show_default=True,
+    type=click.IntRange(0, 1 << 24),
+    help="Bound of what is kept warm, in all services together; each has an even share.",
+)
+@click.option(
+    "--heartbeat-ms",
+    default=round(HEARTBEAT_S * 1000),
+    show_default=True,
+    type=click.IntRange(10, 3_600_000),
 )
 @click.option("--key", type=click.Path(path_type=Path), help="This worker's .key_secret.")
 @click.option("--broker-key", help="The broker's public key: its .key file, or the text.")
@@ -104,7 +121,7 @@ def worker(
     set_up_logging(verbose)
     set_up_torch(threads)
     from cloud_worker.redis_store import RedisKvStore
-    from cloud_worker.serving import ServingSettings, load_image_services, load_text_service
+    from cloud_worker.serving import ServingSettings, load_services
     from cloud_worker.worker import Worker, WorkerSettings
     from common.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
 
@@ -114,12 +131,15 @@ def worker(
     settings = ServingSettings(
         dtype, device, max_batch_rows, max_batch_steps, max_batch_images, cache_mb << 20, pool_pair
     )
-    makers = []
-    if model_name is not None:
-        directory = find_model(model_name)
-        makers.append(load_text_service(directory, span_text, calibration, store, settings))
-    if image_model is not None:
-        makers += load_image_services(find_model(image_model), image_parts, store, settings)
+    makers = load_services(
+        find_model(model_name) if model_name is not None else None,
+        span_text,
+        calibration,
+        find_model(image_model) if image_model is not None else None,
+        image_parts,
+        store,
+        settings,
+    )
     server = Worker(
         store,
         lambda outbox: [make(outbox) for make in makers],

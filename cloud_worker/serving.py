@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cloud_worker.batcher import Batcher
@@ -41,8 +41,32 @@ class ServingSettings:
     max_batch_rows: int = 512
     max_batch_steps: int = 32
     max_batch_images: int = 16
-    cache_bytes: int = 1 << 30
+    cache_bytes: int = 1 << 30  # of all services of a worker together
     pool_key: KeyPair | None = None  # opens the keys of sessions that are encrypted at rest
+
+
+def load_services(
+    text_model: Path | None,
+    span_text: str | None,
+    calibration: Path | None,
+    image_model: Path | None,
+    image_parts: Sequence[str],
+    store: KvStore,
+    settings: ServingSettings,
+) -> list[ServiceMaker]:
+    """Load what a worker serves; each service gets an even share of the cache.
+
+    Raises CheckpointError or SettingsError.
+    """
+    parts = list(dict.fromkeys(image_parts)) if image_model is not None else []
+    services = len(parts) + (text_model is not None)
+    share = replace(settings, cache_bytes=settings.cache_bytes // max(1, services))
+    makers = []
+    if text_model is not None:
+        makers.append(load_text_service(text_model, span_text, calibration, store, share))
+    if image_model is not None:
+        makers += load_image_services(image_model, parts, store, share)
+    return makers
 
 
 def load_text_service(

@@ -31,10 +31,16 @@ def make_image_codec(name: str) -> Codec | LambdaSplitCodec:
 
 def check_image_codec(name: str) -> None:
     """Raises SettingsError for a codec that has no sense for images."""
-    make_image_codec(name)
     if name.startswith(PREFIX):
+        make_image_codec(name)
         return
     spec = parse_codec(name)
+    if spec.needs_calibration:
+        raise SettingsError(
+            f"codec {name!r} is calibrated on a language model and does not go with images; "
+            "take one that is not, as int8, int6 or int4"
+        )
+    make_image_codec(name)
     if spec.granularity == "channel":
         raise SettingsError(
             f"codec {name!r}: for images a row is a channel, so `token` (the default) is per "

@@ -1,10 +1,21 @@
-"""What every midspan process does when it starts: log format, quiet libraries, torch threads."""
+"""What midspan processes do when they start: log format, torch threads, an eye on who started them.
+
+A process that another one of ours started ends with it. It holds the reading end of a pipe, whose
+number is in the environment, and the pipe ends when nobody can write any more: however the other
+one ended, and with no thread of it involved, as there is with PR_SET_PDEATHSIG.
+"""
 
 from __future__ import annotations
 
 import gc
 import logging
 import os
+import signal
+import threading
+import time
+
+LIFELINE = "MIDSPAN_LIFELINE_FD"
+ORPHAN_LIMIT_S = 15.0  # to drain in
 
 
 def set_up_logging(verbose: bool) -> None:
@@ -31,3 +42,29 @@ def set_up_torch(threads: int | None) -> None:
     torch.set_num_threads(threads or os.cpu_count() or 1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def take_lifeline() -> int | None:
+    """The pipe from the process that started this one, if that was ours; not for our children."""
+    text = os.environ.pop(LIFELINE, "")
+    if not text:
+        return None
+    os.set_inheritable(int(text), False)
+    return int(text)
+
+
+def end_with_parent() -> None:
+    """Have this process get a SIGTERM when the one that started it has ended, if that was ours."""
+    lifeline_fd = take_lifeline()
+    if lifeline_fd is not None:
+        watch = threading.Thread(
+            target=_wait_for_end, args=(lifeline_fd,), name="lifeline", daemon=True
+        )
+        watch.start()
+
+
+def _wait_for_end(lifeline_fd: int) -> None:
+    os.read(lifeline_fd, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(ORPHAN_LIMIT_S)
+    os._exit(1)

@@ -11,6 +11,8 @@ from common.errors import SettingsError
 
 EDGE_ENDPOINT = "tcp://127.0.0.1:5555"
 WORKER_ENDPOINT = "tcp://127.0.0.1:5556"
+REDIS_PORT = 6379
+REDIS_URL = "MIDSPAN_REDIS_URL"  # the environment variable that a command line may read
 
 HEARTBEAT_S = 0.1
 HEARTBEATS_MISSED = 3  # a worker that is silent for this many intervals is dead

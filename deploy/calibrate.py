@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from common.option_types import MAX_COUNT, THREADS
+from common.outputs import check_directory
+
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
     from common.codecs.calibration import Calibration
     from common.spans import Cut
+
+AT_LEAST_TWO = click.IntRange(2, MAX_COUNT)  # one token predicts nothing
 
 
 @click.command()
@@ -22,10 +27,22 @@ if TYPE_CHECKING:
     "-o", "--output", type=click.Path(path_type=Path),
     help="Directory to write.  [default: calibration/A-B in the model directory]",
 )  # fmt: skip
-@click.option("--tokens", default=20_000, show_default=True, help="Tokens to measure on, at most.")
-@click.option("--window", default=256, show_default=True, help="Tokens of one forward pass.")
+@click.option(
+    "--tokens",
+    default=20_000,
+    show_default=True,
+    type=AT_LEAST_TWO,
+    help="Tokens to measure on, at most.",
+)
+@click.option(
+    "--window",
+    default=256,
+    show_default=True,
+    type=AT_LEAST_TWO,
+    help="Tokens of one forward pass.",
+)
 @click.option("--documents", is_flag=True, help="Blank lines in the text separate documents.")
-@click.option("--threads", type=click.IntRange(min=1), help="torch threads.  [default: all cores]")
+@click.option("--threads", type=THREADS, help="torch threads.  [default: all cores]")
 def calibrate(
     model: str,
     text: Path,
@@ -55,8 +72,9 @@ def calibrate(
     checkpoint = Checkpoint(directory)
     cut = parse_cut(cut_text, read_config(checkpoint).num_hidden_layers)
     ids = read_tokens(text, TextTokenizer(directory), documents, tokens)
-    calibration = measure_calibration(checkpoint, cut, ids, window)
     target = output or default_directory(directory, (cut.begin, cut.end))
+    check_directory(target)
+    calibration = measure_calibration(checkpoint, cut, ids, window)
     fingerprint = save_calibration(calibration, target)
     click.echo(
         f"calibrated span {cut.middle} of {checkpoint.name} on {calibration.tokens:,} tokens: "

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from common.errors import BrokerUnavailable, MidspanError
+from common.option_types import COUNT, FiniteRange
 from common.tables import format_table
 from deploy.pool import LocalPool, PoolSettings
 from deploy.saboteur import HarmedPool, Saboteur
@@ -99,13 +100,27 @@ class PullLedger:
 
 
 @click.command()
-@click.option("--sessions", default=16, show_default=True, type=click.IntRange(min=1))
-@click.option("--workers", default=4, show_default=True, type=click.IntRange(min=1))
-@click.option("--duration", "duration_s", default=60.0, show_default=True, help="Seconds.")
+@click.option("--sessions", default=16, show_default=True, type=click.IntRange(1, 1000))
+@click.option("--workers", default=4, show_default=True, type=click.IntRange(1, 1000))
 @click.option(
-    "--every", "every_s", default=2.0, show_default=True, help="Seconds between faults, on average."
+    "--duration",
+    "duration_s",
+    default=60.0,
+    show_default=True,
+    type=FiniteRange(0, 1e7),
+    help="Seconds.",
 )
-@click.option("--tokens", default=60, show_default=True, help="Of one answer; a session has two.")
+@click.option(
+    "--every",
+    "every_s",
+    default=2.0,
+    show_default=True,
+    type=FiniteRange(0.01, 1e7),
+    help="Seconds between faults, on average.",
+)
+@click.option(
+    "--tokens", default=60, show_default=True, type=COUNT, help="Of one answer; a session has two."
+)
 @click.option("--seed", default=1, show_default=True)
 @click.option("--model", help="Hugging Face directory.  [default: the demo model]")
 @click.option("--cut", help="As A:B.  [default: middle half]")

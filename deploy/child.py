@@ -2,29 +2,53 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.errors import ProcessFailed
+from common.processes import LIFELINE
+
+
+@functools.cache
+def lifeline() -> tuple[int, int]:
+    """A pipe on which nothing is ever written: every child reads it, and we alone can write.
+
+    However this process ends, kill -9 included, its children then see the pipe end.
+    """
+    return os.pipe()
 
 
 class Child:
-    """A running command whose output goes to a file, for its last words if it fails."""
+    """A running command whose output goes to a file, for its last words if it fails.
 
-    def __init__(self, name: str, command: Sequence[str], log_dir: Path) -> None:
+    A midspan command or one under deploy/guard.py ends when we do, however that comes about.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        log_dir: Path,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.name = name
         log_dir.mkdir(parents=True, exist_ok=True)
         handle, path = tempfile.mkstemp(prefix=f"{name}-", suffix=".log", dir=log_dir)
         self.log_path = Path(path)
+        read_end, _ = lifeline()
         with open(handle, "wb") as log_file:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for us; we stop our children in order
+                pass_fds=[read_end],
+                env={**os.environ, **(environment or {}), LIFELINE: str(read_end)},
             )  # fmt: skip
 
     @property
@@ -83,5 +107,13 @@ class Child:
 
 
 def midspan_command(*arguments: str) -> list[str]:
-    """The command line of a midspan subcommand in this same Python."""
-    return [sys.executable, "-m", "deploy.cli", *arguments]
+    """The command line of a midspan subcommand in this same Python.
+
+    With -P, or the current directory would come first: any `common` in it would be imported.
+    """
+    return [sys.executable, "-P", "-m", "midspan", *arguments]
+
+
+def guarded_command(*command: str) -> list[str]:
+    """The command line of something that is not ours, which is to end when we do."""
+    return [sys.executable, "-P", "-m", "deploy.guard", *command]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
+import sys
 from typing import Any
 
 import click
 
 from common.errors import MidspanError
+from common.processes import end_with_parent
 
 COMMANDS = {
     "ask": ("edge_agent.cli:ask", "Answer a prompt with the pool's help."),
@@ -22,6 +26,17 @@ COMMANDS = {
     "up": ("deploy.up:up", "Run a whole pool on this machine."),
     "worker": ("cloud_worker.cli:worker", "Run a worker."),
 }
+
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+
+
+def drop_output() -> None:
+    """Python would try once more to write what stdout still holds when it exits, and fail."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class LazyGroup(click.Group):
@@ -46,12 +61,19 @@ class LazyGroup(click.Group):
             return super().invoke(context)
         except MidspanError as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            drop_output()
+            where = error.filename or "the output"
+            raise click.ClickException(f"{where} cannot be written: {error.strerror}") from error
 
 
 @click.group(cls=LazyGroup)
 @click.version_option(package_name="midspan")
 def midspan() -> None:
     """Split inference: the ends of a model here, its middle on a pool of stateless workers."""
+    end_with_parent()
 
 
 if __name__ == "__main__":

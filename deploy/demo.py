@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from common.option_types import COUNT, SEED
+from common.outputs import check_writable
+from edge_agent.prompts import check_text
+
 if TYPE_CHECKING:
     from deploy.pool import LocalPool
 
@@ -18,8 +22,8 @@ KILL_AFTER_STEPS = 6
 
 @click.command()
 @click.option("--prompt", default=PROMPT, show_default=True)
-@click.option("--seed", default=7, show_default=True)
-@click.option("-n", "--max-new-tokens", default=200, show_default=True)
+@click.option("--seed", default=7, type=SEED, show_default=True)
+@click.option("-n", "--max-new-tokens", default=200, type=COUNT, show_default=True)
 @click.option(
     "--image",
     "image_file",
@@ -32,6 +36,8 @@ def demo(prompt: str, seed: int, max_new_tokens: int, image_file: Path) -> None:
     """Start a pool, stream a story and a picture through it, kill the serving worker in both."""
     from common.processes import set_up_torch
 
+    check_text("the prompt", prompt)
+    check_writable(image_file)
     set_up_torch(threads=1)
     from common.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
     from common.errors import MidspanError

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from common.outputs import check_writable
 from common.tables import format_table
 from deploy.evaluate_image import image_command
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from edge_agent.ends import ModelEnds
 
 DEFAULT_CODECS = ("fp16", "int8", "int6", "int5", "int4", "compact", "smallest")
@@ -88,6 +93,7 @@ def codec(
     for name in names:
         for direction in name.split(","):
             parse_codec(direction)
+    check_writable(csv_path, plot_path)
     if plot_path is not None:
         _require_matplotlib()
     set_up_torch(threads=1)
@@ -180,32 +186,90 @@ def _require_matplotlib() -> Any:
     return mpl
 
 
+def find_frontier(points: Sequence[Measurement]) -> list[Measurement]:
+    """Those that no other beats in bits without losing more, by rising bits."""
+    best: list[Measurement] = []
+    for point in sorted(points, key=lambda m: (m.wire_bits_per_value, m.loss_percent)):
+        if not best or point.loss_percent < best[-1].loss_percent:
+            best.append(point)
+    return best
+
+
 def plot_rate_distortion(measured: list[Measurement], path: Path) -> None:
-    """Loss against bits, one line of points per cut, each point with its codec's name."""
+    """Write `draw_rate_distortion` as a PNG."""
     _require_matplotlib()
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5))
+    figure = draw_rate_distortion(measured)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def draw_rate_distortion(measured: list[Measurement]) -> Figure:
+    """Loss against bits: numbered points, the names beside them, and each cut's Pareto frontier."""
+    from matplotlib import pyplot as plt
+
+    names = [name for name in dict.fromkeys(m.codec for m in measured) if name != BASELINE]
+    figure, axes = plt.subplots(figsize=(11, 6))
     for cut in dict.fromkeys(m.cut for m in measured):
-        points = [m for m in measured if m.cut == cut and m.codec != BASELINE]
-        axes.plot(
-            [m.wire_bits_per_value for m in points], [m.loss_percent for m in points],
-            "o", label=f"cut {cut}",
-        )  # fmt: skip
-        for m in points:
-            axes.annotate(
-                m.codec, (m.wire_bits_per_value, m.loss_percent), fontsize=7, rotation=25,
-                xytext=(2, 3), textcoords="offset points",
-            )  # fmt: skip
-    lowest = min(m.loss_percent for m in measured)
+        _draw_cut(axes, cut, [m for m in measured if m.cut == cut and m.codec != BASELINE], names)
     axes.axhline(0, color="gray", linewidth=0.5)
     axes.set_yscale("symlog", linthresh=0.1)
+    lowest = min(m.loss_percent for m in measured)
     highest = max(m.loss_percent for m in measured)
     axes.set_ylim(min(1.5 * lowest, -0.02), max(4 * highest, 0.1))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("bits on the wire per value, headers and scales included")
     axes.set_ylabel("rise of perplexity over fp32, %")
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    legend = "\n".join(f"{number:2}  {name}" for number, name in enumerate(names, start=1))
+    axes.text(1.02, 1, legend, transform=axes.transAxes, va="top", fontsize=8, family="monospace")
+    return figure
+
+
+def _draw_cut(axes: Any, cut: str, points: list[Measurement], names: list[str]) -> None:
+    """One cut's points, the numbers of those that lie together in one label, and its frontier."""
+    frontier = find_frontier(points)
+    (line,) = axes.plot(
+        [m.wire_bits_per_value for m in frontier], [m.loss_percent for m in frontier],
+        "-", linewidth=1, alpha=0.6, label=f"cut {cut}: no other is smaller and loses less",
+    )  # fmt: skip
+    axes.plot(
+        [m.wire_bits_per_value for m in points], [m.loss_percent for m in points],
+        "o", markersize=4, color=line.get_color(),
+    )  # fmt: skip
+    axes.set_yscale("symlog", linthresh=0.1)
+    for numbers, bits, loss in gather_labels(points, names):
+        axes.annotate(numbers, (bits, loss), fontsize=7, xytext=(4, 4), textcoords="offset points")
+
+
+def gather_labels(
+    points: Sequence[Measurement], names: list[str]
+) -> list[tuple[str, float, float]]:
+    """Labels and where they go: points that would lie on each other's label share one."""
+    groups: list[list[Measurement]] = []
+    for point in sorted(points, key=lambda m: (m.wire_bits_per_value, m.loss_percent)):
+        for group in groups:
+            if _are_close(group[0], point):
+                group.append(point)
+                break
+        else:
+            groups.append([point])
+    return [
+        (
+            ", ".join(str(number) for number in sorted(names.index(m.codec) + 1 for m in group)),
+            max(m.wire_bits_per_value for m in group),
+            max(m.loss_percent for m in group),
+        )
+        for group in groups
+    ]
+
+
+def _are_close(a: Measurement, b: Measurement) -> bool:
+    """Within the size of a label, on an axis that is linear up to 0.1% and logarithmic beyond."""
+
+    def height(loss: float) -> float:
+        return math.copysign(min(abs(loss), 0.1) * 10 + math.log10(max(abs(loss), 0.1) * 10), loss)
+
+    near = abs(a.wire_bits_per_value - b.wire_bits_per_value) < 0.3
+    return near and abs(height(a.loss_percent) - height(b.loss_percent)) < 0.2

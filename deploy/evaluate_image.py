@@ -17,7 +17,10 @@ import click
 from common.demo_model import DEMO_IMAGE_MODEL
 from common.errors import SettingsError
 from common.image_tensors import EXACT
+from common.option_types import SEED
+from common.outputs import check_writable
 from common.tables import format_table
+from edge_agent.prompts import check_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,7 +60,7 @@ class ImageMeasurement:
 @click.command("image")
 @click.argument("model", default=DEMO_IMAGE_MODEL)
 @click.option("--prompt", "prompts", multiple=True, help="Repeat for several.")
-@click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1), show_default=True)
+@click.option("--seed", "seeds", multiple=True, type=SEED, default=(0, 1), show_default=True)
 @click.option("--codec", "codecs", multiple=True, help="Repeat for several.")
 @click.option(
     "--path",
@@ -113,11 +116,12 @@ def image_command(
     names = list(dict.fromkeys([EXACT, *(codecs or DEFAULT_CODECS)]))
     for name in names:
         check_image_codec(name)
+    for prompt in prompts:
+        check_text("--prompt", prompt)
     _require("skimage", "eval")
     if sheet_path is not None and 1 not in reuses:
         raise SettingsError("--sheet shows pictures without reuse: add --reuse 1")
-    for wanted in (csv_path, plot_path, sheet_path):
-        _check_writable(wanted)
+    check_writable(csv_path, plot_path, sheet_path)
     if plot_path is not None:
         _require("matplotlib", "plot")
     set_up_torch(threads=1)
@@ -282,17 +286,6 @@ def draw_sheet(
     for row, prompt in enumerate(prompts):
         pen.text((gap, head + row * (side + gap + head) + 4), prompt, fill="black")
     return sheet
-
-
-def _check_writable(file: Path | None) -> None:
-    """Raises SettingsError if a file cannot be written: better known before hours of work."""
-    if file is None:
-        return
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
-    except OSError as error:
-        raise SettingsError(f"{file} cannot be written: {error}") from error
 
 
 def _require(module: str, extra: str) -> None:

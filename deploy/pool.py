@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar
 from common.demo_model import DEMO_TEXT_MODEL
 from common.errors import BrokerUnavailable, ProcessFailed
 from common.keys import BROKER, ClientKeys, create_key, ensure_member
+from common.settings import REDIS_URL
 from deploy.child import Child, midspan_command
 from deploy.embedded_redis import EmbeddedRedis
 from edge_agent.client import BrokerClient
@@ -36,6 +37,8 @@ class PoolSettings:
     dtype: str = "float32"
     threads: int = 1  # torch threads of each worker
     redis_url: str | None = None  # None: an embedded one
+    redis_port: int | None = None  # of the embedded one, on loopback; None: a Unix socket only
+    calibration: Path | None = None
     edge_endpoint: str = "tcp://127.0.0.1:*"
     worker_endpoint: str = "tcp://127.0.0.1:*"
     worker_options: list[str] = field(default_factory=list)
@@ -78,12 +81,17 @@ class LocalPool:
     def redis_url(self) -> str:
         return self.redis.url if self.redis else (self.settings.redis_url or "")
 
+    @property
+    def public_redis_url(self) -> str:
+        """How a worker that is started beside the pool reaches its Redis."""
+        return self.redis.public_url if self.redis else self.redis_url
+
     def start(self) -> None:
         """Start everything and wait until all workers are known to the broker."""
         if self.settings.keys is not None:
             self._complete_keys(self.settings.keys)
         if self.settings.redis_url is None:
-            self.redis = EmbeddedRedis(self.directory)
+            self.redis = EmbeddedRedis(self.directory, self.settings.redis_port)
         self.start_broker()
         for _ in range(self.settings.workers):
             self.start_worker()
@@ -120,8 +128,8 @@ class LocalPool:
         name = f"w{self._workers_started}"
         settings = self.settings
         options = [
-            "--broker", endpoint or self.worker_endpoint, "--redis-url", self.redis_url,
-            "--id", name, "--threads", str(settings.threads), "--dtype", settings.dtype,
+            "--broker", endpoint or self.worker_endpoint, "--id", name,
+            "--threads", str(settings.threads), "--dtype", settings.dtype,
             *settings.worker_options,
         ]  # fmt: skip
         if settings.model is not None or settings.image_model is None:
@@ -130,10 +138,15 @@ class LocalPool:
             options += ["--image-model", settings.image_model]
         if settings.span is not None:
             options += ["--span", settings.span]
+        if settings.calibration is not None:
+            options += ["--calibration", str(settings.calibration)]
         if settings.keys is not None:
             options += ["--key", str(settings.keys / "local-worker.key_secret")]
             options += ["--broker-key", str(settings.keys / f"{BROKER}.key")]
-        self.workers[name] = Child(name, midspan_command("worker", *options), self.directory)
+        # not as an argument: it may have a password, and every user can list those
+        environment = {REDIS_URL: self.redis_url}
+        command = midspan_command("worker", *options)
+        self.workers[name] = Child(name, command, self.directory, environment)
         return name
 
     def wait_for_workers(self, count: int) -> None:

@@ -10,11 +10,12 @@ from pathlib import Path
 import click
 
 from common.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
-from common.settings import EDGE_ENDPOINT, WORKER_ENDPOINT, parse_endpoint
+from common.option_types import THREADS
+from common.settings import EDGE_ENDPOINT, REDIS_PORT, REDIS_URL, WORKER_ENDPOINT, parse_endpoint
 
 
 @click.command()
-@click.option("--workers", default=2, show_default=True, type=click.IntRange(min=1))
+@click.option("--workers", default=2, show_default=True, type=click.IntRange(1, 1000))
 @click.option("--model", help="Hugging Face directory.  [default: both demo models]")
 @click.option("--image-model", help="SDXL pipeline: a directory in diffusers format.")
 @click.option("--span", help="Layers the workers serve, as a-b.  [default: the middle half]")
@@ -24,8 +25,13 @@ from common.settings import EDGE_ENDPOINT, WORKER_ENDPOINT, parse_endpoint
     help="For calibrated codecs.  [default: the one in the model directory]",
 )
 @click.option("--dtype", default="float32", show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), help="Of each worker.  [default: cores / N]")
-@click.option("--redis-url", help="A server of yours.  [default: an embedded one]")
+@click.option("--threads", type=THREADS, help="Of each worker.  [default: cores / N]")
+@click.option(
+    "--redis-url",
+    envvar=REDIS_URL,
+    show_envvar=True,
+    help="A server of yours.  [default: an embedded one]",
+)
 @click.option(
     "--keys",
     type=click.Path(path_type=Path),
@@ -52,11 +58,14 @@ def up(
 
     What dies in between is started again.
     """
+    from deploy.embedded_redis import choose_port
+    from deploy.hints import describe_pool, hide_password
     from deploy.pool import LocalPool, PoolSettings
 
     stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+            signal.signal(number, lambda *_: stopped.set())
     if model is None and image_model is None:
         model, image_model = DEMO_TEXT_MODEL, DEMO_IMAGE_MODEL
     settings = PoolSettings(
@@ -67,20 +76,19 @@ def up(
         dtype=dtype,
         threads=threads or max(1, (os.cpu_count() or 1) // workers),
         redis_url=redis_url,
+        # keys are for those who do not trust everybody here: then Redis has no port, either
+        redis_port=choose_port(REDIS_PORT) if redis_url is None and keys is None else None,
         keys=keys.expanduser() if keys else None,
         broker_options=["--insecure"] if insecure else [],
-        worker_options=["--calibration", str(calibration)] if calibration else [],
+        calibration=calibration,
         edge_endpoint=parse_endpoint(edges, "--edges"),
         worker_endpoint=parse_endpoint(worker_endpoint, "--worker-endpoint"),
     )
-    store = redis_url or "an embedded Redis"
+    store = hide_password(redis_url) if redis_url else "an embedded Redis"
     click.echo(f"starting a broker and {workers} worker{'s' * (workers > 1)}, with {store} …")
     with LocalPool(settings) as pool:
-        click.echo(f"ready: edges at {pool.edge_endpoint}, workers at {pool.worker_endpoint}")
-        if model is not None:
-            click.echo('try: midspan ask "Once upon a time" --stats')
-        if image_model is not None:
-            click.echo('try: midspan image "a red house on a green hill under a blue sky" --stats')
+        for line in describe_pool(pool):
+            click.echo(line)
         click.echo("Ctrl-C stops")
         while not stopped.wait(0.5):
             for line in pool.heal():

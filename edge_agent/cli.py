@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from common.errors import SettingsError
 from common.keys import read_public
+from common.option_types import SEED, THREADS
 from common.processes import freeze_loaded_objects, set_up_torch
 from common.tables import format_table
 from edge_agent.codec_options import codec_options, find_calibration, read_codec_options
 from edge_agent.connection_options import connect, connection_options
+from edge_agent.prompts import check_text, read_prompt
 
 
 @click.command()
@@ -34,10 +37,10 @@ from edge_agent.connection_options import connect, connection_options
 @click.option("--top-k", default=0, show_default=True, help="0 is all.")
 @click.option("--top-p", default=1.0, show_default=True)
 @click.option("--repetition-penalty", default=1.0, show_default=True)
-@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option("--seed", type=SEED, help="Makes sampling repeatable.")
 @click.option("--stop", "stops", multiple=True, help="End the text before this string; repeatable.")
 @click.option("--dtype", default="float32", show_default=True, help="Of head and tail.")
-@click.option("--threads", type=click.IntRange(min=1), help="torch threads.  [default: all cores]")
+@click.option("--threads", type=THREADS, help="torch threads.  [default: all cores]")
 @click.option("--timeout", "timeout_s", default=60.0, show_default=True, help="Seconds for a step.")
 @click.option("--json", "as_json", is_flag=True, help="Print one object: text, token_ids, stats.")
 @click.option("--stats", "with_stats", is_flag=True, help="Print what it cost, to stderr.")
@@ -73,11 +76,12 @@ def ask(
     """
     client = connect(brokers, key, broker_key, timeout_s)
     pool_public = read_public(pool_key) if pool_key else None
-    if prompt == "-":
-        prompt = sys.stdin.read()
+    prompt = read_prompt(prompt)
+    check_stops(stops)
+    drawing = {"--top-k": top_k != 0, "--top-p": top_p != 1, "--seed": seed is not None}
+    warn_of_greedy(temperature, drawing)
     set_up_torch(threads or os.cpu_count())
     from common.demo_model import find_model
-    from common.errors import SettingsError
     from edge_agent.ends import load_ends
     from edge_agent.generation import start_generation
     from edge_agent.sampler import SamplingSettings
@@ -115,6 +119,25 @@ def ask(
         return
     if with_stats:
         click.echo(f"\n{format_stats(stats)}", err=True)
+
+
+def check_stops(stops: Sequence[str]) -> None:
+    """Raises SettingsError for a string that no text could be ended by."""
+    for stop in stops:
+        if not stop:
+            raise SettingsError("--stop is empty; expected a string before which the text ends")
+        check_text("--stop", stop)
+
+
+def warn_of_greedy(temperature: float, given: Mapping[str, bool]) -> None:
+    """Say which options do nothing, because no token is drawn."""
+    idle = [option for option, is_given in given.items() if is_given]
+    if temperature == 0 and idle:
+        click.echo(
+            f"warning: {' and '.join(idle)} {'does' if len(idle) == 1 else 'do'} nothing at "
+            "temperature 0, which always takes the likeliest token; give -t 0.7, say",
+            err=True,
+        )
 
 
 def format_stats(stats: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -15,6 +14,8 @@ from common.settings import EDGE_ENDPOINT, parse_endpoint
 
 if TYPE_CHECKING:
     from edge_agent.client import BrokerClient
+
+MIN_TIMEOUT_S, MAX_TIMEOUT_S = 0.001, 1_000_000
 
 Command = TypeVar("Command", bound=Callable[..., object])
 
@@ -44,7 +45,9 @@ def connect(
     """A client as the options say. Raises SettingsError for a bad address or key."""
     from edge_agent.client import BrokerClient
 
-    if not (timeout_s > 0 and math.isfinite(timeout_s)):
-        raise SettingsError(f"--timeout is {timeout_s}; expected seconds, more than 0")
+    if not MIN_TIMEOUT_S <= timeout_s <= MAX_TIMEOUT_S:  # nor is NaN
+        raise SettingsError(
+            f"--timeout is {timeout_s}; expected seconds, more than 0, at most {MAX_TIMEOUT_S:,}"
+        )
     endpoints = [parse_endpoint(broker, "--broker") for broker in brokers]
     return BrokerClient(endpoints, timeout_s, load_client_keys(key, broker_key))

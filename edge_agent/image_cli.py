@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +13,19 @@ import click
 
 from common.demo_model import DEMO_IMAGE_MODEL
 from common.keys import read_public
+from common.option_types import SEED, THREADS
+from common.outputs import check_directory, check_writable
 from common.processes import set_up_torch
 from common.tables import format_table
 from edge_agent.connection_options import connect, connection_options
+from edge_agent.prompts import check_text, read_prompt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from edge_agent.images import ImageMaker, ImageSettings, Progress
+
+MAX_SIDE = 8192  # of a picture in pixels; workers take no larger latents
 
 
 @click.command()
@@ -43,7 +49,7 @@ if TYPE_CHECKING:
 @click.option("--negative", default="", help="What the picture shall not show.")
 @click.option("--steps", default=20, show_default=True)
 @click.option("--guidance", default=2.5, show_default=True, help="Scale; 1 is none.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, type=SEED, show_default=True)
 @click.option("--size", help="As WIDTHxHEIGHT or one number.  [default: the model's own]")
 @click.option("--count", default=1, show_default=True, help="Images made at once.")
 @click.option(
@@ -90,7 +96,7 @@ if TYPE_CHECKING:
 )
 @click.option("--dtype", default="float32", show_default=True)
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), help="torch threads.  [default: all cores]")
+@click.option("--threads", type=THREADS, help="torch threads.  [default: all cores]")
 @click.option(
     "--timeout", "timeout_s", default=120.0, show_default=True, help="Seconds for a step."
 )
@@ -124,7 +130,7 @@ def image(
     as_json: bool,
     with_stats: bool,
 ) -> None:
-    """Make a picture of PROMPT with the pool's help.
+    """Make a picture of PROMPT with the pool's help; - reads the prompt from stdin.
 
     The prompt's text stays here. Its embeddings go to the workers, in either cut, and who holds the
     text encoders can search for the prompt that gives them. With cut unet the workers also see the
@@ -133,13 +139,22 @@ def image(
     from common.demo_model import find_model
     from edge_agent.images import ImageMaker, ImageSettings
 
+    prompt = read_prompt(prompt)
+    check_text("--negative", negative)
     width, height = parse_size(size)
     settings = ImageSettings(
         prompt, negative, steps, guidance, seed, height, width, count, scheduler, cut, sync,
         codec, codec, reuse,
     )  # fmt: skip
     settings.check()
+    if negative and guidance <= 1:
+        click.echo(
+            f"warning: --negative does nothing with --guidance {guidance:g}; it guides above 1",
+            err=True,
+        )
     check_output(output)
+    if noise_directory is not None:
+        check_directory(noise_directory)
     client = connect(brokers, key, broker_key, timeout_s)
     try:
         client.status()  # a broker that is not there is better known before models are loaded
@@ -171,8 +186,10 @@ def parse_size(text: str | None) -> tuple[int | None, int | None]:
     if text is None:
         return None, None
     sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+    if len(sides) > 2 or not all(re.fullmatch("[0-9]{1,9}", side) for side in sides):
         raise SettingsError(f"--size is {text!r}; expected WIDTHxHEIGHT, as 1024x768, or a number")
+    if max(map(int, sides)) > MAX_SIDE:
+        raise SettingsError(f"--size is {text!r}; expected at most {MAX_SIDE} pixels")
     return int(sides[0]), int(sides[-1])
 
 
@@ -184,12 +201,7 @@ def check_output(output: Path) -> None:
 
     if output.suffix.lower() not in Images.registered_extensions():
         raise SettingsError(f"{output} has no suffix of a picture format, as .png")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"{output} cannot be written: {error}") from error
-    if output.is_dir() or not os.access(output.parent, os.W_OK):
-        raise SettingsError(f"{output} cannot be written")
+    check_writable(output)
 
 
 def warn_of_cut_off(maker: ImageMaker, text: str) -> None:

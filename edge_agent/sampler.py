@@ -16,6 +16,10 @@ from transformers import (
 
 from common.errors import NonFiniteError, SettingsError
 
+# beyond these, logits of float32 become infinite or all the same
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-4, 1e4
+MAX_PENALTY = 1e4
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingSettings:
@@ -28,16 +32,22 @@ class SamplingSettings:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise SettingsError(f"temperature is {self.temperature}; expected 0 or more")
+        if self.temperature and not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
+            raise SettingsError(
+                f"temperature is {self.temperature}; expected 0, which is greedy, or "
+                f"{MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
+            )
         if self.top_k < 0:
             raise SettingsError(f"top-k is {self.top_k}; expected 0 (all) or more")
         if not 0 < self.top_p <= 1:
             raise SettingsError(f"top-p is {self.top_p}; expected more than 0, at most 1")
-        if not self.repetition_penalty > 0:
+        if not 1 / MAX_PENALTY <= self.repetition_penalty <= MAX_PENALTY:
             raise SettingsError(
-                f"repetition penalty is {self.repetition_penalty}; expected more than 0"
+                f"repetition penalty is {self.repetition_penalty}; expected more than 0, "
+                f"{1 / MAX_PENALTY:g} to {MAX_PENALTY:g}"
             )
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            raise SettingsError(f"the seed is {self.seed}; expected 64 bits")
 
 
 class Sampler:

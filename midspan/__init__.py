@@ -1,0 +1,82 @@
+"""midspan from Python: the names below, each imported when it is first used.
+
+`import midspan` therefore does not import torch. midspan's packages have common names, so
+before any is imported it is made sure that Python would import ours: another `common`, installed or
+lying in the current directory, is named in an ImportError instead of failing somewhere inside.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from common.demo_model import find_model
+    from common.errors import MidspanError
+    from deploy.pool import LocalPool, PoolSettings
+    from edge_agent.client import BrokerClient
+    from edge_agent.ends import load_ends
+    from edge_agent.generation import start_generation
+    from edge_agent.sampler import SamplingSettings
+    from edge_agent.session import Session, SessionSettings, uniform_settings
+    from edge_agent.tokenizer import TextTokenizer
+
+__all__ = [
+    "BrokerClient",
+    "LocalPool",
+    "MidspanError",
+    "PoolSettings",
+    "SamplingSettings",
+    "Session",
+    "SessionSettings",
+    "TextTokenizer",
+    "find_model",
+    "load_ends",
+    "start_generation",
+    "uniform_settings",
+]
+
+HOMES = {
+    "BrokerClient": "edge_agent.client",
+    "LocalPool": "deploy.pool",
+    "MidspanError": "common.errors",
+    "PoolSettings": "deploy.pool",
+    "SamplingSettings": "edge_agent.sampler",
+    "Session": "edge_agent.session",
+    "SessionSettings": "edge_agent.session",
+    "TextTokenizer": "edge_agent.tokenizer",
+    "find_model": "common.demo_model",
+    "load_ends": "edge_agent.ends",
+    "start_generation": "edge_agent.generation",
+    "uniform_settings": "edge_agent.session",
+}
+PACKAGES = ("broker", "cloud_worker", "common", "deploy", "edge_agent")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("midspan")
+    if name not in HOMES:
+        raise AttributeError(f"module 'midspan' has no attribute {name!r}")
+    check_packages()
+    return getattr(importlib.import_module(HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
+def check_packages() -> None:
+    """Raise ImportError if one of our packages is hidden by another of its name."""
+    ours = Path(__file__).resolve().parent.parent
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        origin = Path(spec.origin).resolve() if spec is not None and spec.origin else None
+        if origin != ours / name / "__init__.py":
+            raise ImportError(
+                f"midspan's package {name!r} is hidden by another at {origin or 'no file'}; rename "
+                "or move that, or run midspan from another directory or environment"
+            )

@@ -1,0 +1,85 @@
+"""`midspan status --check`: it works for what is served, and says when the store does not."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.checks import ServiceCheck, find_failure
+from deploy.child import midspan_command
+from deploy.pool import LocalPool, PoolSettings
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[LocalPool]:
+    settings = PoolSettings(workers=1, model="stories-llama", image_model="landscapes-sdxl")
+    with LocalPool(settings) as running:
+        running.wait_for_workers(1)
+        yield running
+
+
+def run_check(pool: LocalPool, *options: str) -> subprocess.CompletedProcess[str]:
+    command = midspan_command("status", "--check", "--broker", pool.edge_endpoint, *options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def report_of(done: subprocess.CompletedProcess[str]) -> Any:
+    return json.loads(done.stdout)
+
+
+def test_a_check_sends_steps_for_text_and_for_both_parts_of_the_image_model(
+    pool: LocalPool,
+) -> None:
+    before = report_of(run_check(pool, "--json"))["workers"][0]["stats"]
+    done = run_check(pool, "--json")
+    assert done.returncode == 0, done.stderr
+    checks = report_of(done)["checks"]
+    assert {c["service"]: (c["worker_id"], c["stored"], c["failure"]) for c in checks} == {
+        "stories-llama 2-6": ("w1", True, ""),
+        "landscapes-sdxl unet": ("w1", None, ""),
+        "landscapes-sdxl inner": ("w1", None, ""),
+    }
+    after = report_of(done)["workers"][0]["stats"]
+    assert after["image_steps"] > before.get("image_steps", 0)
+
+
+def test_an_image_model_that_is_none_is_named(pool: LocalPool, tmp_path: Path) -> None:
+    line = run_check(pool, "--image-model", str(tmp_path)).stderr
+    assert line.startswith(f"Error: {tmp_path} has no model_index.json")
+
+
+def test_a_paused_redis_fails_the_check_and_is_told_in_the_table(pool: LocalPool) -> None:
+    assert pool.redis is not None
+    pool.redis.child.signal(signal.SIGSTOP)
+    try:
+        done = run_check(pool)
+    finally:
+        pool.redis.child.signal(signal.SIGCONT)
+    assert done.returncode == 1
+    assert "Error: the check failed: stories-llama 2-6: its KV was not stored" in done.stderr
+    assert "The store of w1 is down" in done.stdout
+
+
+def test_services_that_could_not_be_checked_are_no_failure_unless_nothing_could() -> None:
+    report = {"workers": [{"worker_id": "w1", "stats": {"store_up": True}}]}
+    skipped = ServiceCheck("sdxl unet", skipped="not checked: its model is not here")
+    works = ServiceCheck("llama 2-6", "w1", stored=True)
+    assert find_failure(report, [works, skipped]) == ""
+    assert find_failure(report, [skipped]) == "not checked: its model is not here"
+    assert find_failure(report, []) == "no worker is ready"
+
+
+def test_a_killed_redis_fails_the_check_of_a_pool_for_images_alone() -> None:
+    with LocalPool(PoolSettings(workers=1, image_model="landscapes-sdxl")) as images:
+        images.wait_for_workers(1)
+        assert images.redis is not None
+        images.redis.child.kill()
+        done = run_check(images)
+    assert done.returncode == 1
+    assert "Error: the check failed: the store of w1 is down" in done.stderr

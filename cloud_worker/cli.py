@@ -127,7 +127,7 @@ def worker(
 
     if model_name is None and image_model is None:
         model_name, image_model = DEMO_TEXT_MODEL, DEMO_IMAGE_MODEL
-    store = RedisKvStore(redis_url)
+    store = RedisKvStore(redis_url, must_answer=False)
     settings = ServingSettings(
         dtype, device, max_batch_rows, max_batch_steps, max_batch_images, cache_mb << 20, pool_pair
     )

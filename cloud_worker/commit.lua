@@ -11,7 +11,8 @@ for i = 1, #KEYS do
     return redis.error_reply('FOREIGN this session was not given to the caller')
   end
 end
-local record = redis.call('HMGET', KEYS[1], 'shape', 'generation', 'step', 'writer', 'position')
+local record = redis.call('HMGET', KEYS[1], 'shape', 'generation', 'step', 'writer', 'position',
+  'chunks')
 local shape, generation, fork = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local step, writer = tonumber(ARGV[4]), ARGV[5]
 local first, last, continues = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8] == '1'
@@ -57,8 +58,9 @@ for i = 3, #KEYS do -- chunks before this one, from the first on
   end
 end
 redis.call('SETRANGE', KEYS[2], ARGV[9], ARGV[11])
+local chunks = math.max(#KEYS - 1, tonumber(record[6] or 0)) -- a cut-back leaves some above it
 redis.call('HSET', KEYS[1], 'shape', shape, 'generation', ARGV[2], 'step', ARGV[4],
-  'writer', writer, 'position', ARGV[7], 'chunks', #KEYS - 1)
+  'writer', writer, 'position', ARGV[7], 'chunks', chunks)
 for i = 1, #KEYS do
   redis.call('PEXPIRE', KEYS[i], ARGV[10])
 end

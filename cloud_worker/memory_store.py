@@ -88,6 +88,9 @@ class MemoryKvStore:
     def fileno(self) -> int | None:
         return None
 
+    def is_sending(self) -> bool:
+        return False
+
     def is_up(self) -> bool:
         return True
 

@@ -1,9 +1,11 @@
 """A KvStore in Redis: three Lua scripts over one pipelined connection that is never waited for.
 
 Requests are written to the connection as they come and answers are read when they are there, in
-order, so a load always sees the commits before it and the worker's loop needs no thread for it. An
-answer that takes longer than `timeout_s` condemns the connection: everything pending fails, and a
-thread connects anew while the worker goes on without a store.
+order, so a load always sees the commits before it and the worker's loop needs no thread for it.
+What the connection does not take at once waits here and goes out piece by piece, so that a slow
+server holds nobody up. A connection on which nothing moves for `timeout_s`, in either direction,
+is condemned: everything pending fails, and a thread connects anew while the worker goes on without
+a store. When there is nothing to do the server is asked once a second whether it is there.
 
 Keys of a session share the hash tag {SESSION}, so they lie in one slot of a cluster:
     midspan:{SESSION}:record    shape, generation, step, writer, position, chunks
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import ssl
 import threading
 import time
 from collections import deque
@@ -44,6 +47,9 @@ log = logging.getLogger("midspan.store")
 
 LOADS_IN_FLIGHT = 2
 RECONNECT_S = 0.5
+PING_S = 1.0
+MAX_UNSENT_BYTES = 64 << 20
+WOULD_BLOCK = (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError)
 
 
 @dataclass(slots=True)
@@ -63,20 +69,31 @@ class _Loading:
 class _Pending:
     """A request that was sent: what to do with its answer, or with the lack of one."""
 
-    sent_at: float
     on_answer: Callable[[Any], None]
     on_failure: Callable[[str], None]
 
 
 class RedisKvStore:
-    """Raises SettingsError for a bad URL, StoreUnavailable if Redis is not there at first."""
+    """Raises SettingsError for a bad URL, StoreUnavailable if Redis is not there at first.
 
-    def __init__(self, url: str, timeout_s: float = 0.5, ttl_s: float = SESSION_TTL_S) -> None:
+    Unless it need not be (`must_answer`): then it is looked for from then on.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        timeout_s: float = 0.5,
+        ttl_s: float = SESSION_TTL_S,
+        must_answer: bool = True,
+    ) -> None:
         self.url = url
         self._timeout_s = timeout_s
         self._ttl_ms = round(ttl_s * 1000)
         self._events: list[StoreEvent] = []
         self._pending: deque[_Pending] = deque()
+        self._unsent: deque[memoryview] = deque()
+        self._unsent_bytes = 0
+        self._moved_at = time.monotonic()  # when bytes last went either way
         self._sha: dict[str, str] = {}
         try:
             self._pool = redis.ConnectionPool.from_url(
@@ -95,10 +112,13 @@ class RedisKvStore:
         try:
             self._connection = self._connect()
         except redis.RedisError as error:
-            raise StoreUnavailable(
-                f"Redis at {_without_password(url)} cannot be reached: {error}; "
-                "start it, or name another with --redis-url"
-            ) from error
+            why = f"Redis at {_without_password(url)} cannot be reached: {error}"
+            if must_answer or isinstance(error, redis.AuthenticationError):
+                raise StoreUnavailable(
+                    f"{why}; start it, or name another with --redis-url"
+                ) from error
+            log.warning("%s; serving without it until it can", why)
+            self._begin_to_connect()
 
     # --- what the worker asks for
 
@@ -136,10 +156,14 @@ class RedisKvStore:
         connection = self._connection
         if connection is not None:
             try:
-                while self._pending and connection.can_read(timeout=0):
+                self._flush(connection)
+                while connection.can_read(timeout=0):
                     self._read_answer(connection)
-                if self._pending and time.monotonic() - self._pending[0].sent_at > self._timeout_s:
+                idle_s = time.monotonic() - self._moved_at
+                if self._pending and idle_s > self._timeout_s:
                     raise redis.TimeoutError(f"no answer within {self._timeout_s} s")
+                if not self._pending and idle_s > PING_S:
+                    self._request(lambda answer: None, lambda reason: None, "PING")
             except (redis.RedisError, OSError) as error:
                 self._drop_connection(error)
         events, self._events = self._events, []
@@ -149,6 +173,9 @@ class RedisKvStore:
         # redis-py has no public way to poll a connection together with other sockets
         socket = getattr(self._connection, "_sock", None)
         return socket.fileno() if socket is not None else None
+
+    def is_sending(self) -> bool:
+        return bool(self._unsent)
 
     def is_up(self) -> bool:
         self._adopt_fresh_connection()
@@ -196,17 +223,52 @@ class RedisKvStore:
         if self._connection is None:
             on_failure("Redis is not connected")
             return
+        if self._unsent_bytes > MAX_UNSENT_BYTES:
+            on_failure(f"Redis is slow: {self._unsent_bytes} bytes wait to be sent to it")
+            return
         name, *arguments = request
-        packed = self._connection.pack_command("EVALSHA", self._sha[name], *arguments)
-        self._pending.append(_Pending(time.monotonic(), on_answer, on_failure))
+        self._request(on_answer, on_failure, "EVALSHA", self._sha[name], *arguments)
+
+    def _request(
+        self, on_answer: Callable[[Any], None], on_failure: Callable[[str], None], *command: Any
+    ) -> None:
+        connection = self._connection
+        if not self._pending:
+            self._moved_at = time.monotonic()
+        for part in connection.pack_command(*command):
+            self._unsent.append(memoryview(part))
+            self._unsent_bytes += len(part)
+        self._pending.append(_Pending(on_answer, on_failure))
         try:
-            self._connection.send_packed_command(packed, check_health=False)
+            self._flush(connection)
         except (redis.RedisError, OSError) as error:
             self._drop_connection(error)
+
+    def _flush(self, connection: Any) -> None:
+        """Send what the connection takes now, and keep the rest."""
+        if not self._unsent:
+            return
+        socket = connection._sock  # redis-py has no public way to send without waiting
+        socket.setblocking(False)
+        try:
+            while self._unsent:
+                piece = self._unsent[0]
+                sent = socket.send(piece)
+                self._unsent_bytes -= sent
+                self._moved_at = time.monotonic()
+                if sent < len(piece):
+                    self._unsent[0] = piece[sent:]
+                else:
+                    self._unsent.popleft()
+        except WOULD_BLOCK:
+            return
+        finally:
+            socket.settimeout(self._timeout_s)
 
     def _read_answer(self, connection: Any) -> None:
         try:
             answer = connection.read_response()
+            self._moved_at = time.monotonic()
         except redis.ResponseError as error:
             if isinstance(error, redis.exceptions.NoScriptError):
                 raise redis.ConnectionError("the scripts were flushed") from error
@@ -223,8 +285,13 @@ class RedisKvStore:
             self._connection.disconnect()
             self._connection = None
         pending, self._pending = self._pending, deque()
+        self._unsent.clear()
+        self._unsent_bytes = 0
         for request in pending:
             request.on_failure(str(error))
+        self._begin_to_connect()
+
+    def _begin_to_connect(self) -> None:
         if self._connecting is None and not self._closed:
             self._connecting = threading.Thread(target=self._reconnect, daemon=True)
             self._connecting.start()

@@ -120,6 +120,10 @@ class KvStore(Protocol):
         """A descriptor that becomes readable when `poll` may have something, if there is one."""
         ...
 
+    def is_sending(self) -> bool:
+        """Whether something waits until the descriptor can be written to."""
+        ...
+
     def is_up(self) -> bool:
         """False while the store is known not to answer."""
         ...

@@ -57,7 +57,6 @@ log = logging.getLogger("midspan.worker")
 IDLE_POLL_S = 0.1
 HELD_BACK_POLL_S = 0.005
 DRAIN_LIMIT_S = 10.0
-STORE_RETRY_S = 0.5
 TIDY_S = 1.0  # how often commits that failed are tried again
 
 
@@ -166,16 +165,13 @@ class Worker:
     def _prove_ready(self, service: StepService) -> None:
         """A worker that a broker hears of has computed a step, stored what it left and read that.
 
-        A store that does not do that is waited for: it may be full or paused.
+        It serves without a store that does not do that, which may be full or paused: sessions are
+        then recomputed from their edges. Its announcements say so.
         """
-        while not self._drain_requested:
-            try:
-                service.check_ready(lambda: self._drain_requested)
-            except StoreUnavailable as error:
-                log.warning("not ready: %s; trying again", error)
-                time.sleep(STORE_RETRY_S)
-            else:
-                return
+        try:
+            service.check_ready(lambda: self._drain_requested)
+        except StoreUnavailable as error:
+            log.warning("serving without a store: %s", error)
 
     def _drain(self) -> None:
         """Go on until nothing more can come and all that is here is answered and committed."""
@@ -275,6 +271,9 @@ class Worker:
             if store_fd is not None:
                 self._poller.register(store_fd, zmq.POLLIN)
             self._polled_store_fd = store_fd
+        if store_fd is not None:
+            waits_to_send = zmq.POLLOUT if self._store.is_sending() else 0
+            self._poller.modify(store_fd, zmq.POLLIN | waits_to_send)
         self._poller.poll(round(wait_s * 1000))
 
     def _receive(self) -> None:

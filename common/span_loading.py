@@ -75,6 +75,11 @@ def read_config(checkpoint: Checkpoint) -> Any:
             f"{checkpoint.directory} holds a {config.model_type} model; "
             "midspan cuts decoder-only language models"
         )
+    if getattr(config, "quantization_config", None):
+        raise CheckpointError(
+            f"{checkpoint.directory} holds quantized weights; midspan reads plain ones, for a "
+            "weight without its scale is another number"
+        )
     _refuse_what_depends_on_the_whole_text(checkpoint, config)
     return config
 

@@ -15,6 +15,7 @@ from common.kv_rows import KvRows
 from common.span_loading import context_length, load_span, parse_dtype, read_config
 from common.span_model import SpanModel
 from common.spans import Cut, parse_cut
+from common.twin_check import check_twin
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ def load_ends(directory: str | Path, cut: str | None = None, dtype: str = "float
     num_layers = config.num_hidden_layers
     parsed = parse_cut(cut, num_layers)
     torch_dtype = parse_dtype(dtype)
+    check_twin(config)
     ends = ModelEnds(
         name=checkpoint.name,
         directory=checkpoint.directory,

@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from common.attention import Segment
 from common.checkpoint import VOLATILE_KEYS, Checkpoint
-from common.errors import CheckpointError
+from common.errors import CheckpointError, in_one_line
 from common.span_loading import find_decoder, load_span
 from common.span_model import SpanModel
 from common.spans import Cut
@@ -87,20 +87,16 @@ def _judge(config: Any) -> tuple[Verdict, bool]:
         message = str(error).replace(name, f"a small {kind} model of its configuration")
         return Verdict(message), True
     except (OSError, MemoryError) as error:
-        return Verdict(f"{kind} models cannot be checked here: {_words(error)}"), False
+        return Verdict(f"{kind} models cannot be checked here: {in_one_line(error)}"), False
     except Exception as error:  # whatever a foreign model's code raises, it cannot be cut
-        return Verdict(f"{kind} models cannot be cut: a small one fails with {_words(error)}"), True
+        words = f"{type(error).__name__}: {in_one_line(error)}"
+        return Verdict(f"{kind} models cannot be cut: a small one fails with {words}"), True
     if difference <= TOLERANCE:  # false for NaN
         return Verdict(None), True
     return Verdict(
         f"{kind} models would be computed wrongly: cut in three, a small one has logits that "
         f"differ by {difference:.1e} of the largest; {TOLERANCE:.0e} is allowed"
     ), True
-
-
-def _words(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 @contextlib.contextmanager

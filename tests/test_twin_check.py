@@ -163,7 +163,8 @@ def test_a_crash_of_the_twin_is_a_refusal_of_one_line(
     with pytest.raises(CheckpointError) as caught:
         check_twin(LLAMA, tmp_path)
     assert str(caught.value) == (
-        "llama models cannot be cut: a small one fails with ZeroDivisionError: of the third kind"
+        "llama models cannot be cut: a small one fails with ZeroDivisionError: of the third kind "
+        "and a second line"
     )
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import socket
 import ssl
 import threading
 import time
@@ -49,6 +50,8 @@ LOADS_IN_FLIGHT = 2
 RECONNECT_S = 0.5
 PING_S = 1.0
 MAX_UNSENT_BYTES = 64 << 20
+SEND_BUFFER_BYTES = 128 << 10  # of the system: what is in there moves unseen
+SLOWEST_BYTES_PER_S = 100_000.0
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError)
 
 
@@ -71,6 +74,7 @@ class _Pending:
 
     on_answer: Callable[[Any], None]
     on_failure: Callable[[str], None]
+    size: int  # bytes
 
 
 class RedisKvStore:
@@ -160,8 +164,8 @@ class RedisKvStore:
                 while connection.can_read(timeout=0):
                     self._read_answer(connection)
                 idle_s = time.monotonic() - self._moved_at
-                if self._pending and idle_s > self._timeout_s:
-                    raise redis.TimeoutError(f"no answer within {self._timeout_s} s")
+                if self._pending and idle_s > self._timeout_s + self._unseen_s():
+                    raise redis.TimeoutError(f"no answer within {idle_s:.1f} s")
                 if not self._pending and idle_s > PING_S:
                     self._request(lambda answer: None, lambda reason: None, "PING")
             except (redis.RedisError, OSError) as error:
@@ -171,8 +175,8 @@ class RedisKvStore:
 
     def fileno(self) -> int | None:
         # redis-py has no public way to poll a connection together with other sockets
-        socket = getattr(self._connection, "_sock", None)
-        return socket.fileno() if socket is not None else None
+        link = getattr(self._connection, "_sock", None)
+        return link.fileno() if link is not None else None
 
     def is_sending(self) -> bool:
         return bool(self._unsent)
@@ -192,6 +196,7 @@ class RedisKvStore:
     def _connect(self) -> Any:
         connection: Any = self._pool.make_connection()
         connection.connect()
+        connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         for name in ("commit", "load", "delete"):
             connection.send_command("SCRIPT", "LOAD", read_script(name))
             self._sha[name] = connection.read_response().decode()
@@ -235,25 +240,31 @@ class RedisKvStore:
         connection = self._connection
         if not self._pending:
             self._moved_at = time.monotonic()
-        for part in connection.pack_command(*command):
-            self._unsent.append(memoryview(part))
-            self._unsent_bytes += len(part)
-        self._pending.append(_Pending(on_answer, on_failure))
+        parts = connection.pack_command(*command)
+        size = sum(len(part) for part in parts)
+        self._unsent += [memoryview(part) for part in parts]
+        self._unsent_bytes += size
+        self._pending.append(_Pending(on_answer, on_failure, size))
         try:
             self._flush(connection)
         except (redis.RedisError, OSError) as error:
             self._drop_connection(error)
 
+    def _unseen_s(self) -> float:
+        """How long what was handed to the system may be on its way without our seeing it."""
+        sent_bytes = sum(request.size for request in self._pending) - self._unsent_bytes
+        return min(max(0, sent_bytes), 2 * SEND_BUFFER_BYTES) / SLOWEST_BYTES_PER_S
+
     def _flush(self, connection: Any) -> None:
         """Send what the connection takes now, and keep the rest."""
         if not self._unsent:
             return
-        socket = connection._sock  # redis-py has no public way to send without waiting
-        socket.setblocking(False)
+        link = connection._sock  # redis-py has no public way to send without waiting
+        link.setblocking(False)
         try:
             while self._unsent:
                 piece = self._unsent[0]
-                sent = socket.send(piece)
+                sent = link.send(piece)
                 self._unsent_bytes -= sent
                 self._moved_at = time.monotonic()
                 if sent < len(piece):
@@ -263,7 +274,7 @@ class RedisKvStore:
         except WOULD_BLOCK:
             return
         finally:
-            socket.settimeout(self._timeout_s)
+            link.settimeout(self._timeout_s)
 
     def _read_answer(self, connection: Any) -> None:
         try:

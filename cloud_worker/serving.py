@@ -26,6 +26,7 @@ from common.span_loading import (
     read_config,
 )
 from common.spans import parse_span
+from common.twin_check import check_twin
 
 log = logging.getLogger("midspan.worker")
 
@@ -80,7 +81,9 @@ def load_text_service(
     checkpoint = Checkpoint(directory)
     config = read_config(checkpoint)
     span = parse_span(span_text, config.num_hidden_layers)
-    model = load_span(checkpoint, span, parse_dtype(settings.dtype), check_device(settings.device))
+    dtype, device = parse_dtype(settings.dtype), check_device(settings.device)
+    check_twin(config)
+    model = load_span(checkpoint, span, dtype, device)
     service = Service(
         checkpoint.fingerprint(), checkpoint.name, str(span), model.hidden, settings.dtype
     )

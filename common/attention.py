@@ -27,7 +27,8 @@ ATTENTION_NAME = "midspan"
 # what models hand to every attention function; others would be ignored, and results be wrong
 KNOWN_ARGUMENTS = {
     "dropout", "scaling", "is_causal", "softcap", "position_ids", "use_cache", "output_attentions",
-    "output_hidden_states", "return_dict", "cache_position", "logits_to_keep",
+    "output_hidden_states", "output_router_logits", "return_dict", "cache_position",
+    "logits_to_keep",
 }  # fmt: skip
 
 

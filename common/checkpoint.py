@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.errors import CheckpointError
+from common.model_files import check_place, check_plain_file, check_plain_files, read_json
 from common.torch_file import TorchFile
 
 # what a configuration says about files and tools rather than about the model
@@ -62,8 +63,9 @@ class Checkpoint:
     def _read_config(self) -> dict[str, Any]:
         if not self.directory.is_dir():
             raise CheckpointError(f"model {str(self.directory)!r} is not a directory")
+        check_plain_files(self.directory)
         path = self.directory / "config.json"
-        config = _read_json(path, "a Hugging Face model directory has one")
+        config = read_json(path, "a Hugging Face model directory has one")
         if self._config_key not in config:
             raise CheckpointError(
                 f"{path} names no {self._config_key}, so it describes no model of this kind"
@@ -77,7 +79,7 @@ class Checkpoint:
     def read_optional_json(self, file_name: str) -> dict[str, Any]:
         """A JSON file of the directory, or an empty map if there is none."""
         path = self.directory / file_name
-        return _read_json(path, "") if path.exists() else {}
+        return read_json(path) if path.exists() else {}
 
     def _map_tensors(self) -> dict[str, str]:
         """Tensor name -> file name."""
@@ -98,9 +100,11 @@ class Checkpoint:
         ]  # fmt: skip
 
     def _read_index(self, index: Path) -> dict[str, str]:
-        weight_map = _read_json(index, "").get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index} has no weight_map")
+        for file_name in weight_map.values():
+            check_place(index, file_name)
         missing = {f for f in weight_map.values() if not (self.directory / f).exists()}
         if missing:
             raise CheckpointError(f"{index} names files that are not there: {sorted(missing)}")
@@ -109,6 +113,7 @@ class Checkpoint:
     def _open(self, file_name: str) -> Any:
         if file_name not in self._open_files:
             path = self.directory / file_name
+            check_plain_file(path)
             if path.suffix != ".safetensors":
                 self._open_files[file_name] = TorchFile(path)
                 return self._open_files[file_name]
@@ -147,7 +152,13 @@ class Checkpoint:
         return tuple(self._slice(tensor_name).get_shape())
 
     def _slice(self, tensor_name: str) -> Any:
-        return self._open(self._file_of[tensor_name]).get_slice(tensor_name)
+        file_name = self._file_of[tensor_name]
+        try:
+            return self._open(file_name).get_slice(tensor_name)
+        except (SafetensorError, KeyError) as error:
+            raise CheckpointError(
+                f"{self.directory / file_name} has no tensor {tensor_name}, as its index has it"
+            ) from error
 
     def close(self) -> None:
         """Forget files and tensors; tensors already handed out stay valid."""
@@ -195,15 +206,3 @@ def _sample(view: Any, shape: list[int]) -> bytes:
     picked = [view[row : row + 1].flatten()[:per_row] for row in rows]
     sample = torch.cat(picked).contiguous()
     return sample.view(torch.uint8).numpy().tobytes()
-
-
-def _read_json(path: Path, hint: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist; {hint}") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is no JSON object")
-    return content

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+MAX_REASON = 300  # characters
+
+
+def in_one_line(error: BaseException) -> str:
+    """What another library's error says, on one line of bounded length; its class if nothing."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= MAX_REASON else words[:MAX_REASON] + " …"
+
 
 class MidspanError(Exception):
     """The base class. The message is one line: what was wrong, what was expected, what to do."""

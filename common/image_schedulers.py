@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from common.errors import CheckpointError, ProtocolError, SettingsError
+from common.errors import ProtocolError, SettingsError
+from common.model_files import read_json
 
 # name -> diffusers' class, and what is set besides the checkpoint's own configuration
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -26,11 +27,7 @@ CONFIG_FILE = Path("scheduler") / "scheduler_config.json"
 
 def read_scheduler_config(directory: Path) -> dict[str, Any]:
     """The scheduler's configuration of a pipeline's directory. Raises CheckpointError."""
-    path = directory / CONFIG_FILE
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    config = read_json(directory / CONFIG_FILE)
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 

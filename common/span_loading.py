@@ -25,13 +25,15 @@ from transformers.core_model_loading import WeightRenaming
 
 from common.attention import ATTENTION_NAME, register_attention
 from common.checkpoint import Checkpoint
-from common.errors import CheckpointError, SettingsError
+from common.errors import CheckpointError, SettingsError, in_one_line
 from common.span_model import SpanModel
 from common.spans import Span
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "norm_f")
 Part = Literal["head", "middle", "tail"]
+LAYER_COUNTS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers"}
+MAX_LAYERS = 1024  # eight times what the deepest models have
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
 
 
@@ -62,21 +64,41 @@ def check_device(name: str) -> torch.device:
 
 def read_config(checkpoint: Checkpoint) -> Any:
     """The model's transformers configuration. Raises CheckpointError for what cannot be cut."""
+    _check_layer_counts(checkpoint, checkpoint.config_json)
     try:
-        config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
-    except (ValueError, KeyError, OSError, AttributeError) as error:
-        kind = checkpoint.config_json.get("model_type")
+        config = AutoConfig.from_pretrained(
+            checkpoint.directory, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # whatever a foreign class raises for values of wrong types
+        kind = str(checkpoint.config_json.get("model_type"))[:100]
         raise CheckpointError(
             f"{checkpoint.directory}: transformers cannot read model type {kind!r}: "
-            f"{str(error).splitlines()[0]}"
+            f"{in_one_line(error)}"
         ) from error
     if getattr(config, "is_encoder_decoder", False) or not hasattr(config, "num_hidden_layers"):
         raise CheckpointError(
             f"{checkpoint.directory} holds a {config.model_type} model; "
             "midspan cuts decoder-only language models"
         )
+    if getattr(config, "quantization_config", None):
+        raise CheckpointError(
+            f"{checkpoint.directory} holds quantized weights; midspan reads plain ones, for a "
+            "weight without its scale is another number"
+        )
     _refuse_what_depends_on_the_whole_text(checkpoint, config)
     return config
+
+
+def _check_layer_counts(checkpoint: Checkpoint, values: dict[str, Any]) -> None:
+    """Raise CheckpointError for a number of layers that a configuration would spend hours on."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _check_layer_counts(checkpoint, value)
+        elif name in LAYER_COUNTS and (type(value) is not int or not 0 < value <= MAX_LAYERS):
+            raise CheckpointError(
+                f"{checkpoint.directory}: config.json gives {name} as {str(value)[:40]}; "
+                f"expected 1 to {MAX_LAYERS}"
+            )
 
 
 def _refuse_what_depends_on_the_whole_text(checkpoint: Checkpoint, config: Any) -> None:
@@ -89,7 +111,7 @@ def _refuse_what_depends_on_the_whole_text(checkpoint: Checkpoint, config: Any) 
             "layers cannot be cut yet"
         )
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {v.get("rope_type") for v in (rope, *rope.values()) if isinstance(v, dict)}
+    kinds = [v.get("rope_type") for v in (rope, *rope.values()) if isinstance(v, dict)]
     for kind in ("longrope", "dynamic"):
         if kind in kinds:
             raise CheckpointError(
@@ -165,7 +187,7 @@ def load_span(
 def _build_on_meta(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Any:
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except (ValueError, KeyError, ImportError, TypeError) as error:
         raise CheckpointError(
             f"{checkpoint.directory}: no causal language model can be built for model type "

@@ -14,7 +14,6 @@ Letters: n images of a batch (twice as many with guidance), h and w of the laten
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from common.checkpoint import Checkpoint
 from common.errors import CheckpointError
+from common.model_files import read_json
 
 WHOLE, INNER, OUTER = "unet", "inner", "outer"
 STEM = "diffusion_pytorch_model"
@@ -49,10 +49,7 @@ def check_sdxl_directory(directory: Path) -> None:
         raise CheckpointError(
             f"{directory} has no model_index.json; expected a directory in diffusers format"
         )
-    try:
-        name = json.loads(index.read_text()).get("_class_name")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{index} cannot be read: {error}") from error
+    name = read_json(index).get("_class_name")
     if name != "StableDiffusionXLPipeline":
         raise CheckpointError(f"{directory} holds a {name}; expected a StableDiffusionXLPipeline")
 

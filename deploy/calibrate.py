@@ -94,7 +94,7 @@ def measure_calibration(
     from common.span_loading import find_decoder
 
     model: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint.directory, dtype=torch.float32
+        checkpoint.directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     ).eval()
     model.requires_grad_(False)
     decoder, layers_name = find_decoder(model, model.config.num_hidden_layers)

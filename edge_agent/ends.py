@@ -11,10 +11,12 @@ from torch import Tensor
 
 from common.attention import Segment
 from common.checkpoint import Checkpoint
+from common.errors import CheckpointError
 from common.kv_rows import KvRows
 from common.span_loading import context_length, load_span, parse_dtype, read_config
 from common.span_model import SpanModel
 from common.spans import Cut, parse_cut
+from common.twin_check import check_twin
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ def load_ends(directory: str | Path, cut: str | None = None, dtype: str = "float
     num_layers = config.num_hidden_layers
     parsed = parse_cut(cut, num_layers)
     torch_dtype = parse_dtype(dtype)
+    check_twin(config)
     ends = ModelEnds(
         name=checkpoint.name,
         directory=checkpoint.directory,
@@ -89,6 +92,9 @@ def _read_eos_ids(checkpoint: Checkpoint, from_config: int | list[int] | None) -
     generation = checkpoint.read_optional_json("generation_config.json")
     if generation.get("eos_token_id") is not None:
         eos = generation["eos_token_id"]
-    if eos is None:
-        return frozenset()
-    return frozenset(eos if isinstance(eos, list) else [eos])
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(isinstance(item, int) for item in ids):
+        raise CheckpointError(
+            f"{checkpoint.directory}: eos_token_id is {str(eos)[:40]}; expected numbers of tokens"
+        )
+    return frozenset(ids)

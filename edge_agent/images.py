@@ -17,6 +17,7 @@ from common.errors import CheckpointError, SettingsError
 from common.image_schedulers import describe_scheduler, make_scheduler, read_scheduler_config
 from common.image_tensors import check_image_codec
 from common.messages import ImageOpening
+from common.model_files import check_plain_files, read_json
 from common.sealing import draw_key, seal
 from common.span_loading import check_device, parse_dtype
 from common.unet import INNER, OUTER, WHOLE, load_unet, open_unet
@@ -129,7 +130,10 @@ class ImageMaker:
         diffusers.utils.logging.set_verbosity_error()
         diffusers.utils.logging.disable_progress_bar()
         loading: dict[str, Any] = {"torch_dtype": self._torch_dtype, "local_files_only": True}
-        texts: dict[str, Any] = {"dtype": self._torch_dtype, "local_files_only": True}
+        own: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        texts = own | {"dtype": self._torch_dtype}
+        for part in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+            check_plain_files(directory / part)
         try:
             pipeline = StableDiffusionXLPipeline(
                 vae=AutoencoderKL.from_pretrained(directory / "vae", **loading),
@@ -139,8 +143,12 @@ class ImageMaker:
                 text_encoder_2=transformers.CLIPTextModelWithProjection.from_pretrained(
                     directory / "text_encoder_2", **texts
                 ),
-                tokenizer=transformers.CLIPTokenizer.from_pretrained(directory / "tokenizer"),
-                tokenizer_2=transformers.CLIPTokenizer.from_pretrained(directory / "tokenizer_2"),
+                tokenizer=transformers.CLIPTokenizer.from_pretrained(
+                    directory / "tokenizer", **own
+                ),
+                tokenizer_2=transformers.CLIPTokenizer.from_pretrained(
+                    directory / "tokenizer_2", **own
+                ),
                 unet=self.unet,
                 scheduler=make_scheduler(self._scheduler_config, "euler", 1),
                 add_watermarker=False,
@@ -242,8 +250,6 @@ class _Config(dict[str, Any]):
 
 
 def _read_flags(directory: Path) -> dict[str, bool]:
-    import json
-
-    index = json.loads((directory / "model_index.json").read_text())
+    index = read_json(directory / "model_index.json")
     name = "force_zeros_for_empty_prompt"
     return {name: bool(index[name])} if name in index else {}

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import CheckpointError, SettingsError
+from common.errors import CheckpointError, SettingsError, in_one_line
+from common.model_files import check_plain_files
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what an unfinished UTF-8 sequence decodes to
 
@@ -17,11 +18,15 @@ class TextTokenizer:
     def __init__(self, directory: Path) -> None:
         from transformers import AutoTokenizer
 
+        check_plain_files(directory)
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(f"{directory} has no usable tokenizer: {reason}") from error
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # tokenizers raises bare ones for what it cannot read
+            raise CheckpointError(
+                f"{directory} has no usable tokenizer: {in_one_line(error)}"
+            ) from error
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids with the tokenizer's own special tokens. Raises SettingsError if empty."""

@@ -163,11 +163,6 @@ def test_a_port_in_use_is_named(pool: LocalPool) -> None:
     assert f"--edges {pool.edge_endpoint} cannot be bound: Address already in use" in line
 
 
-def test_a_redis_that_is_down_at_start_is_named() -> None:
-    line = error_line("worker", "--redis-url", "redis://127.0.0.1:1")
-    assert "Redis at redis://127.0.0.1:1 cannot be reached" in line
-
-
 def test_a_span_out_of_range_is_named(pool: LocalPool) -> None:
     line = error_line("worker", "--span", "6-9", "--redis-url", pool.redis_url)
     assert "span 6-9 is out of range: the model has 8 layers" in line

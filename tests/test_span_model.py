@@ -16,6 +16,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
+    GraniteMoeConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
@@ -60,6 +61,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "gpt2": GPT2Config(vocab_size=99, n_embd=32, n_layer=6, n_head=4, n_positions=64),
     "phi": PhiConfig(**SIZE, intermediate_size=64),
     "gemma": GemmaConfig(**GATED, head_dim=8),
+    "granite-moe": GraniteMoeConfig(**GATED, num_local_experts=4, num_experts_per_tok=2),
 }
 # with a window the library builds a mask where we slice the keys: other kernels, other last bits
 WINDOWED: dict[str, PretrainedConfig] = {

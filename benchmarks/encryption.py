@@ -15,10 +15,11 @@ import time
 from pathlib import Path
 
 from cloud_worker.redis_store import RedisKvStore
-from cloud_worker.row_seals import KvCipher
+from cloud_worker.row_seals import Checksum, KvCipher, RowSeal
 from cloud_worker.store import Commit, Load, Loaded, chunk_rows
 from deploy.embedded_redis import EmbeddedRedis
 
+SEALS = ("plain", "checked", "AES")
 ROWS = {"one decode token": 1, "a prompt of 512 tokens": 512}
 ROW_BYTES = {"2 KB (demo model)": 2048, "64 KB (16 layers of a 7B model, GQA)": 65536}
 
@@ -38,21 +39,25 @@ def commit_all(store: RedisKvStore, key: bytes, rows: bytes, count: int, stored:
         wait(store)
 
 
-def measure(
-    store: RedisKvStore, row_bytes: int, count: int, encrypted: bool
-) -> tuple[float, float]:
+def make_seal(kind: str, key: bytes) -> RowSeal | None:
+    if kind == "plain":
+        return None
+    return Checksum(key) if kind == "checked" else KvCipher(secrets.token_bytes(32), key)
+
+
+def measure(store: RedisKvStore, row_bytes: int, count: int, kind: str) -> tuple[float, float]:
     """Seconds of one commit and of one takeover."""
     rows = secrets.token_bytes(row_bytes * count)
     key = secrets.token_bytes(16)
-    cipher = KvCipher(secrets.token_bytes(32), key)
-    stored = row_bytes + KvCipher.overhead * encrypted
+    seal = make_seal(kind, key)
+    stored = row_bytes + (seal.overhead if seal is not None else 0)
     begun_at = time.perf_counter()
-    body = cipher.encrypt(rows, 0, row_bytes) if encrypted else rows
+    body = seal.seal(rows, 0, row_bytes, 0) if seal is not None else rows
     commit_all(store, key, body, count, stored)
     committed_at = time.perf_counter()
     store.begin_load(Load(key, "bench", 0, 0, 0, count, stored))
     loaded = wait(store)
-    back = cipher.decrypt(loaded, 0, row_bytes) if encrypted else loaded
+    back = seal.unseal(loaded, 0, row_bytes, 0) if seal is not None else loaded
     done_at = time.perf_counter()
     assert back == rows
     store.begin_delete(key)
@@ -66,21 +71,27 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         server = EmbeddedRedis(Path(directory))
         store = RedisKvStore(server.url, timeout_s=10)
-        print(f"{'row':40} {'rows':24} {'what':10} {'plain ms':>9} {'AES ms':>9} {'ratio':>6}")
+        print(
+            f"{'row':40} {'rows':24} {'what':10} "
+            + " ".join(f"{k + ' ms':>11}" for k in SEALS)
+            + "   ratios to plain"
+        )
         for row_name, row_bytes in ROW_BYTES.items():
             for rows_name, count in ROWS.items():
-                taken: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+                taken: dict[str, list[tuple[float, float]]] = {kind: [] for kind in SEALS}
                 for _ in range(repeats):
-                    for encrypted in (False, True):
-                        taken[encrypted].append(measure(store, row_bytes, count, encrypted))
+                    for kind in SEALS:
+                        taken[kind].append(measure(store, row_bytes, count, kind))
                 for index, what in enumerate(("commit", "takeover")):
-                    plain, aes = (
-                        statistics.median(times[index] for times in taken[encrypted]) * 1e3
-                        for encrypted in (False, True)
-                    )
+                    times = [
+                        statistics.median(pair[index] for pair in taken[kind]) * 1e3
+                        for kind in SEALS
+                    ]
                     print(
-                        f"{row_name:40} {rows_name:24} {what:10} {plain:9.3f} {aes:9.3f} "
-                        f"{aes / plain:6.2f}"
+                        f"{row_name:40} {rows_name:24} {what:10} "
+                        + " ".join(f"{time_ms:11.3f}" for time_ms in times)
+                        + "   "
+                        + ", ".join(f"{time_ms / times[0]:.2f}" for time_ms in times[1:])
                     )
         store.close()
         server.stop()

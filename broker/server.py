@@ -319,7 +319,9 @@ class BrokerServer:
     def _make_dispatch(self, key: StepKey, attempt: int, queue_us: int) -> list[bytes]:
         session = self.state.sessions[key[0]]
         number = zlib.crc32(session.edge.account)
-        header = encode_header(Dispatch(attempt, queue_us, session.edge.key, number))
+        header = encode_header(
+            Dispatch(attempt, queue_us, session.edge.key, number, session.precision)
+        )
         return [header, *self._frames[key], session.opening_frame]
 
     def _send_to_worker(self, worker_id: str, frames: list[bytes]) -> bool:

@@ -699,6 +699,6 @@ def _why_wrong(step: AnyStep, opening: AnyOpening) -> str:
     """What no worker could make sense of; empty if nothing is wrong."""
     if isinstance(step, Step) != isinstance(opening, Opening):
         return f"a step of kind {step.kind!r} does not go with an opening of kind {opening.kind!r}"
-    if isinstance(step, Step) and not 1 <= step.rows <= MAX_STEP_ROWS:
-        return f"the step has {step.rows} rows; expected 1 to {MAX_STEP_ROWS}"
+    if isinstance(step, Step) and step.rows > MAX_STEP_ROWS:
+        return f"the step has {step.rows} rows; at most {MAX_STEP_ROWS}"
     return ""

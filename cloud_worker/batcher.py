@@ -22,6 +22,7 @@ class Task:
     arrived_at: float
     owner: str = ""  # the edge's public key
     edge: int = 0  # the broker's number for it
+    precision: str = ""  # in which the session was begun, if somebody knows
 
     @property
     def text_step(self) -> Step:

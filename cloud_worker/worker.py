@@ -323,6 +323,7 @@ class Worker:
         task = Task(
             step, opening, frames[2], dispatch.attempt, source, dispatch.queue_us,
             time.monotonic(), dispatch.owner, dispatch.edge,
+            opening.precision or dispatch.precision,
         )  # fmt: skip
         service = self._services.get((opening.model, opening.part))
         if service is None:

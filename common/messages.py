@@ -149,7 +149,7 @@ class StepReply:
     worker_id: str
     queue_us: int  # waited in the broker and in the worker
     compute_us: int  # in the middle layers, with decoding and encoding
-    precision: str = ""  # the worker's, until the session's opening names it
+    precision: str = ""  # the worker's, as long as the session's is not known
 
     @property
     def key(self) -> StepKey:
@@ -340,6 +340,7 @@ class Dispatch:
     queue_us: int
     owner: str  # the edge's public key, or empty where keys are not used
     edge: int = 0  # a number for it, so that a worker can take edges in turn
+    precision: str = ""  # in which the session was begun, once a worker has answered
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,8 +108,7 @@ class RemoteUNet(nn.Module):
         self._raw_latents: Tensor | None = None
         self._step = 0
         self._position = 0
-        self._is_known = False  # some worker has had the session
-        self._is_open = False  # the broker has the opening as it is now
+        self._is_known = False
         self._shun = ""
         self._deep: Tensor | None = None
         self._started = self._client.bytes_up, self._client.bytes_down
@@ -253,10 +252,9 @@ class RemoteUNet(nn.Module):
         return names
 
     def _note_precision(self, precision: str) -> None:
-        """The first answer settles it for the session; the broker gets the opening once more."""
+        """The first answer settles it for the session; a broker that has forgotten is told."""
         if precision and self._opening is not None and not self._opening.precision:
             self._opening = replace(self._opening, precision=precision)
-            self._is_open = False
 
     def _send(
         self, position: int, tensors: dict[str, Tensor], reply_bytes: int
@@ -279,9 +277,8 @@ class RemoteUNet(nn.Module):
         self._shun = ""
         answer, reply = self._client.ask(
             step, body, opening,
-            is_known=self._is_open, wait_for_worker=self._is_known, reply_bytes=reply_bytes,
+            is_known=self._is_known, wait_for_worker=self._is_known, reply_bytes=reply_bytes,
         )  # fmt: skip
-        self._is_open = True
         return answer, reply
 
 

@@ -99,7 +99,6 @@ class Session:
         self._step = 0
         self._shun = ""  # the worker of an answer that could not be used
         self._answered = False  # a worker has answered in this session
-        self._is_open = False  # the broker has the opening as it is now
         self.ended_by_itself = False  # with an end-of-sequence token
         self.last_worker_id = ""
 
@@ -282,10 +281,9 @@ class Session:
         return (parts[0] if len(parts) == 1 else torch.cat(parts)), queue_s, middle_s
 
     def _note_precision(self, precision: str) -> None:
-        """The first answer settles it for the session; the broker gets the opening once more."""
+        """The first answer settles it for the session; a broker that has forgotten is told."""
         if precision and not self._opening.precision:
             self._opening = dataclasses.replace(self._opening, precision=precision)
-            self._is_open = False
 
     def _send(
         self, pieces: list[Encoded], reply_rows: int, down: int
@@ -310,11 +308,11 @@ class Session:
             step,
             body,
             self._opening,
-            is_known=self._is_open,
+            is_known=self._answered,
             wait_for_worker=self._answered,
             reply_bytes=reply_rows * self._ends.hidden * MOST_BYTES_PER_VALUE,
         )
-        self._answered = self._is_open = True
+        self._answered = True
         return answer, answer_body
 
     def _decode(

@@ -103,7 +103,7 @@ def ask(
     [
         ({}, {}, 7, "body has 7 bytes; its parts need 512"),
         ({"parts": [Part(0, 1, 7)]}, {}, 7, r"body has 7 bytes; fp32 \(1, 128\) needs 512"),
-        ({"parts": [Part(0, 2**40, 512)]}, {}, 512, "the context has 512"),
+        ({"parts": [Part(0, 2**40, 512)]}, {}, 512, f"the step has {2**40} rows; at most 8192"),
         ({"parts": [Part(9, 1, 512)]}, {}, 512, "names a codec beyond the 1 it opened"),
         ({"reply_codec": 9}, {}, 512, "names a codec beyond the 1 it opened"),
         ({"reply_rows": 3}, {}, 512, "wants 3 of its 1 rows"),

@@ -21,7 +21,8 @@ class TimeShares:
 
     def __init__(self, kinds: Iterable[str]) -> None:
         self._used_s = dict.fromkeys(kinds, 0.0)
-        self._here_until = dict.fromkeys(kinds, float("-inf"))
+        self._last_s = dict.fromkeys(self._used_s, 0.0)  # of the last batch
+        self._here_until = dict.fromkeys(self._used_s, float("-inf"))
         self._waiting: tuple[str, float] | None = None  # for whom, since when
 
     def pick(self, ready: Collection[str], now: float) -> str | None:
@@ -36,7 +37,10 @@ class TimeShares:
         for kind in ready:
             if kind not in here:
                 self._begin_level(kind, here)
-        first = min({*here, *ready}, key=lambda kind: (self._used_s[kind], kind not in ready))
+        first = min(
+            {*here, *ready},
+            key=lambda kind: (self._used_s[kind], kind not in ready, self._last_s[kind]),
+        )
         if first in ready:
             self._here_until[first] = float("inf")  # while it computes
             return first
@@ -46,7 +50,11 @@ class TimeShares:
     def charge(self, kind: str, seconds: float, now: float) -> None:
         """A batch of that kind took so long, and ended now."""
         self._used_s[kind] += seconds
+        self._last_s[kind] = seconds
         self._here_until[kind] = now + RETURN_S
+        for other, until in self._here_until.items():
+            if until > now - seconds:  # it could not be served meanwhile, and has not left
+                self._here_until[other] = now + RETURN_S
 
     def _begin_level(self, kind: str, here: list[str]) -> None:
         if here:

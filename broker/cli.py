@@ -21,6 +21,7 @@ from common.settings import (
     HEARTBEAT_S,
     HEARTBEATS_MISSED,
     MAX_ATTEMPTS,
+    MAX_BROKER_MB,
     MAX_QUEUED_STEPS,
     MAX_SESSIONS_PER_EDGE,
     WORKER_ENDPOINT,
@@ -65,6 +66,13 @@ log = logging.getLogger("midspan.broker")
     help="Sessions that one edge may have open.",
 )
 @click.option(
+    "--max-memory-mb",
+    default=MAX_BROKER_MB,
+    show_default=True,
+    type=click.IntRange(min=64),
+    help="Of this process; beyond that edges are told to come back.",
+)
+@click.option(
     "--keys",
     type=click.Path(path_type=Path),
     help="Directory with broker.key_secret and authorized/: admit only these (midspan keys).",
@@ -78,6 +86,7 @@ def broker(
     max_queued: int,
     max_attempts: int,
     max_sessions: int,
+    max_memory_mb: int,
     keys: Path | None,
     insecure: bool,
     verbose: bool,
@@ -104,6 +113,7 @@ def broker(
         max_attempts=max_attempts,
         max_sessions_per_edge=max_sessions,
         keys=keys.expanduser() if keys else None,
+        max_memory_mb=max_memory_mb,
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())

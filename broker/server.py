@@ -68,13 +68,17 @@ from common.messages import (
     StepRefused,
     StepReply,
 )
-from common.settings import MAX_BODY_BYTES
+from common.processes import read_memory_bytes
+from common.settings import MAX_BODY_BYTES, MAX_BROKER_MB
 from common.sockets import Context, Socket, has_message, receive_frames
 from common.wire import check_frames, decode_header, encode_header
 
 log = logging.getLogger("midspan.broker")
 
 MAX_TICK_S = 0.05
+HANDSHAKE_MS = 3000  # a connection that has not shown its key by then is closed
+MAX_UNREAD = 256  # messages kept for a peer that does not read; what is dropped is asked for again
+KEEPALIVE_S = 60  # edges do not ping, so TCP finds those that died without a word
 RECEIVE_BURST = 256  # messages read from one socket before the other gets a turn
 
 
@@ -91,9 +95,11 @@ class BrokerServer:
         worker_endpoint: str,
         clock: Callable[[], float] = time.monotonic,
         keys: Path | None = None,
+        max_memory_mb: int = MAX_BROKER_MB,
         **state_settings: Any,
     ) -> None:
         self._clock = clock
+        self._max_memory_bytes = max_memory_mb << 20
         self._context: Context = zmq.Context()
         self._admission: Admission | None = None
         try:
@@ -121,6 +127,10 @@ class BrokerServer:
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_BODY_BYTES)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.SNDTIMEO, 0)
+        socket.setsockopt(zmq.SNDHWM, MAX_UNREAD)
+        socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+        socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_S)
         if self._admission is not None:
             self._admission.guard(socket, role)
         try:
@@ -162,6 +172,7 @@ class BrokerServer:
                 if now >= next_tick_at:
                     if now - next_tick_at > self.state.silence_s / 2:
                         self._receive(self._workers, self._on_worker_message)  # we slept, not they
+                    self.state.is_full = read_memory_bytes() > self._max_memory_bytes
                     self._perform(self.state.on_tick(now))
                     next_tick_at = now + tick_s
         finally:

@@ -116,6 +116,7 @@ class BrokerState:
         self.queues: dict[ServiceKey, FairQueue] = {}
         self.sessions: dict[bytes, SessionRecord] = {}
         self.counters = dict.fromkeys(COUNTERS, 0)
+        self.is_full = False  # the process has all the memory that it may have
         self._usual_s: dict[ServiceKey, float] = {}  # of a step at a worker, lately
 
     # --- what arrives from edges
@@ -424,7 +425,7 @@ class BrokerState:
             limit = self._ledger.limits.sessions_per_edge
             why = f"this edge has {limit} sessions open; end some first"
             return Refuse(edge.address, step.key, "invalid", why)
-        if not self._ledger.has_room(edge.account, body_bytes):
+        if self.is_full or not self._ledger.has_room(edge.account, body_bytes):
             self.counters["busy"] += 1
             return TellBusy(edge.address, step.key, BUSY_RETRY_MS)
         return None

@@ -18,13 +18,19 @@ LIFELINE = "MIDSPAN_LIFELINE_FD"
 ORPHAN_LIMIT_S = 15.0  # to drain in
 
 
+class OneLineFormatter(logging.Formatter):
+    """What a peer calls itself may go into a message, but begins no line of its own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        line = super().formatMessage(record)
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
 def set_up_logging(verbose: bool) -> None:
     """Log to stderr, one line each. Prompts and texts are never logged at any level."""
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        format="%(asctime)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(OneLineFormatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])
 
 
 def freeze_loaded_objects() -> None:
@@ -68,3 +74,13 @@ def _wait_for_end(lifeline_fd: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(ORPHAN_LIMIT_S)
     os._exit(1)
+
+
+def read_memory_bytes() -> int:
+    """Resident memory of this process; 0 where the system does not say (Linux does)."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            pages = int(file.read().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")

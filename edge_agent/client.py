@@ -23,6 +23,7 @@ from common.errors import (
     BrokerUnavailable,
     NoWorker,
     ProtocolError,
+    SettingsError,
     StepRefused,
 )
 from common.keys import ClientKeys
@@ -42,6 +43,7 @@ from common.messages import (
     StepReply,
 )
 from common.messages import StepRefused as StepRefusedMessage
+from common.settings import MAX_BODY_BYTES
 from common.sockets import (
     Context,
     Socket,
@@ -168,6 +170,11 @@ class BrokerClient:
         one), StepRefused when the pool gave up or did not answer within the client's timeout,
         BrokerUnavailable when no broker did.
         """
+        if len(body) > MAX_BODY_BYTES:
+            raise SettingsError(
+                f"a step has {len(body):,} bytes and brokers take {MAX_BODY_BYTES:,}; make fewer "
+                "images at once, send shorter pieces of a prompt, or choose a smaller codec"
+            )
         frames = [encode_header(step), body]
         if not is_known:
             frames.append(encode_header(opening))

@@ -105,6 +105,15 @@ def test_an_edge_that_fills_its_byte_quota_does_not_fill_the_others() -> None:
     assert state.on_step(step_of(9), OPENING, QUIET, large, now=0.0) == []
 
 
+def test_a_broker_without_memory_takes_nothing_new_and_finishes_what_it_has() -> None:
+    state = make_state(announce("w1"))
+    state.on_step(STEP, OPENING, LOUD, 12, now=0.0)
+    state.is_full = True
+    (busy,) = state.on_step(step_of(5), OPENING, QUIET, 12, now=0.1)
+    assert isinstance(busy, TellBusy)
+    assert Answer(LOUD.address, STEP.key) in state.on_answer(reply("w1", STEP), now=0.2)
+
+
 # --- what no worker could make sense of
 
 

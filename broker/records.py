@@ -121,6 +121,6 @@ def service_key(service: Service) -> ServiceKey:
 
 
 def describe_service(service: Service) -> str:
-    """`stories-llama 2-6 in float32 (fingerprint 0123456789abcdef)`"""
+    """`stories-llama 2-6 (fingerprint 0123456789abcdef) in float32`"""
     precision = f" in {service.precision}" if service.precision else ""
-    return f"{service.name} {service.part}{precision} (fingerprint {service.model})"
+    return f"{service.name} {service.part} (fingerprint {service.model}){precision}"

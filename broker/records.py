@@ -93,6 +93,7 @@ class StepRecord:
     moves: int = 0  # attempts that were made because another took long
     again_after_s: float = SEND_AGAIN_S
     edge_gone_at: float | None = None
+    wait_until: float = 0.0  # before it is handed out again
 
     @property
     def tries(self) -> int:

@@ -82,6 +82,7 @@ from common.settings import (
 SESSION_MEMORY_S = 600.0  # how long the warm worker of a silent session is remembered
 BUSY_RETRY_MS = 200
 HAND_OVER_S, HAND_OVER_TIMES = 2.0, 3.0  # of what the service's steps usually take
+SETTLE_S = 1.0  # between the second worker that died with a step and the third that gets it
 EDGE_RETURN_S = 5.0  # how long the steps of an edge that has gone are kept for its return
 FRESH_PART = 0.6  # of the time after which a silent worker is dead
 SILENCE_AT_MOST_S = 30.0
@@ -351,6 +352,8 @@ class BrokerState:
                 if record is None or record.worker_id != name:
                     continue
                 if blame_steps:
+                    # a pool that is killed as a whole does not end in one instant
+                    record.wait_until = now + SETTLE_S if record.tries > 1 else 0.0
                     actions += self._requeue_failed(record, name, reasons[name], now)
                 else:
                     self._requeue_unsent(record, now)
@@ -392,6 +395,9 @@ class BrokerState:
             if now - (record.edge_gone_at or now) >= EDGE_RETURN_S:
                 actions += self._remove(record)
         actions += self._hand_over_late_steps(now)
+        for record in [r for r in self.steps.values() if 0.0 < r.wait_until <= now]:
+            record.wait_until = 0.0
+            actions += self._dispatch(record.service, now)
         for session_id, session in list(self.sessions.items()):
             if now - session.seen_at > SESSION_MEMORY_S and session.newest not in self.steps:
                 self._forget_session(session_id)
@@ -571,6 +577,8 @@ class BrokerState:
             with_room = [w for w in with_room if w.count_of(account) < _share(w)]
         for key in queue.first(account) if with_room else ():
             record = self.steps[key]
+            if now < record.wait_until:
+                continue
             worker = self._pick_worker(record, workers, with_room, now)
             if worker is None:
                 continue

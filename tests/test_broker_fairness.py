@@ -255,6 +255,20 @@ def test_a_warm_session_does_not_wait_behind_a_long_step() -> None:
     assert dispatched(state.on_step(later, None, LOUD, 12, now=3.1)) == [("w2", later.key)]
 
 
+def test_a_pool_that_dies_as_a_whole_does_not_use_up_a_steps_attempts() -> None:
+    state = make_state()
+    for number in (1, 2, 3):
+        peer = Peer(b"at-%d" % number, connection=number)
+        state.on_announce(announce(f"w{number}"), peer, now=0.0)
+    state.on_step(STEP, OPENING, LOUD, 12, now=0.0)
+    assert dispatched(state.on_disconnected({1}, now=1.00)) == [("w2", STEP.key)]
+    assert dispatched(state.on_disconnected({2}, now=1.01)) == []  # who knows about the third
+    state.on_disconnected({3}, now=1.02)
+    arrive(state, announce("w4"), now=1.1)
+    assert dispatched(state.on_tick(now=2.0)) == []
+    assert dispatched(state.on_tick(now=2.01)) == [("w4", STEP.key)]
+
+
 # --- precision
 
 

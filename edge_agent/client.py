@@ -129,7 +129,11 @@ class BrokerClient:
         All are asked side by side. Raises BrokerUnavailable.
         """
         asked_at = time.monotonic()
-        waiting = {index: self._socket_to(index) for index in range(len(self._brokers))}
+        waiting = {
+            index: self._socket if index == self._current else self._socket_to(index)
+            for index in range(len(self._brokers))
+        }
+        in_use = self._socket
         asked: set[int] = set()
         poller = zmq.Poller()
         for socket in waiting.values():
@@ -143,12 +147,13 @@ class BrokerClient:
                 for index, socket in waiting.items():
                     received = self._receive(0.0, socket) if socket in ready else None
                     if received is not None and isinstance(received[0], StatusReport):
-                        self._use_broker(index)
+                        if index != self._current:
+                            self._use_broker(index)
                         report: dict[str, Any] = msgpack.unpackb(received[1])
                         return report
         finally:
             for socket in waiting.values():
-                if socket is not self._socket:
+                if socket is not in_use:
                     socket.close(linger=0)
         raise BrokerUnavailable(self._unavailable(timeout_s))
 

@@ -11,6 +11,7 @@ does not have it.
 from __future__ import annotations
 
 import random
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -291,7 +292,10 @@ class BrokerClient:
     def _connect(self) -> None:
         self._lost_link = False
         self._socket = self._socket_to(self._current)
-        self._link_events: Socket = self._socket.get_monitor_socket(LINK_EVENTS)
+        self._link_events: Socket = self._socket.get_monitor_socket(
+            LINK_EVENTS,
+            f"inproc://{secrets.token_hex(8)}",  # a closed one's may still be in use
+        )
 
     def _socket_to(self, index: int) -> Socket:
         # no pings: behind a large message on a thin link they would end the connection

@@ -283,8 +283,7 @@ class BrokerState:
             return self._dispatch_for(answer.worker_id, now)
         if answer.precision not in ("", record.service[2]):
             why = f"answers in {answer.precision}, which it does not serve"
-            failed = self._requeue_failed(record, answer.worker_id, why, now)
-            return failed + self._dispatch(record.service, now)
+            return self._fail(record, answer.worker_id, why, now)
         self.counters["answers"] += 1
         self.workers[answer.worker_id].steps_done += 1
         session = self.sessions.get(record.step.session_id)
@@ -313,11 +312,15 @@ class BrokerState:
         if record is None:
             self.counters["late_answers"] += 1
             return self._dispatch_for(failed.worker_id, now)
-        if record.late_on.pop(failed.worker_id, None) is not None:
-            return self._dispatch_for(failed.worker_id, now)  # another one is at it
-        actions = self._requeue_failed(record, failed.worker_id, failed.reason, now)
-        actions += self._dispatch(record.service, now)
-        return actions + self._dispatch_for(failed.worker_id, now)
+        return self._fail(record, failed.worker_id, failed.reason, now)
+
+    def _fail(self, record: StepRecord, worker_id: str, reason: str, now: float) -> list[Action]:
+        """A worker's answer is no good: another one tries, unless one is at it already."""
+        actions: list[Action] = []
+        if record.late_on.pop(worker_id, None) is None:
+            actions = self._requeue_failed(record, worker_id, reason, now)
+            actions += self._dispatch(record.service, now)
+        return actions + self._dispatch_for(worker_id, now)
 
     def on_drain(self, worker_id: str, peer: Peer, now: float) -> list[Action]:
         """A worker wants to leave: it gets nothing new."""

@@ -307,6 +307,17 @@ def test_a_worker_that_answers_in_another_precision_is_not_believed() -> None:
     assert dispatched(state.on_answer(lie, now=0.1)) == [("w2", STEP.key)]
 
 
+def test_a_late_worker_that_lies_does_not_queue_the_step_twice() -> None:
+    state = make_state(announce("w1"))
+    state.on_step(STEP, OPENING, LOUD, 12, now=0.0)
+    arrive(state, announce("w2"), now=1.0)
+    state.on_tick(now=2.0)
+    state.workers["w1"].draining = True
+    state.on_worker_gone("w2", "died", now=2.1)
+    state.on_answer(NeedRows(*STEP.key, 1, 0, "w1", precision="float8"), now=2.2)
+    assert list(state.queues[MODEL, SPAN, "float32"]) == [STEP.key]
+
+
 # --- names
 
 

@@ -84,6 +84,8 @@ BUSY_RETRY_MS = 200
 HAND_OVER_S, HAND_OVER_TIMES = 2.0, 3.0  # of what the service's steps usually take
 SETTLE_S = 1.0  # between the second worker that died with a step and the third that gets it
 EDGE_RETURN_S = 5.0  # how long the steps of an edge that has gone are kept for its return
+WORKER_RETURN_S = 30.0  # how long steps wait for a service whose last worker has gone
+START_S = 3.0  # a broker that has just started does not know its workers yet
 FRESH_PART = 0.6  # of the time after which a silent worker is dead
 SILENCE_AT_MOST_S = 30.0
 MAX_WORKERS = 4096
@@ -119,6 +121,7 @@ class BrokerState:
         self.counters = dict.fromkeys(COUNTERS, 0)
         self.is_full = False  # the process has all the memory that it may have
         self._usual_s: dict[ServiceKey, float] = {}  # of a step at a worker, lately
+        self._gone_at: dict[ServiceKey, float] = {}  # when its last worker went
 
     # --- what arrives from edges
 
@@ -238,6 +241,9 @@ class BrokerState:
             worker = self.workers[name] = Worker(announce, peer, now)
             serving = ", ".join(describe_service(s) for s in announce.services)
             actions.append(Note(f"worker {name} joined, serving {serving}"))
+            joined = {(service.model, service.part) for service in announce.services}
+            for waiting in [queued for queued in self.queues if queued[:2] in joined]:
+                actions += self._rehome(waiting, now)
         elif not worker.is_same(announce, peer):
             return [self._note_forged(name, peer)]
         worker.announce, worker.peer, worker.seen_at = announce, peer, now
@@ -362,6 +368,7 @@ class BrokerState:
                     self._requeue_unsent(record, now)
         for worker in gone.values():
             for service in worker.announce.services:
+                self._gone_at[service_key(service)] = now
                 actions += self._rehome(service_key(service), now)
             actions += self._dispatch_all(worker.announce.services, now)
         return actions
@@ -398,6 +405,7 @@ class BrokerState:
             if now - (record.edge_gone_at or now) >= EDGE_RETURN_S:
                 actions += self._remove(record)
         actions += self._hand_over_late_steps(now)
+        actions += self._refuse_what_waits_in_vain(now)
         for record in [r for r in self.steps.values() if 0.0 < r.wait_until <= now]:
             record.wait_until = 0.0
             actions += self._dispatch(record.service, now)
@@ -424,8 +432,7 @@ class BrokerState:
     def _refuse_at_once(
         self, step: AnyStep, service: ServiceKey, edge: Peer, body_bytes: int, now: float
     ) -> Action | None:
-        settled = now - self.started_at >= self.silence_s
-        if settled and not any(w.serves(service) for w in self.workers.values()):
+        if not self._is_or_will_be_served(service, now):
             self.counters["refused"] += 1
             return Refuse(edge.address, step.key, "no_worker", self._why_no_worker(service))
         is_new = step.session_id not in self.sessions
@@ -438,6 +445,31 @@ class BrokerState:
             self.counters["busy"] += 1
             return TellBusy(edge.address, step.key, BUSY_RETRY_MS)
         return None
+
+    def _is_or_will_be_served(self, service: ServiceKey, now: float) -> bool:
+        """Workers that go are mostly replaced; a service that none has had is a mistake."""
+        model, part, precision = service
+        if now - self.started_at < max(self.silence_s, START_S):
+            return True
+        return any(w.serves(service) for w in self.workers.values()) or any(
+            now - gone_at < WORKER_RETURN_S
+            for gone, gone_at in self._gone_at.items()
+            if gone[:2] == (model, part) and precision in ("", gone[2])
+        )
+
+    def _refuse_what_waits_in_vain(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        for service, queue in list(self.queues.items()):
+            if not queue:
+                del self.queues[service]
+            elif not self._is_or_will_be_served(service, now):
+                for key in list(queue):
+                    why = self._why_no_worker(service)
+                    actions += self._refuse(self.steps[key], "no_worker", why)
+        for service, gone_at in list(self._gone_at.items()):
+            if now - gone_at >= WORKER_RETURN_S:
+                del self._gone_at[service]
+        return actions
 
     def _why_no_worker(self, service: ServiceKey) -> str:
         model, part, precision = service

@@ -278,19 +278,30 @@ def test_a_session_stays_in_the_precision_that_answered_first() -> None:
     state.on_answer(reply("w1", STEP), now=0.1)
     arrive(state, announce("w2", precision="bfloat16"), now=0.1)
     state.on_worker_gone("w1", "died", now=0.2)
-    (refuse,) = state.on_step(dataclasses.replace(STEP, step=1), None, LOUD, 12, now=0.3)
+    assert state.on_step(dataclasses.replace(STEP, step=1), None, LOUD, 12, now=0.3) == []
+    heartbeat = announce("w2", precision="bfloat16")
+    assert dispatched(arrive(state, heartbeat, now=30.0)) == []
+    _, refuse = state.on_tick(now=30.3)
     assert isinstance(refuse, Refuse)
     assert refuse.code == "no_worker"
     assert "in float32, in which this session was begun" in refuse.reason
-    arrive(state, announce("w3"), now=0.4)
+    arrive(state, announce("w3"), now=30.4)
     second = dataclasses.replace(STEP, step=2)
-    assert dispatched(state.on_step(second, None, LOUD, 12, now=0.5)) == [("w3", second.key)]
+    assert dispatched(state.on_step(second, None, LOUD, 12, now=30.5)) == [("w3", second.key)]
 
 
 def test_a_restarted_broker_learns_the_precision_from_the_opening() -> None:
     state = make_state(announce("w1", precision="bfloat16"), announce("w2"))
     opening = dataclasses.replace(OPENING, precision="float32")
     assert dispatched(state.on_step(STEP, opening, LOUD, 12, now=0.0)) == [("w2", STEP.key)]
+
+
+def test_a_session_that_nobody_answered_yet_waits_for_no_precision() -> None:
+    state = make_state(announce("w1"))
+    state.on_worker_gone("w1", "died", now=0.0)
+    assert state.on_step(STEP, OPENING, LOUD, 12, now=0.1) == []
+    joined = arrive(state, announce("w2", precision="bfloat16"), now=0.2)
+    assert dispatched(joined) == [("w2", STEP.key)]
 
 
 def test_a_session_that_nobody_answered_yet_may_begin_elsewhere() -> None:

@@ -175,9 +175,34 @@ def test_no_worker_for_the_model_is_said_at_once_with_what_is_served() -> None:
 def test_a_broker_that_has_just_started_waits_for_its_workers() -> None:
     state = BrokerState(started_at=0.0, silence_s=0.5)
     assert state.on_step(STEP, OPENING, EDGE, 12, now=0.1) == []
-    assert without_notes(arrive(state, announce("w1"), now=0.2)) == [
-        Dispatched("w1", STEP.key, 1, 100_000)
-    ]
+    worker = Announce("w1", [Service(MODEL, "m", SPAN, 8, "float32")], 4, 100)
+    assert without_notes(arrive(state, worker, now=0.2)) == [Dispatched("w1", STEP.key, 1, 100_000)]
+
+
+def test_a_broker_that_has_started_and_hears_of_no_worker_says_so() -> None:
+    state = BrokerState(started_at=0.0, silence_s=0.5)
+    assert state.on_step(STEP, OPENING, EDGE, 12, now=0.1) == []
+    assert state.on_tick(now=2.9) == []
+    forget, refuse = state.on_tick(now=3.0)
+    assert forget == Forget(STEP.key)
+    assert isinstance(refuse, Refuse)
+    assert refuse.code == "no_worker"
+    assert refuse.reason.endswith("there are no workers at all")
+    assert state.steps == {}
+
+
+def test_a_service_that_has_lost_its_last_worker_is_waited_for() -> None:
+    state = make_state("w1")
+    state.on_worker_gone("w1", "left", now=1.0)
+    assert state.on_step(STEP, OPENING, EDGE, 12, now=2.0) == []
+    assert state.on_tick(now=30.9) == []
+    assert without_notes(arrive(state, announce("w2"), now=30.95))[0] == Dispatched(
+        "w2", STEP.key, 1, 28_950_000
+    )
+    state.on_worker_gone("w2", "left", now=31.0)
+    forget, refuse = state.on_tick(now=61.0)
+    assert isinstance(refuse, Refuse)
+    assert (forget, refuse.code) == (Forget(STEP.key), "no_worker")
 
 
 def test_a_full_broker_says_when_to_come_back() -> None:

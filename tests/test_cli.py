@@ -187,8 +187,6 @@ def test_up_starts_again_what_dies_and_drains_on_a_signal(tmp_path: Path) -> Non
         os.kill(worker["pid"], signal.SIGKILL)
         up.wait_for("w1 was killed by signal 9 (SIGKILL); starting w2")
         ask = run_midspan("ask", PROMPTS[0], "--broker", endpoints[0], "-n", "5", "--timeout", "30")
-        while ask.returncode and "no workers at all" in ask.stderr:
-            ask = run_midspan("ask", PROMPTS[0], "--broker", endpoints[0], "-n", "5")
         assert ask.returncode == 0, ask.stderr
     finally:
         up.stop()

@@ -95,6 +95,21 @@ class ForwardEnd:
 
 
 @dataclass(frozen=True, slots=True)
+class TellJoined:
+    """Tell a worker that it is known."""
+
+    address: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TellNotJoined:
+    """Tell a worker why its announcement is not taken."""
+
+    address: bytes
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class AcceptDrain:
     """Tell the worker that nothing new will come."""
 
@@ -120,6 +135,8 @@ Action = (
     | TellBusy
     | Forget
     | ForwardEnd
+    | TellJoined
+    | TellNotJoined
     | AcceptDrain
     | Note
 )

@@ -30,6 +30,8 @@ from broker.actions import (
     Note,
     Refuse,
     TellBusy,
+    TellJoined,
+    TellNotJoined,
     TellPending,
 )
 from broker.admission import Admission
@@ -51,12 +53,14 @@ from common.messages import (
     EndSession,
     ImageOpening,
     ImageStep,
+    Joined,
     Leave,
     Message,
     NeedOpening,
     NeedRows,
     NeedStep,
     NeedTensors,
+    NotJoined,
     Opening,
     StatusQuery,
     StatusReport,
@@ -244,6 +248,11 @@ class BrokerServer:
             self._perform(self.state.on_ask_again(message, edge, now))
         elif isinstance(message, EndSession):
             self._perform(self.state.on_end(message.session_id, edge))
+        elif isinstance(message, Announce):
+            why = f"{self.edge_endpoint} is for edges; workers go to {self.worker_endpoint}"
+            self._send(self._edges, edge.address, [encode_header(NotJoined(why, is_final=True))])
+        elif isinstance(message, Alive | Leave):
+            pass  # of a worker that is told so
         else:
             raise ProtocolError(f"an edge may not send {message.kind!r}")
 
@@ -274,7 +283,7 @@ class BrokerServer:
         elif isinstance(message, Announce):
             self._perform(self.state.on_announce(message, peer, now))
         elif isinstance(message, Alive):
-            self._perform(self.state.on_alive(message.worker_id, peer, now))
+            self._perform(self.state.on_alive(message, peer, now))
         elif isinstance(message, StepFailed):
             self._complaints.warning(
                 "worker %s failed a step: %s", message.worker_id, message.reason
@@ -319,6 +328,11 @@ class BrokerServer:
                     self._send(self._edges, edge_id, [encode_header(Busy(*key, retry_ms))])
                 case ForwardEnd(worker_id, session_id, owner):
                     self._send_to_worker(worker_id, [encode_header(EndSession(session_id, owner))])
+                case TellJoined(address):
+                    self._send(self._workers, address, [encode_header(Joined())])
+                case TellNotJoined(address, reason):
+                    refusal_of_worker = NotJoined(reason[:2000], is_final=False)
+                    self._send(self._workers, address, [encode_header(refusal_of_worker)])
                 case AcceptDrain(address):
                     self._send(self._workers, address, [encode_header(DrainAccepted())])
                 case Note(text, is_warning):

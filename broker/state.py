@@ -38,6 +38,8 @@ from broker.actions import (
     Note,
     Refuse,
     TellBusy,
+    TellJoined,
+    TellNotJoined,
     TellPending,
 )
 from broker.fair_queue import FairQueue
@@ -54,6 +56,7 @@ from broker.records import (
     service_key,
 )
 from common.messages import (
+    Alive,
     Announce,
     AnyOpening,
     AnyStep,
@@ -236,26 +239,34 @@ class BrokerState:
         worker = self.workers.get(name)
         actions: list[Action] = []
         if worker is None and len(self.workers) >= MAX_WORKERS:
-            return [Note(f"worker {name} is one too many: {MAX_WORKERS} are known")]
+            why = f"{MAX_WORKERS} workers are known, and more are not taken"
+            return [Note(f"worker {name} is one too many"), TellNotJoined(peer.address, why)]
         if worker is None:
             worker = self.workers[name] = Worker(announce, peer, now)
             serving = ", ".join(describe_service(s) for s in announce.services)
             actions.append(Note(f"worker {name} joined, serving {serving}"))
+            actions.append(TellJoined(peer.address))
             joined = {(service.model, service.part) for service in announce.services}
             for waiting in [queued for queued in self.queues if queued[:2] in joined]:
                 actions += self._rehome(waiting, now)
         elif not worker.is_same(announce, peer):
-            return [self._note_forged(name, peer)]
+            why = (
+                f"a worker {name!r} is here already (process {worker.announce.pid} on "
+                f"{worker.announce.host}); choose another --id"
+            )
+            return [self._note_forged(name, peer), TellNotJoined(peer.address, why)]
+        elif worker.peer.address != peer.address:
+            actions.append(TellJoined(peer.address))
         worker.announce, worker.peer, worker.seen_at = announce, peer, now
         return actions + self._dispatch_for(name, now)
 
-    def on_alive(self, worker_id: str, peer: Peer, now: float) -> list[Action]:
+    def on_alive(self, alive: Alive, peer: Peer, now: float) -> list[Action]:
         """A heartbeat, over a connection of its own."""
-        worker = self.workers.get(worker_id)
+        worker = self.workers.get(alive.worker_id)
         if worker is None:
             return []
-        if worker.peer.key != peer.key:
-            return [self._note_forged(worker_id, peer)]
+        if (worker.peer.key, worker.announce.pulse) != (peer.key, alive.pulse):
+            return [self._note_forged(alive.worker_id, peer)]
         worker.seen_at = now
         return []
 

@@ -145,10 +145,12 @@ def worker(
         lambda outbox: [make(outbox) for make in makers],
         WorkerSettings(endpoints, capacity, heartbeat_ms / 1000, keys),
         worker_id,
+        on_ready=lambda broker: click.echo(
+            f"worker {server.worker_id} ready: {server.serving} at {broker}"
+        ),
     )
     freeze_loaded_objects()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.request_drain())
-    click.echo(f"worker {server.worker_id} ready: {server.serving} at {', '.join(endpoints)}")
     server.run()
     log.info("worker %s left", server.worker_id)

@@ -23,13 +23,13 @@ class Heartbeat:
         self,
         context: Context,
         brokers: Sequence[str],
-        worker_id: str,
+        beat: Alive,
         interval_s: float,
         keys: ClientKeys | None,
     ) -> None:
         self._context = context
         self._brokers = brokers
-        self._header = encode_header(Alive(worker_id))
+        self._header = encode_header(beat)
         self._interval_s = interval_s
         self._keys = keys
         self._stopped = threading.Event()

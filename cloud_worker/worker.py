@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import os
+import secrets
 import socket as host_info
 import time
 import uuid
@@ -25,10 +26,11 @@ from cloud_worker.heartbeat import UNSENT_LIMIT, Heartbeat
 from cloud_worker.outbox import Outbox, StepService
 from cloud_worker.store import KvStore
 from cloud_worker.time_shares import TimeShares
-from common.errors import ProtocolError, StoreUnavailable
+from common.errors import ProtocolError, SettingsError, StoreUnavailable
 from common.keys import ClientKeys
 from common.log_limit import LogLimit
 from common.messages import (
+    Alive,
     Announce,
     CancelStep,
     Dispatch,
@@ -37,10 +39,12 @@ from common.messages import (
     EndSession,
     ImageOpening,
     ImageStep,
+    Joined,
     Leave,
     Message,
     NeedRows,
     NeedTensors,
+    NotJoined,
     Opening,
     Step,
     StepDropped,
@@ -83,16 +87,22 @@ class Worker:
         make_services: Callable[[Outbox], Sequence[StepService]],
         settings: WorkerSettings,
         worker_id: str = "",
+        on_ready: Callable[[str], None] = lambda _: None,
     ) -> None:
+        """`on_ready` is told the address of each broker that has taken the announcement."""
         self.worker_id = worker_id or f"w-{uuid.uuid4().hex[:8]}"
         self._store = store
         self._settings = settings
         self._services = {(s.service.model, s.service.part): s for s in make_services(self)}
         self._shares = TimeShares({s.kind for s in self._services.values()})
+        self._pulse = secrets.token_bytes(16)
         self._inbox: deque[tuple[int, list[bytes]]] = deque()  # read, not handled yet
         self._cancelled: set[StepKey] = set()
         self._held_back = False
         self._drain_requested = False
+        self._on_ready = on_ready
+        self._joined: set[int] = set()  # brokers that have taken the announcement
+        self._refusal: SettingsError | None = None
         self._drain_accepted: set[int] = set()
         self._tidy_at = 0.0
         self._announce_at = 0.0
@@ -109,8 +119,9 @@ class Worker:
             self._poller.register(socket, zmq.POLLIN)
         self._polled_store_fd: int | None = None
         self._heartbeat = Heartbeat(
-            self._context, settings.brokers, self.worker_id, settings.heartbeat_s, settings.keys
-        )
+            self._context, settings.brokers, Alive(self.worker_id, self._pulse),
+            settings.heartbeat_s, settings.keys,
+        )  # fmt: skip
 
     @property
     def serving(self) -> str:
@@ -137,6 +148,7 @@ class Worker:
                 "store_id": self._store.identity,
                 "store_policy": self._store.eviction_policy,
             },
+            pulse=self._pulse,
         )
 
     def request_drain(self) -> None:
@@ -146,7 +158,7 @@ class Worker:
     def run(self) -> None:
         """Prove to be able to serve, then announce and serve until drained.
 
-        Raises MidspanError if this worker cannot compute.
+        Raises MidspanError if this worker cannot compute, or a broker's address is not for workers.
         """
         for service in self._services.values():
             self._prove_ready(service)
@@ -154,6 +166,8 @@ class Worker:
         try:
             while not self._drain_requested:
                 self._turn(IDLE_POLL_S)
+                if self._refusal is not None:
+                    raise self._refusal
             self._drain()
         finally:
             self._heartbeat.stop()
@@ -181,7 +195,7 @@ class Worker:
         while time.monotonic() < give_up_at:
             self._turn(0.01)
             gone = {index for index, count in enumerate(self._unsent) if count > 2}
-            accepted = len(self._drain_accepted | gone) == len(self._sockets)
+            accepted = self._joined <= self._drain_accepted | gone
             if accepted and all(service.is_settled() for service in self._services.values()):
                 return
         log.warning("gave up draining after %s s", DRAIN_LIMIT_S)
@@ -306,8 +320,23 @@ class Worker:
             self._send(source, StepDropped(*message.key, message.attempt, self.worker_id))
         elif isinstance(message, DrainAccepted):
             self._drain_accepted.add(source)
+        elif isinstance(message, Joined):
+            if source not in self._joined:
+                self._joined.add(source)
+                self._on_ready(self._settings.brokers[source])
+        elif isinstance(message, NotJoined):
+            self._on_not_joined(source, message)
         else:
             raise ProtocolError(f"a broker may not send {message.kind!r}")
+
+    def _on_not_joined(self, source: int, message: NotJoined) -> None:
+        broker = self._settings.brokers[source]
+        if message.is_final and source not in self._joined:
+            self._refusal = SettingsError(f"--broker {broker}: {message.reason}")
+        else:  # what is in the way may go
+            self._complaints.warning(
+                "the broker at %s does not take this worker: %s", broker, message.reason
+            )
 
     def _on_dispatch(self, source: int, dispatch: Dispatch, frames: list[bytes]) -> None:
         if len(frames) != 4:

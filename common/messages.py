@@ -5,7 +5,7 @@
     broker -> edge    StepReply, NeedRows, NeedTensors, NeedOpening, NeedStep, StepPending,
                       StepRefused, Busy, StatusReport
     broker -> worker  Dispatch (in front of a step and its opening), CancelStep, EndSession,
-                      DrainAccepted
+                      Joined, NotJoined, DrainAccepted
     worker -> broker  Announce, Alive, Drain, Leave, StepReply, NeedRows, NeedTensors, StepFailed,
                       StepDropped
 
@@ -370,6 +370,7 @@ class Announce:
     pid: int = 0
     host: str = ""
     stats: dict[str, Any] = field(default_factory=dict)
+    pulse: bytes = bytes(16)  # random: heartbeats prove by it whose they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,6 +379,23 @@ class Alive:
 
     kind: ClassVar[str] = "alive"
     worker_id: str
+    pulse: bytes  # as in Announce
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The broker has taken a worker's announcement: steps may come."""
+
+    kind: ClassVar[str] = "joined"
+
+
+@dataclass(frozen=True, slots=True)
+class NotJoined:
+    """The broker does not take a worker's announcement. `is_final`: it never will."""
+
+    kind: ClassVar[str] = "not_joined"
+    reason: str
+    is_final: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,6 +424,6 @@ class Leave:
 Message = (
     Opening | Step | ImageOpening | ImageStep | StepReply | NeedRows | NeedTensors | NeedOpening
     | NeedStep | StepFailed | StepDropped | CancelStep | AskAgain | StepPending | StepRefused | Busy
-    | EndSession | StatusQuery | StatusReport | Dispatch | Announce | Alive | Drain | DrainAccepted
-    | Leave
+    | EndSession | StatusQuery | StatusReport | Dispatch | Announce | Alive | Joined | NotJoined
+    | Drain | DrainAccepted | Leave
 )  # fmt: skip

@@ -28,12 +28,14 @@ from common.messages import (
     EndSession,
     ImageOpening,
     ImageStep,
+    Joined,
     Leave,
     Message,
     NeedOpening,
     NeedRows,
     NeedStep,
     NeedTensors,
+    NotJoined,
     Opening,
     Part,
     Service,
@@ -64,8 +66,8 @@ KINDS: dict[str, type[Message]] = {
     for message in (
         Opening, Step, ImageOpening, ImageStep, StepReply, NeedRows, NeedTensors, NeedOpening,
         StepFailed, StepDropped, CancelStep, AskAgain, NeedStep, StepPending, StepRefused,
-        Busy, EndSession, StatusQuery, StatusReport, Dispatch, Announce, Alive, Drain,
-        DrainAccepted, Leave,
+        Busy, EndSession, StatusQuery, StatusReport, Dispatch, Announce, Alive, Joined,
+        NotJoined, Drain, DrainAccepted, Leave,
     )
 }  # fmt: skip
 

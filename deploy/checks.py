@@ -79,6 +79,38 @@ def find_stores_down(report: Mapping[str, Any]) -> list[str]:
     return [w["worker_id"] for w in report["workers"] if not w["stats"].get("store_up")]
 
 
+def find_store_faults(report: Mapping[str, Any]) -> list[str]:
+    """What makes takeovers slow though nothing is lost: a sentence each."""
+    faults = []
+    down = find_stores_down(report)
+    if down:
+        faults.append(
+            f"The store of {', '.join(down)} is down: KV is not kept beyond a worker's life."
+        )
+    dropping: dict[str, list[str]] = {}
+    stores: dict[str, dict[str, list[str]]] = {}  # part of a model -> store -> workers
+    for worker in report["workers"]:
+        name, stats = worker["worker_id"], worker["stats"]
+        if stats.get("store_policy") not in (None, "", "noeviction"):
+            dropping.setdefault(stats["store_policy"], []).append(name)
+        for service in worker["services"] if stats.get("store_id") else ():
+            part = f"{service['name']} {service['part']}"
+            stores.setdefault(part, {}).setdefault(stats["store_id"], []).append(name)
+    for policy, names in dropping.items():
+        faults.append(
+            f"The store of {', '.join(names)} drops keys when it is full (maxmemory-policy "
+            f"{policy}): what is missing is computed again; noeviction is better."
+        )
+    split = {part: groups for part, groups in stores.items() if len(groups) > 1}
+    for part, groups in split.items():
+        listed = " and ".join(", ".join(names) for names in groups.values())
+        faults.append(
+            f"The workers of {part} keep KV in {len(groups)} different stores ({listed}): a "
+            "session that moves between them is computed again; give all the same --redis-url."
+        )
+    return faults
+
+
 def find_failure(report: Mapping[str, Any], checks: list[ServiceCheck]) -> str:
     """Why a pool is not well, or nothing."""
     failed = [check for check in checks if check.failure]

@@ -11,7 +11,7 @@ import click
 
 from common.errors import MidspanError
 from common.tables import format_table
-from deploy.checks import check_services, find_failure, find_stores_down
+from deploy.checks import check_services, find_failure, find_store_faults, find_stores_down
 from edge_agent.connection_options import connect, connection_options
 
 
@@ -76,10 +76,9 @@ def format_report(report: dict[str, Any]) -> str:
     )
     counters = ", ".join(f"{name} {count}" for name, count in report["counters"].items())
     table = format_table(headers, rows) if rows else "no workers"
-    if down:
-        table += (
-            f"\n\nThe store of {', '.join(down)} is down: KV is not kept beyond a worker's life."
-        )
+    faults = find_store_faults(report)
+    if faults:
+        table += "\n\n" + "\n".join(faults)
     refused = sum(report["refused_connections"].values())
     counters += f", refused_connections {refused}, bad_messages {report['bad_messages']}"
     return f"{table}\n\n{summary}\n{counters}{_format_checks(report.get('checks', []))}"

@@ -24,7 +24,7 @@ import msgpack
 import zmq
 
 from common.errors import ProtocolError
-from common.messages import Dispatch, Opening, Part, Service, Step, TensorPart
+from common.messages import Dispatch, Joined, Opening, Part, Service, Step, TensorPart
 from common.settings import MAX_FRAMES
 from common.sockets import Context, Socket
 from common.wire import KINDS, check_frames, decode_header, encode_header
@@ -159,12 +159,13 @@ def fuzz_worker(pool: LocalPool, seed: int, count: int) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as directory:
         command = midspan_command("worker", *options, "--threads", "1", "--id", "fuzzed")
         child = Child("fuzzed", command, Path(directory))
-        child.wait_for("worker fuzzed ready")
         peer = b""
         while not peer:  # the connection that takes steps is the one that announces
             address, *frames = broker.recv_multipart()
             with contextlib.suppress(ProtocolError):
                 peer = address if decode_header(frames[0]).kind == "announce" else b""
+        broker.send_multipart([peer, encode_header(Joined())])
+        child.wait_for("worker fuzzed ready")
         before = memory_kb(child.pid)
         for frames in messages(seed, count):
             child.check()

@@ -16,11 +16,13 @@ from broker.actions import (
     Note,
     Refuse,
     TellBusy,
+    TellJoined,
     TellPending,
 )
 from broker.records import Peer
 from broker.state import BrokerState
 from common.messages import (
+    Alive,
     Announce,
     NeedRows,
     Opening,
@@ -64,7 +66,8 @@ def failed(worker: str, step: Step = STEP, attempt: int = 1) -> StepFailed:
 
 
 def without_notes(actions: list[Action]) -> list[Action]:
-    return [action for action in actions if not isinstance(action, Note)]
+    """What is done about steps."""
+    return [action for action in actions if not isinstance(action, Note | TellJoined)]
 
 
 def test_a_step_goes_to_a_worker_and_its_answer_to_the_edge() -> None:
@@ -415,7 +418,7 @@ def test_a_workers_id_belongs_to_who_has_it() -> None:
     state.on_announce(announce("w1"), owner, now=0.0)
     for key in ("", "forger"):
         state.on_announce(announce("w1"), Peer(b"2", key=key), now=0.1)
-        state.on_alive("w1", Peer(b"3", key=key), now=0.1)
+        state.on_alive(Alive("w1", bytes(16)), Peer(b"3", key=key), now=0.1)
     assert state.workers["w1"].peer == owner
     assert state.workers["w1"].seen_at == 0.0
     assert state.check_sender("w1", Peer(b"2", key="forger")) is not None

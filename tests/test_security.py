@@ -27,9 +27,18 @@ from common.keys import (
     ensure_member,
     read_public,
 )
-from common.messages import Announce, EndSession, Opening, Part, Service, Step, StepReply
+from common.messages import (
+    Announce,
+    EndSession,
+    NotJoined,
+    Opening,
+    Part,
+    Service,
+    Step,
+    StepReply,
+)
 from common.sockets import connect_dealer
-from common.wire import encode_header
+from common.wire import decode_header, encode_header
 from deploy.child import Child, midspan_command
 from deploy.embedded_redis import EmbeddedRedis
 from deploy.pool import LocalPool, PoolSettings
@@ -186,7 +195,9 @@ def test_a_worker_with_anothers_id_is_refused_logged_and_counted(
         forger.send(encode_header(message))
     wait_for_count(pool, "forged_workers", before + 1)
     assert len(generate(pool, demo_ends, prompt_ids, 5)[0]) == 5
-    assert not forger.poll(0), "the forger was given a step"
+    while forger.poll(0):
+        told = decode_header(forger.recv_multipart()[0])
+        assert isinstance(told, NotJoined), "the forger was given a step"
     context.destroy(linger=0)
     assert f"claims to be worker {name}, which it is not" in log_of(pool)
 
@@ -313,11 +324,13 @@ def test_a_worker_that_is_authorized_after_its_start_joins(pool: LocalPool, tmp_
     child = Child("late", command, tmp_path)
     try:
         child.wait_for("refuses this worker's key")
+        assert "ready:" not in child.log_text()
         authorize(keys, read_public(str(own)), "worker", "late")
         give_up_at = time.monotonic() + 20
         while "late" not in {worker["worker_id"] for worker in status(pool)["workers"]}:
             assert time.monotonic() < give_up_at, "it did not join"
             time.sleep(0.1)
+        child.wait_for("worker late ready")
     finally:
         child.stop()
 

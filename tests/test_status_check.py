@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from deploy.checks import ServiceCheck, find_failure
-from deploy.child import midspan_command
+from deploy.child import Child, midspan_command
+from deploy.embedded_redis import EmbeddedRedis
 from deploy.pool import LocalPool, PoolSettings
 
 
@@ -64,6 +66,29 @@ def test_a_paused_redis_fails_the_check_and_is_told_in_the_table(pool: LocalPool
     assert done.returncode == 1
     assert "Error: the check failed: stories-llama 2-6: its KV was not stored" in done.stderr
     assert "The store of w1 is down" in done.stdout
+
+
+def test_a_store_that_evicts_and_one_of_its_own_are_told(
+    pool: LocalPool, redis_server: EmbeddedRedis, tmp_path: Path
+) -> None:
+    client = redis.Redis.from_url(redis_server.url)
+    client.config_set("maxmemory-policy", "allkeys-lru")
+    command = midspan_command(
+        "worker", "--broker", pool.worker_endpoint, "--redis-url", redis_server.url,
+        "--id", "apart", "--model", "stories-llama", "--threads", "1",
+    )  # fmt: skip
+    apart = Child("apart", command, tmp_path)
+    try:
+        apart.wait_for("worker apart ready")
+        status = midspan_command("status", "--broker", pool.edge_endpoint)
+        done = subprocess.run(status, capture_output=True, text=True, timeout=60, check=True)
+    finally:
+        apart.stop()
+        client.config_set("maxmemory-policy", "noeviction")
+    words = "The store of apart drops keys when it is full (maxmemory-policy allkeys-lru)"
+    assert words in done.stdout
+    words = "The workers of stories-llama 2-6 keep KV in 2 different stores (w1 and apart)"
+    assert words in done.stdout
 
 
 def test_services_that_could_not_be_checked_are_no_failure_unless_nothing_could() -> None:

@@ -75,7 +75,7 @@ from common.messages import (
 from common.processes import read_memory_bytes
 from common.settings import MAX_BODY_BYTES, MAX_BROKER_MB
 from common.sockets import Context, Socket, has_message, receive_frames
-from common.wire import check_frames, decode_header, encode_header
+from common.wire import check_frames, decode_header, encode_header, refuse_protocol
 
 log = logging.getLogger("midspan.broker")
 
@@ -200,6 +200,9 @@ class BrokerServer:
                 handle(self._read_peer(first), decode_header(frames[0]), frames)
             except ProtocolError as error:
                 self._count_bad_message(error)
+                refusal = refuse_protocol(frames[0]) if frames else None
+                if refusal is not None:
+                    self._send(socket, first.bytes, [refusal])
             except Exception as error:  # one message must not end the broker
                 log.exception("a message could not be handled")
                 self._count_bad_message(error)

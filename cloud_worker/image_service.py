@@ -12,10 +12,10 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from cloud_worker.batcher import Task
@@ -177,7 +177,7 @@ class ImageService:
         self._sessions.move_to_end(task.session_key)
         if session.last_reply is not None and session.last_reply[0].key == step.key:
             reply, body = session.last_reply
-            self._outbox.answer(task, replace(reply, attempt=task.attempt), body)
+            self._outbox.answer(task, structs.replace(reply, attempt=task.attempt), body)
             return
         if self._is_waiting(task):
             return

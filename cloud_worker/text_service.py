@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Callable
+
+from msgspec import structs
 
 from cloud_worker.batcher import Batcher, Task
 from cloud_worker.executor import Computed, TextExecutor
@@ -134,7 +135,7 @@ class TextService:
         session = self._warm.open(task.session_key, step)
         if session.last_reply is not None and session.last_reply[0].key == step.key:
             last, body = session.last_reply
-            again = dataclasses.replace(last, attempt=task.attempt)
+            again = structs.replace(last, attempt=task.attempt)
             self._outbox.answer(task, again, body)
             return
         if self._is_waiting(task):

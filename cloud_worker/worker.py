@@ -54,7 +54,7 @@ from common.messages import (
 )
 from common.settings import HEARTBEAT_S
 from common.sockets import Context, connect_dealer, has_message, receive_frames
-from common.wire import check_frames, decode_header, encode_header
+from common.wire import check_frames, decode_header, encode_header, is_of_other_protocol
 
 log = logging.getLogger("midspan.worker")
 
@@ -301,6 +301,9 @@ class Worker:
             except ProtocolError as error:
                 self._bad_messages += 1
                 self._complaints.warning("dropped a message: %s", error)
+                if source not in self._joined and is_of_other_protocol(frames[0]):
+                    broker = self._settings.brokers[source]
+                    self._refusal = SettingsError(f"the broker at {broker} says: {error}")
 
     def _read_sockets(self) -> Iterator[tuple[int, list[bytes]]]:
         for source, socket in enumerate(self._sockets):

@@ -1,4 +1,4 @@
-"""The messages of the protocol, one dataclass each. `common/wire.py` puts them on the wire.
+"""The messages of the protocol, one struct each. `common/wire.py` puts them on the wire.
 
     edge -> broker    Step or ImageStep (with its opening if need be), EndSession, StatusQuery
     edge -> broker    AskAgain, for a step that was sent
@@ -18,55 +18,82 @@ KV cache at a position is the same whoever computes it; a cut back begins a new 
 `fork` says how many rows it shares with the one before.
 """
 
-from __future__ import annotations
+import math
+from typing import Annotated, get_args
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from msgspec import Meta, Struct
+from msgspec import field as struct_field
 
-Sealed = bytes  # opaque to the broker; see common/sealing.py
+PROTOCOL = 2  # each kind's name on the wire ends with it, so no other version is ever read wrongly
+
+StepKey = tuple[bytes, int, int]  # session_id, generation, step
+
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Text = Annotated[str, Meta(max_length=4096)]
+SessionId = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Pulse = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Sealed = Annotated[bytes, Meta(max_length=256)]  # opaque to the broker; see common/sealing.py
+Number = Annotated[float, Meta(ge=-(2**53), le=2**53)]
+MAX_TIMESTEPS = 1000
+Numbers = Annotated[list[Number], Meta(max_length=MAX_TIMESTEPS)]
+CodecNames = Annotated[list[Text], Meta(min_length=1, max_length=8)]
+Names = Annotated[list[Text], Meta(max_length=16)]
+Shape = Annotated[list[Count], Meta(min_length=1, max_length=4)]
+Stats = Annotated[dict[Text, bool | int | float | str], Meta(max_length=64)]
 
 
-@dataclass(frozen=True, slots=True)
-class Opening:
+class Item(Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """What messages have lists of."""
+
+
+class WireMessage(Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """A header: an array of the kind's name with the protocol's number, then the fields."""
+
+    @property
+    def kind(self) -> str:
+        """Its name, without the number."""
+        return str(self.__struct_config__.tag).partition("/")[0]
+
+
+class Opening(WireMessage, frozen=True, tag=f"open/{PROTOCOL}"):
     """What stays the same in a session. Sent with its first step, and again when asked for.
 
     It names no session, so sessions that are set up alike have the same bytes.
     """
 
-    kind: ClassVar[str] = "open"
-    model: str  # fingerprint
-    part: str  # of the model: for text the middle layers, a-b
-    hidden: int  # D
-    codecs: list[str]  # steps name them by their index
-    calibration: str  # fingerprint, or empty if no codec needs one
+    model: Text  # fingerprint
+    part: Text  # of the model: for text the middle layers, a-b
+    hidden: Count  # D
+    codecs: CodecNames  # steps name them by their index
+    calibration: Text  # fingerprint, or empty if no codec needs one
     sealed_key: Sealed = b""  # of the session's KV at rest, for the workers only
-    precision: str = ""  # of the workers that began the session; empty until one has answered
+    precision: Text = ""  # of the workers that began the session; empty until one has answered
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(Item, frozen=True):
     """Rows of a step's body that were encoded together."""
 
-    codec: int  # index into the opening's codecs
-    rows: int
-    body_bytes: int
+    codec: Count  # index into the opening's codecs
+    rows: Count
+    body_bytes: Count
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+Parts = Annotated[list[Part], Meta(min_length=1, max_length=512)]
+
+
+class Step(WireMessage, frozen=True, tag=f"step/{PROTOCOL}"):
     """Compute boundary rows of a session from row `position` on; one body frame."""
 
-    kind: ClassVar[str] = "step"
-    session_id: bytes
-    generation: int
-    fork: int  # rows below this are the same as in generation - 1
-    step: int  # rises with every request of a session
-    position: int  # index of the first row in the body
-    parts: list[Part]  # one after another in the body
-    reply_rows: int  # how many of the last rows to answer with; 0 for rows that are replayed
-    reply_codec: int  # index into the opening's codecs
-    deadline_ms: int  # time left to the whole step when it was sent
-    shun: str = ""  # a worker whose answer could not be used: rather not that one
+    session_id: SessionId
+    generation: Count
+    fork: Count  # rows below this are the same as in generation - 1
+    step: Count  # rises with every request of a session
+    position: Count  # index of the first row in the body
+    parts: Parts  # one after another in the body
+    reply_rows: Count  # how many of the last rows to answer with; 0 for rows that are replayed
+    reply_codec: Count  # index into the opening's codecs
+    deadline_ms: Count  # time left to the whole step when it was sent
+    shun: Text = ""  # a worker whose answer could not be used: rather not that one
 
     @property
     def rows(self) -> int:
@@ -81,50 +108,49 @@ class Step:
         return (self.session_id, self.generation, self.step)
 
 
-StepKey = tuple[bytes, int, int]  # session_id, generation, step
-
-
-@dataclass(frozen=True, slots=True)
-class ImageOpening:
+class ImageOpening(WireMessage, frozen=True, tag=f"open_image/{PROTOCOL}"):
     """What stays the same while an image is made. `part` of the model is `unet` or `inner`."""
 
-    kind: ClassVar[str] = "open_image"
-    model: str  # fingerprint of the UNet
-    part: str
-    codecs: list[str]  # steps name them by their index
-    images: int  # B, made at once
-    guidance: float  # scale; at most 1 is none, and the batch is not doubled
-    timesteps: list[float]
+    model: Text  # fingerprint of the UNet
+    part: Text
+    codecs: CodecNames  # steps name them by their index
+    images: Count  # B, made at once
+    guidance: Number  # scale; at most 1 is none, and the batch is not doubled
+    timesteps: Numbers
     keeps_latents: bool  # the worker steps latents of its own (part unet only)
-    scheduler: str  # name and digest, where the worker needs one
-    latents_dtype: str  # in which the edge steps them
+    scheduler: Text  # name and digest, where the worker needs one
+    latents_dtype: Text  # in which the edge steps them
     sealed_key: Sealed = b""  # of what the session leaves in the store, for the workers only
-    precision: str = ""  # of the workers that began the session; empty until one has answered
+    precision: Text = ""  # of the workers that began the session; empty until one has answered
+
+    def __post_init__(self) -> None:
+        if not all(map(math.isfinite, (self.guidance, *self.timesteps))):
+            raise ValueError("guidance and timesteps must be finite")
 
 
-@dataclass(frozen=True, slots=True)
-class TensorPart:
+class TensorPart(Item, frozen=True):
     """One encoded tensor of an image step's body."""
 
-    name: str  # sample, latents, history0, prompt_embeds, text_embeds or time_ids
-    codec: int  # index into the opening's codecs
-    shape: list[int]
-    body_bytes: int
+    name: Text  # sample, latents, history0, prompt_embeds, text_embeds or time_ids
+    codec: Count  # index into the opening's codecs
+    shape: Shape
+    body_bytes: Count
 
 
-@dataclass(frozen=True, slots=True)
-class ImageStep:
+TensorParts = Annotated[list[TensorPart], Meta(max_length=16)]
+
+
+class ImageStep(WireMessage, frozen=True, tag=f"image/{PROTOCOL}"):
     """Compute one denoising step of an image session; one body frame with its tensors."""
 
-    kind: ClassVar[str] = "image"
-    session_id: bytes
-    generation: int
-    step: int  # rises with every request of a session
-    position: int  # index into the opening's timesteps
-    tensors: list[TensorPart]  # one after another in the body
-    reply_codec: int  # index into the opening's codecs
-    deadline_ms: int  # time left to the whole step when it was sent
-    shun: str = ""  # a worker whose answer could not be used: rather not that one
+    session_id: SessionId
+    generation: Count
+    step: Count  # rises with every request of a session
+    position: Count  # index into the opening's timesteps
+    tensors: TensorParts  # one after another in the body
+    reply_codec: Count  # index into the opening's codecs
+    deadline_ms: Count  # time left to the whole step when it was sent
+    shun: Text = ""  # a worker whose answer could not be used: rather not that one
 
     @property
     def key(self) -> StepKey:
@@ -135,295 +161,201 @@ AnyStep = Step | ImageStep
 AnyOpening = Opening | ImageOpening
 
 
-@dataclass(frozen=True, slots=True)
-class StepReply:
+class OfStep(WireMessage, frozen=True):
+    """What names a step."""
+
+    session_id: SessionId
+    generation: Count
+    step: Count
+
+    @property
+    def key(self) -> StepKey:
+        return (self.session_id, self.generation, self.step)
+
+
+class StepReply(OfStep, frozen=True, tag=f"reply/{PROTOCOL}"):
     """The last `rows` rows of a step, computed; one body frame (none when rows is 0)."""
 
-    kind: ClassVar[str] = "reply"
-    session_id: bytes
-    generation: int
-    step: int
-    attempt: int
-    rows: int
-    committed: int  # rows of this session known to be in the store
-    worker_id: str
-    queue_us: int  # waited in the broker and in the worker
-    compute_us: int  # in the middle layers, with decoding and encoding
-    precision: str = ""  # the worker's, as long as the session's is not known
-
-    @property
-    def key(self) -> StepKey:
-        return (self.session_id, self.generation, self.step)
+    attempt: Count
+    rows: Count
+    committed: Count  # rows of this session known to be in the store
+    worker_id: Text
+    queue_us: Count  # waited in the broker and in the worker
+    compute_us: Count  # in the middle layers, with decoding and encoding
+    precision: Text = ""  # the worker's, as long as the session's is not known
 
 
-@dataclass(frozen=True, slots=True)
-class NeedRows:
+class NeedRows(OfStep, frozen=True, tag=f"need_rows/{PROTOCOL}"):
     """The worker has KV up to `have` only: send the rows from there on."""
 
-    kind: ClassVar[str] = "need_rows"
-    session_id: bytes
-    generation: int
-    step: int
-    attempt: int
-    have: int
-    worker_id: str
-    precision: str = ""  # as in StepReply
-
-    @property
-    def key(self) -> StepKey:
-        return (self.session_id, self.generation, self.step)
+    attempt: Count
+    have: Count
+    worker_id: Text
+    precision: Text = ""  # as in StepReply
 
 
-@dataclass(frozen=True, slots=True)
-class NeedTensors:
+class NeedTensors(OfStep, frozen=True, tag=f"need_tensors/{PROTOCOL}"):
     """The worker lacks these tensors of an image session: send the step again with them."""
 
-    kind: ClassVar[str] = "need_tensors"
-    session_id: bytes
-    generation: int
-    step: int
-    attempt: int
-    names: list[str]
-    worker_id: str
-    precision: str = ""  # as in StepReply
-
-    @property
-    def key(self) -> StepKey:
-        return (self.session_id, self.generation, self.step)
+    attempt: Count
+    names: CodecNames
+    worker_id: Text
+    precision: Text = ""  # as in StepReply
 
 
-@dataclass(frozen=True, slots=True)
-class StepFailed:
+class StepFailed(OfStep, frozen=True, tag=f"failed/{PROTOCOL}"):
     """The worker could not compute the step; another one may."""
 
-    kind: ClassVar[str] = "failed"
-    session_id: bytes
-    generation: int
-    step: int
-    attempt: int
-    worker_id: str
-    reason: str
-
-    @property
-    def key(self) -> StepKey:
-        return (self.session_id, self.generation, self.step)
+    attempt: Count
+    worker_id: Text
+    reason: Text
 
 
-@dataclass(frozen=True, slots=True)
-class StepDropped:
+class StepDropped(OfStep, frozen=True, tag=f"dropped/{PROTOCOL}"):
     """The worker does not compute the step, because it was cancelled or a newer one came."""
 
-    kind: ClassVar[str] = "dropped"
-    session_id: bytes
-    generation: int
-    step: int
-    attempt: int
-    worker_id: str
-
-    @property
-    def key(self) -> StepKey:
-        return (self.session_id, self.generation, self.step)
+    attempt: Count
+    worker_id: Text
 
 
-@dataclass(frozen=True, slots=True)
-class CancelStep:
+class CancelStep(OfStep, frozen=True, tag=f"cancel/{PROTOCOL}"):
     """Nobody waits for this step any more, or another worker has it; confirmed by StepDropped."""
 
-    kind: ClassVar[str] = "cancel"
-    session_id: bytes
-    generation: int
-    step: int
-    attempt: int
-    owner: str  # as in Dispatch
-
-    @property
-    def key(self) -> StepKey:
-        return (self.session_id, self.generation, self.step)
+    attempt: Count
+    owner: Text  # as in Dispatch
 
 
-@dataclass(frozen=True, slots=True)
-class AskAgain:
+class AskAgain(OfStep, frozen=True, tag=f"again/{PROTOCOL}"):
     """The edge still waits for a step that it has sent: StepPending, or NeedStep, answers it."""
 
-    kind: ClassVar[str] = "again"
-    session_id: bytes
-    generation: int
-    step: int
 
-    @property
-    def key(self) -> StepKey:
-        return (self.session_id, self.generation, self.step)
-
-
-@dataclass(frozen=True, slots=True)
-class NeedStep:
+class NeedStep(OfStep, frozen=True, tag=f"need_step/{PROTOCOL}"):
     """The broker does not have the step: send it."""
 
-    kind: ClassVar[str] = "need_step"
-    session_id: bytes
-    generation: int
-    step: int
 
-
-@dataclass(frozen=True, slots=True)
-class StepPending:
+class StepPending(OfStep, frozen=True, tag=f"pending/{PROTOCOL}"):
     """The broker has the step, queued or in flight: wait, no need to look for another broker."""
 
-    kind: ClassVar[str] = "pending"
-    session_id: bytes
-    generation: int
-    step: int
 
-
-@dataclass(frozen=True, slots=True)
-class StepRefused:
+class StepRefused(OfStep, frozen=True, tag=f"refused/{PROTOCOL}"):
     """The step will not be computed. `code` is no_worker, failed, deadline or invalid."""
 
-    kind: ClassVar[str] = "refused"
-    session_id: bytes
-    generation: int
-    step: int
-    code: str
-    reason: str
+    code: Text
+    reason: Text
 
 
-@dataclass(frozen=True, slots=True)
-class NeedOpening:
+class NeedOpening(OfStep, frozen=True, tag=f"need_open/{PROTOCOL}"):
     """The broker does not know the session: send the step again with its opening."""
 
-    kind: ClassVar[str] = "need_open"
-    session_id: bytes
-    generation: int
-    step: int
 
-
-@dataclass(frozen=True, slots=True)
-class Busy:
+class Busy(OfStep, frozen=True, tag=f"busy/{PROTOCOL}"):
     """The broker's queue is full: ask again in `retry_ms`."""
 
-    kind: ClassVar[str] = "busy"
-    session_id: bytes
-    generation: int
-    step: int
-    retry_ms: int
+    retry_ms: Count
 
 
-@dataclass(frozen=True, slots=True)
-class EndSession:
+class EndSession(WireMessage, frozen=True, tag=f"end/{PROTOCOL}"):
     """The session is over: whoever holds something of it may forget it."""
 
-    kind: ClassVar[str] = "end"
-    session_id: bytes
-    owner: str = ""  # filled in by the broker; what an edge says here is not believed
+    session_id: SessionId
+    owner: Text = ""  # filled in by the broker; what an edge says here is not believed
 
 
-@dataclass(frozen=True, slots=True)
-class StatusQuery:
+class StatusQuery(WireMessage, frozen=True, tag=f"status?/{PROTOCOL}"):
     """Asks for a StatusReport."""
 
-    kind: ClassVar[str] = "status?"
 
-
-@dataclass(frozen=True, slots=True)
-class StatusReport:
+class StatusReport(WireMessage, frozen=True, tag=f"status/{PROTOCOL}"):
     """Workers, queues and counters: one body frame, a MessagePack map (broker/report.py)."""
 
-    kind: ClassVar[str] = "status"
 
-
-@dataclass(frozen=True, slots=True)
-class Dispatch:
+class Dispatch(WireMessage, frozen=True, tag=f"dispatch/{PROTOCOL}"):
     """Goes in front of a Step on its way to a worker. `attempt` comes back with the answer."""
 
-    kind: ClassVar[str] = "dispatch"
-    attempt: int
-    queue_us: int
-    owner: str  # the edge's public key, or empty where keys are not used
-    edge: int = 0  # a number for it, so that a worker can take edges in turn
-    precision: str = ""  # in which the session was begun, once a worker has answered
+    attempt: Count
+    queue_us: Count
+    owner: Text  # the edge's public key, or empty where keys are not used
+    edge: Count = 0  # a number for it, so that a worker can take edges in turn
+    precision: Text = ""  # in which the session was begun, once a worker has answered
 
 
-@dataclass(frozen=True, slots=True)
-class Service:
+class Service(Item, frozen=True):
     """What a worker can compute: one part of one model."""
 
-    model: str  # fingerprint
-    name: str  # for people
-    part: str  # a span a-b of layers; unet or inner of an image model
-    hidden: int  # D; 0 for images
-    precision: str = ""  # in which its weights and their state are: sessions stay in theirs
+    model: Text  # fingerprint
+    name: Text  # for people
+    part: Text  # a span a-b of layers; unet or inner of an image model
+    hidden: Count  # D; 0 for images
+    precision: Text = ""  # in which its weights and their state are: sessions stay in theirs
 
 
-@dataclass(frozen=True, slots=True)
-class Announce:
+Services = Annotated[list[Service], Meta(max_length=64)]
+
+
+class Announce(WireMessage, frozen=True, tag=f"announce/{PROTOCOL}"):
     """Everything about a worker, said again and again: a broker that has just started knows all.
 
     It comes over the connection that takes the worker's steps, and makes it the way to reach it.
     """
 
-    kind: ClassVar[str] = "announce"
-    worker_id: str
-    services: list[Service]
-    capacity: int  # steps that may be in flight at once
-    heartbeat_ms: int
+    worker_id: Text
+    services: Services
+    capacity: Count  # steps that may be in flight at once
+    heartbeat_ms: Count
     ready: bool = True
-    pid: int = 0
-    host: str = ""
-    stats: dict[str, Any] = field(default_factory=dict)
-    pulse: bytes = bytes(16)  # random: heartbeats prove by it whose they are
+    pid: Count = 0
+    host: Text = ""
+    stats: Stats = struct_field(default_factory=dict)
+    pulse: Pulse = bytes(16)  # random: heartbeats prove by it whose they are
 
 
-@dataclass(frozen=True, slots=True)
-class Alive:
+class Alive(WireMessage, frozen=True, tag=f"alive/{PROTOCOL}"):
     """A heartbeat from a thread of its own: the worker may be busy, but it is not dead."""
 
-    kind: ClassVar[str] = "alive"
-    worker_id: str
-    pulse: bytes  # as in Announce
+    worker_id: Text
+    pulse: Pulse  # as in Announce
 
 
-@dataclass(frozen=True, slots=True)
-class Joined:
+class Joined(WireMessage, frozen=True, tag=f"joined/{PROTOCOL}"):
     """The broker has taken a worker's announcement: steps may come."""
 
-    kind: ClassVar[str] = "joined"
 
-
-@dataclass(frozen=True, slots=True)
-class NotJoined:
+class NotJoined(WireMessage, frozen=True, tag=f"not_joined/{PROTOCOL}"):
     """The broker does not take a worker's announcement. `is_final`: it never will."""
 
-    kind: ClassVar[str] = "not_joined"
-    reason: str
+    reason: Text
     is_final: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Drain:
+class OtherProtocol(WireMessage, frozen=True, tag=f"other_protocol/{PROTOCOL}"):
+    """What came was of another protocol than this; `reason` names both."""
+
+    reason: Text
+
+
+class Drain(WireMessage, frozen=True, tag=f"drain/{PROTOCOL}"):
     """Send me nothing new; I finish what I have."""
 
-    kind: ClassVar[str] = "drain"
-    worker_id: str
+    worker_id: Text
 
 
-@dataclass(frozen=True, slots=True)
-class DrainAccepted:
+class DrainAccepted(WireMessage, frozen=True, tag=f"drain_accepted/{PROTOCOL}"):
     """Nothing was dispatched to the worker after this."""
 
-    kind: ClassVar[str] = "drain_accepted"
 
-
-@dataclass(frozen=True, slots=True)
-class Leave:
+class Leave(WireMessage, frozen=True, tag=f"leave/{PROTOCOL}"):
     """The worker is gone from now on."""
 
-    kind: ClassVar[str] = "leave"
-    worker_id: str
+    worker_id: Text
 
 
 Message = (
     Opening | Step | ImageOpening | ImageStep | StepReply | NeedRows | NeedTensors | NeedOpening
     | NeedStep | StepFailed | StepDropped | CancelStep | AskAgain | StepPending | StepRefused | Busy
     | EndSession | StatusQuery | StatusReport | Dispatch | Announce | Alive | Joined | NotJoined
-    | Drain | DrainAccepted | Leave
+    | OtherProtocol | Drain | DrainAccepted | Leave
 )  # fmt: skip
+
+KINDS: dict[str, type[Message]] = {
+    str(message.__struct_config__.tag).partition("/")[0]: message for message in get_args(Message)
+}

@@ -54,7 +54,7 @@ from common.sockets import (
     receive_frames,
     wire_bytes,
 )
-from common.wire import check_frames, decode_header, encode_header
+from common.wire import check_frames, decode_header, encode_header, is_of_other_protocol
 
 ASK_AGAIN_S = 0.5  # a step that is not answered is sent again after this
 SILENCE_S = 1.5  # a broker that says nothing for this long is given up for the next
@@ -325,7 +325,9 @@ class BrokerClient:
         try:
             check_frames(frames)
             return decode_header(frames[0]), frames[1] if len(frames) > 1 else b""
-        except ProtocolError:
+        except ProtocolError as error:
+            if is_of_other_protocol(frames[0]):
+                raise BrokerUnavailable(f"the broker at {self.broker} says: {error}") from error
             return None  # not an answer that we can read; ask again
 
     def _unavailable(self, waited_s: float) -> str:

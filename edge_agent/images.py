@@ -16,12 +16,11 @@ from torch import Tensor
 from common.errors import CheckpointError, SettingsError
 from common.image_schedulers import describe_scheduler, make_scheduler, read_scheduler_config
 from common.image_tensors import check_image_codec
-from common.messages import ImageOpening
+from common.messages import MAX_TIMESTEPS, ImageOpening
 from common.model_files import check_plain_files, read_json
 from common.sealing import draw_key, seal
 from common.span_loading import check_device, parse_dtype
 from common.unet import INNER, OUTER, WHOLE, load_unet, open_unet
-from common.wire import MAX_TIMESTEPS
 from edge_agent.client import BrokerClient
 from edge_agent.remote_unet import ImageStats, RemoteUNet, Travelled, list_codecs
 

@@ -12,10 +12,11 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from msgspec import structs
 from torch import Tensor, nn
 
 from common.errors import NonFiniteError, ProtocolError, StepRefused
@@ -254,7 +255,7 @@ class RemoteUNet(nn.Module):
     def _note_precision(self, precision: str) -> None:
         """The first answer settles it for the session; a broker that has forgotten is told."""
         if precision and self._opening is not None and not self._opening.precision:
-            self._opening = replace(self._opening, precision=precision)
+            self._opening = structs.replace(self._opening, precision=precision)
 
     def _send(
         self, position: int, tensors: dict[str, Tensor], reply_bytes: int

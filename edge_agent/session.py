@@ -10,7 +10,6 @@ that a slow worker still writes are refused, so that what was rolled back stays 
 
 from __future__ import annotations
 
-import dataclasses
 import secrets
 import time
 from collections import Counter
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from common.codecs.calibration import Calibration
@@ -283,7 +283,7 @@ class Session:
     def _note_precision(self, precision: str) -> None:
         """The first answer settles it for the session; a broker that has forgotten is told."""
         if precision and not self._opening.precision:
-            self._opening = dataclasses.replace(self._opening, precision=precision)
+            self._opening = structs.replace(self._opening, precision=precision)
 
     def _send(
         self, pieces: list[Encoded], reply_rows: int, down: int

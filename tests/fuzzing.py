@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import random
 import resource
 import sys
@@ -18,16 +17,36 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import msgpack
 import zmq
 
 from common.errors import ProtocolError
-from common.messages import Dispatch, Joined, Opening, Part, Service, Step, TensorPart
+from common.messages import (
+    KINDS,
+    CodecNames,
+    Count,
+    Dispatch,
+    Joined,
+    Number,
+    Numbers,
+    Opening,
+    Part,
+    Parts,
+    Sealed,
+    Service,
+    Services,
+    SessionId,
+    Stats,
+    Step,
+    TensorPart,
+    TensorParts,
+    Text,
+)  # fmt: skip
 from common.settings import MAX_FRAMES
 from common.sockets import Context, Socket
-from common.wire import KINDS, check_frames, decode_header, encode_header
+from common.wire import check_frames, decode_header, encode_header
 from deploy.child import Child, midspan_command
 from deploy.pool import LocalPool, PoolSettings
 
@@ -38,33 +57,34 @@ ODD: tuple[Any, ...] = (
 )  # fmt: skip
 
 
-def valid_value(rng: random.Random, kind: str) -> Any:
-    values: dict[str, Any] = {
-        "int": lambda: rng.choice((0, 1, 2, 7, 511, 2**20, 2**53)),
-        "str": lambda: rng.choice(TEXTS),
-        "bytes": lambda: rng.randbytes(16) if rng.random() < 0.5 else b"s" * 16,
-        "Sealed": lambda: rng.randbytes(rng.choice((0, 80))),
-        "bool": lambda: rng.random() < 0.5,
-        "float": lambda: rng.choice((0.0, 2.5, 999.0)),
-        "list[float]": lambda: [999.0] * rng.randrange(4),
-        "list[TensorPart]": lambda: [
+def valid_value(rng: random.Random, kind: Any) -> Any:
+    values: dict[Any, Any] = {
+        Count: lambda: rng.choice((0, 1, 2, 7, 511, 2**20, 2**53)),
+        Text: lambda: rng.choice(TEXTS),
+        SessionId: lambda: rng.randbytes(16) if rng.random() < 0.5 else b"s" * 16,
+        Sealed: lambda: rng.randbytes(rng.choice((0, 80))),
+        bool: lambda: rng.random() < 0.5,
+        Number: lambda: rng.choice((0.0, 2.5, 999.0)),
+        Numbers: lambda: [999.0] * rng.randrange(4),
+        TensorParts: lambda: [
             TensorPart(rng.choice(("sample", "latents", "x")), 0, [2, 4, 16, 16], 2**20)
         ],
-        "list[Service]": lambda: [Service("m", "n", "2-6", 8)],
-        "list[Part]": lambda: [
+        Services: lambda: [Service("m", "n", "2-6", 8)],
+        Parts: lambda: [
             Part(0, rng.choice((0, 1, 2**40)), rng.choice((0, 512, 2**50)))
             for _ in range(rng.randrange(1, 4))
         ],
-        "list[str]": lambda: [rng.choice(TEXTS) for _ in range(rng.randrange(1, 4))],
-        "dict[str, Any]": lambda: {"a": 1},
+        CodecNames: lambda: [rng.choice(TEXTS) for _ in range(rng.randrange(1, 4))],
+        Stats: lambda: {"a": 1},
     }
     return values[kind]()
 
 
 def valid_header(rng: random.Random) -> bytes:
     message = rng.choice(list(KINDS.values()))
-    fields = dataclasses.fields(message)
-    return encode_header(message(**{f.name: valid_value(rng, str(f.type)) for f in fields}))
+    types = get_type_hints(message, include_extras=True)
+    names = message.__struct_fields__
+    return encode_header(message(**{name: valid_value(rng, types[name]) for name in names}))
 
 
 def spoilt_header(rng: random.Random) -> bytes:

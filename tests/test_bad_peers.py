@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import zmq
+from msgspec import structs
 from pools import PROMPTS, generate
 from safetensors.torch import load_file, save_file
 
@@ -89,9 +89,9 @@ def ask(
     good_step = Step(random.randbytes(16), 0, 0, 0, 0, [part], 1, 0, 30_000)
     good_opening = Opening(ends.fingerprint, span, ends.hidden, ["fp32"], "")
     client.ask(
-        dataclasses.replace(good_step, **step),
+        structs.replace(good_step, **step),
         body,
-        dataclasses.replace(good_opening, **opening),
+        structs.replace(good_opening, **opening),
         is_known=False,
         wait_for_worker=False,
     )

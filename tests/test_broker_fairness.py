@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
+from msgspec import structs
 
 from broker.actions import Action, Answer, AskStep, Cancel, Dispatched, Forget, Refuse, TellBusy
 from broker.records import Peer
@@ -31,7 +30,7 @@ STEP = Step(b"s" * 16, 0, 0, 0, 0, [Part(0, 1, 12)], 1, 0, 60_000)
 
 
 def step_of(session: int, step: int = 0) -> Step:
-    return dataclasses.replace(STEP, session_id=session.to_bytes(16, "big"), step=step)
+    return structs.replace(STEP, session_id=session.to_bytes(16, "big"), step=step)
 
 
 def announce(name: str, capacity: int = 4, precision: str = "float32") -> Announce:
@@ -70,7 +69,7 @@ def test_an_edge_with_many_sessions_waits_behind_itself() -> None:
     for _ in range(3):
         ((_, key),) = dispatched(state.on_answer(reply("w1", running), now=0.2))
         order.append(key)
-        running = dataclasses.replace(STEP, session_id=key[0])
+        running = structs.replace(STEP, session_id=key[0])
     assert step_of(99).key in order[:2]
 
 
@@ -131,7 +130,7 @@ def test_a_step_whose_kind_is_not_its_openings_is_refused_at_once() -> None:
 @pytest.mark.parametrize("rows", [8193, 2**53])
 def test_a_few_bytes_cannot_announce_rows_without_end(rows: int) -> None:
     state = make_state(announce("w1"))
-    step = dataclasses.replace(STEP, parts=[Part(0, rows, 12)])
+    step = structs.replace(STEP, parts=[Part(0, rows, 12)])
     (refuse,) = state.on_step(step, OPENING, LOUD, 12, now=0.0)
     assert isinstance(refuse, Refuse)
     assert refuse.reason == f"the step has {rows} rows; at most 8192"
@@ -139,7 +138,7 @@ def test_a_few_bytes_cannot_announce_rows_without_end(rows: int) -> None:
 
 def test_a_deadline_is_ten_minutes_at_most() -> None:
     state = make_state(announce("w1"))
-    state.on_step(dataclasses.replace(STEP, deadline_ms=2**53), OPENING, LOUD, 12, now=0.0)
+    state.on_step(structs.replace(STEP, deadline_ms=2**53), OPENING, LOUD, 12, now=0.0)
     assert not any(isinstance(a, Refuse) for a in state.on_tick(now=599.0))
     assert any(isinstance(a, Refuse) for a in state.on_tick(now=600.0))
 
@@ -250,7 +249,7 @@ def test_a_warm_session_does_not_wait_behind_a_long_step() -> None:
     state.on_answer(reply("w1", STEP), now=0.1)
     state.on_step(step_of(5), OPENING, QUIET, 12, now=1.0)  # a long one
     arrive(state, announce("w2"), now=1.0)
-    soon, later = (dataclasses.replace(STEP, step=n) for n in (1, 2))
+    soon, later = (structs.replace(STEP, step=n) for n in (1, 2))
     assert dispatched(state.on_step(soon, None, LOUD, 12, now=1.5)) == [("w1", soon.key)]
     assert dispatched(state.on_step(later, None, LOUD, 12, now=3.1)) == [("w2", later.key)]
 
@@ -278,7 +277,7 @@ def test_a_session_stays_in_the_precision_that_answered_first() -> None:
     state.on_answer(reply("w1", STEP), now=0.1)
     arrive(state, announce("w2", precision="bfloat16"), now=0.1)
     state.on_worker_gone("w1", "died", now=0.2)
-    assert state.on_step(dataclasses.replace(STEP, step=1), None, LOUD, 12, now=0.3) == []
+    assert state.on_step(structs.replace(STEP, step=1), None, LOUD, 12, now=0.3) == []
     heartbeat = announce("w2", precision="bfloat16")
     assert dispatched(arrive(state, heartbeat, now=30.0)) == []
     _, refuse = state.on_tick(now=30.3)
@@ -286,13 +285,13 @@ def test_a_session_stays_in_the_precision_that_answered_first() -> None:
     assert refuse.code == "no_worker"
     assert "in float32, in which this session was begun" in refuse.reason
     arrive(state, announce("w3"), now=30.4)
-    second = dataclasses.replace(STEP, step=2)
+    second = structs.replace(STEP, step=2)
     assert dispatched(state.on_step(second, None, LOUD, 12, now=30.5)) == [("w3", second.key)]
 
 
 def test_a_restarted_broker_learns_the_precision_from_the_opening() -> None:
     state = make_state(announce("w1", precision="bfloat16"), announce("w2"))
-    opening = dataclasses.replace(OPENING, precision="float32")
+    opening = structs.replace(OPENING, precision="float32")
     assert dispatched(state.on_step(STEP, opening, LOUD, 12, now=0.0)) == [("w2", STEP.key)]
 
 

@@ -1,8 +1,7 @@
 """The broker's decisions, without sockets and with a clock of our own."""
 
-import dataclasses
-
 import pytest
+from msgspec import structs
 
 from broker.actions import (
     AcceptDrain,
@@ -38,7 +37,7 @@ MODEL, SPAN = "f" * 16, "2-6"
 EDGE = Peer(b"edge-1")
 OPENING = Opening(MODEL, SPAN, 8, ["int8"], "")
 STEP = Step(b"s" * 16, 0, 0, 0, 0, [Part(0, 1, 12)], 1, 0, 60_000)
-OTHER = dataclasses.replace(STEP, session_id=b"t" * 16)
+OTHER = structs.replace(STEP, session_id=b"t" * 16)
 
 
 def announce(name: str, capacity: int = 4, model: str = MODEL) -> Announce:
@@ -95,7 +94,7 @@ def test_the_warm_worker_is_preferred_to_a_less_loaded_one() -> None:
     state.on_answer(reply("w1"), now=0.1)
     state.on_step(OTHER, OPENING, EDGE, 12, now=0.2)
     assert state.steps[OTHER.key].worker_id == "w1"
-    second = dataclasses.replace(STEP, step=1, position=1)
+    second = structs.replace(STEP, step=1, position=1)
     assert state.on_step(second, OPENING, EDGE, 12, now=0.3) == [Dispatched("w1", second.key, 1, 0)]
 
 
@@ -111,7 +110,7 @@ def test_a_step_waits_for_its_full_warm_worker_unless_another_is_idle() -> None:
     state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
     state.on_answer(reply("w1"), now=0.0)
     state.on_step(OTHER, OPENING, EDGE, 12, now=0.0)
-    second = dataclasses.replace(STEP, step=1, position=1)
+    second = structs.replace(STEP, step=1, position=1)
     assert state.on_step(second, OPENING, EDGE, 12, now=0.1) == []
     joined = without_notes(arrive(state, announce("w2", capacity=1), now=0.2))
     assert joined == [Dispatched("w2", second.key, 1, 100_000)]
@@ -218,7 +217,7 @@ def test_a_full_broker_says_when_to_come_back() -> None:
 
 def test_a_deadline_that_passes_says_where_the_step_was() -> None:
     state = make_state("w1")
-    short = dataclasses.replace(STEP, deadline_ms=300)
+    short = structs.replace(STEP, deadline_ms=300)
     state.on_step(short, OPENING, EDGE, 12, now=0.0)
     forget, cancel, refuse = state.on_tick(now=0.3)
     assert forget == Forget(short.key)
@@ -231,7 +230,7 @@ def test_a_deadline_that_passes_says_where_the_step_was() -> None:
 def test_a_newer_step_of_a_session_replaces_the_older_one() -> None:
     state = make_state("w1")
     state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
-    newer = dataclasses.replace(STEP, step=1)
+    newer = structs.replace(STEP, step=1)
     assert state.on_step(newer, OPENING, EDGE, 12, now=0.1) == [
         Forget(STEP.key),
         Cancel("w1", STEP.key, 1, ""),
@@ -249,7 +248,7 @@ def test_a_draining_worker_gets_nothing_new_and_finishes_what_it_has() -> None:
     assert without_notes(state.on_drain("w1", Peer(b"at-w1"), now=0.1)) == [AcceptDrain(b"at-w1")]
     assert state.on_step(OTHER, OPENING, EDGE, 12, now=0.2) == [Dispatched("w2", OTHER.key, 1, 0)]
     assert state.on_answer(reply("w1"), now=0.25)[0] == Answer(EDGE.address, STEP.key)
-    second = dataclasses.replace(STEP, step=1, position=1)
+    second = structs.replace(STEP, step=1, position=1)
     assert state.on_step(second, OPENING, EDGE, 12, now=0.29) == [
         Dispatched("w2", second.key, 1, 0)
     ]
@@ -282,7 +281,7 @@ def test_the_end_of_a_session_reaches_its_warm_worker() -> None:
 def test_two_models_do_not_mix() -> None:
     state = make_state("w1")
     arrive(state, announce("w2", model="a" * 16), now=0.0)
-    other_model = dataclasses.replace(OPENING, model="a" * 16)
+    other_model = structs.replace(OPENING, model="a" * 16)
     assert state.on_step(OTHER, other_model, EDGE, 12, now=0.1) == [
         Dispatched("w2", OTHER.key, 1, 0)
     ]
@@ -294,7 +293,7 @@ def test_an_opening_is_asked_for_once_and_then_remembered() -> None:
     assert state.on_step(STEP, None, EDGE, 12, now=0.0) == [AskOpening(EDGE.address, STEP.key)]
     state.on_step(STEP, OPENING, EDGE, 12, now=0.1)
     state.on_answer(reply("w1"), now=0.2)
-    second = dataclasses.replace(STEP, step=1, position=1)
+    second = structs.replace(STEP, step=1, position=1)
     assert state.on_step(second, None, EDGE, 12, now=0.3) == [Dispatched("w1", second.key, 1, 0)]
 
 
@@ -347,14 +346,14 @@ def test_a_step_in_flight_for_long_is_sent_again_to_the_same_worker() -> None:
 
 def test_asking_again_does_not_put_the_deadline_off() -> None:
     state = make_state("w1")
-    state.on_step(dataclasses.replace(STEP, deadline_ms=300), OPENING, EDGE, 12, now=0.0)
-    state.on_step(dataclasses.replace(STEP, deadline_ms=300), None, EDGE, 12, now=0.2)
+    state.on_step(structs.replace(STEP, deadline_ms=300), OPENING, EDGE, 12, now=0.0)
+    state.on_step(structs.replace(STEP, deadline_ms=300), None, EDGE, 12, now=0.2)
     assert isinstance(state.on_tick(now=0.3)[-1], Refuse)
 
 
 def test_a_worker_that_beats_slowly_is_not_taken_for_dead() -> None:
     state = make_state()
-    arrive(state, dataclasses.replace(announce("w1"), heartbeat_ms=1000), now=0.0)
+    arrive(state, structs.replace(announce("w1"), heartbeat_ms=1000), now=0.0)
     assert state.on_tick(now=2.9) == []
     assert state.on_tick(now=3.1) != []
 
@@ -383,9 +382,9 @@ def test_the_queue_goes_round_the_sessions() -> None:
     """A heavy session has one step here at most; its next one queues behind the others'."""
     state = make_state()
     arrive(state, announce("w1", capacity=1), now=0.0)
-    heavy = [dataclasses.replace(STEP, step=i, position=256 * i) for i in range(3)]
+    heavy = [structs.replace(STEP, step=i, position=256 * i) for i in range(3)]
     state.on_step(heavy[0], OPENING, EDGE, 12, now=0.0)
-    others = [dataclasses.replace(STEP, session_id=bytes([i]) * 16) for i in (1, 2)]
+    others = [structs.replace(STEP, session_id=bytes([i]) * 16) for i in (1, 2)]
     for other in others:
         state.on_step(other, OPENING, EDGE, 12, now=0.0)
     served = []
@@ -437,13 +436,13 @@ def test_an_edge_has_a_limit_of_sessions() -> None:
     assert refuse.reason == "this edge has 1 sessions open; end some first"
     assert isinstance(state.on_step(OTHER, OPENING, Peer(b"edge-2"), 12, now=0.1)[0], Dispatched)
     state.on_end(STEP.session_id, EDGE)
-    third = dataclasses.replace(STEP, session_id=b"u" * 16)
+    third = structs.replace(STEP, session_id=b"u" * 16)
     assert isinstance(state.on_step(third, OPENING, EDGE, 12, now=0.2)[0], Dispatched)
 
 
 def test_bodies_are_held_up_to_a_limit() -> None:
     state = make_state("w1", max_queued_bytes=30)
-    third = dataclasses.replace(STEP, session_id=b"u" * 16)
+    third = structs.replace(STEP, session_id=b"u" * 16)
     for step in (STEP, OTHER):
         state.on_step(step, OPENING, EDGE, 12, now=0.0)
     (busy,) = state.on_step(third, OPENING, EDGE, 12, now=0.1)
@@ -456,7 +455,7 @@ def test_a_worker_whose_answer_could_not_be_used_is_not_asked_again() -> None:
     state = make_state("w1", "w2")
     state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
     state.on_answer(reply("w1"), now=0.1)
-    again = dataclasses.replace(STEP, step=1, shun="w1")
+    again = structs.replace(STEP, step=1, shun="w1")
     assert state.on_step(again, None, EDGE, 12, now=0.2) == [Dispatched("w2", again.key, 1, 0)]
 
 
@@ -466,7 +465,7 @@ def test_a_session_is_not_forgotten_while_its_step_is_open(
     monkeypatch.setattr("broker.state.SESSION_MEMORY_S", 100.0)
     state = make_state()
     arrive(state, announce("w1", capacity=0), now=0.0)
-    patient = dataclasses.replace(STEP, deadline_ms=3_600_000)
+    patient = structs.replace(STEP, deadline_ms=3_600_000)
     state.on_step(patient, OPENING, EDGE, 12, now=0.0)
     arrive(state, announce("w1", capacity=0), now=300.0)
     state.on_tick(now=300.0)

@@ -22,6 +22,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from msgspec import structs
 from PIL import Image
 from pools import PROMPTS, generate
 from test_cli import run_midspan
@@ -379,16 +380,16 @@ def test_steps_that_cannot_be_computed_are_refused_and_the_worker_lives_on(
     words: str,
 ) -> None:
     client = pool.connect(timeout_s=20)
-    part = dataclasses.replace(TensorPart("sample", 0, [1, 4, 16, 16], 0), **tensor)
+    part = structs.replace(TensorPart("sample", 0, [1, 4, 16, 16], 0), **tensor)
     size = 4 * int(np.prod(part.shape))
-    part = dataclasses.replace(part, body_bytes=size)
+    part = structs.replace(part, body_bytes=size)
     step = ImageStep(random.randbytes(16), 0, 0, 0, [part], 0, 20_000)
     good = ImageOpening(
         makers["unet"]._fingerprint, "unet", ["fp32"], 1, 2.5, [999.0], False, "", "float32"
     )
     with pytest.raises(StepRefused, match=words):
         client.ask(
-            step, bytes(size), dataclasses.replace(good, **opening), is_known=False,
+            step, bytes(size), structs.replace(good, **opening), is_known=False,
             wait_for_worker=False,
         )  # fmt: skip
     client.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from msgspec import structs
+
 from cloud_worker.batcher import Batcher, Task
 from cloud_worker.time_shares import RETURN_S, TimeShares
 from common.messages import Opening, Part, Step
@@ -78,7 +80,7 @@ STEP = Step(b"a" * 16, 0, 0, 0, 0, [Part(0, 1, 32)], 1, 0, 1000)
 
 
 def task(session: str, edge: int) -> Task:
-    step = dataclasses.replace(STEP, session_id=session.encode() * 16)
+    step = structs.replace(STEP, session_id=session.encode() * 16)
     return Task(step, Opening("m", "0-2", 8, ["fp32"], ""), b"", 1, 0, 0, 0.0, edge=edge)
 
 

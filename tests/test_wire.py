@@ -1,57 +1,70 @@
 """The wire format: every message comes back whole, and whatever is wrong is refused by name."""
 
-import dataclasses
-from typing import Any
+from typing import Any, get_type_hints
 
 import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from common.errors import ProtocolError
-from common.messages import Announce, Part, Service, Step, StepReply, TensorPart
+from common.messages import (
+    KINDS,
+    Announce,
+    CodecNames,
+    Count,
+    ImageOpening,
+    Number,
+    Numbers,
+    Part,
+    Parts,
+    Sealed,
+    Service,
+    Services,
+    SessionId,
+    Shape,
+    Stats,
+    Step,
+    StepReply,
+    TensorPart,
+    TensorParts,
+    Text,
+)  # fmt: skip
 from common.settings import MAX_FRAMES, MAX_HEADER_BYTES
-from common.wire import KINDS, VERSION, check_frames, decode_header, encode_header
+from common.wire import check_frames, decode_header, encode_header
 
 STEP = Step(b"s" * 16, 0, 0, 7, 11, [Part(0, 1, 130)], 1, 0, 60000)
-NAMES = [field.name for field in dataclasses.fields(Step)]
+NAMES = list(Step.__struct_fields__)
 
 INTEGERS = st.integers(0, 2**53)
+TEXTS = st.text(max_size=50)
 VALUES = {
-    "int": INTEGERS,
-    "str": st.text(max_size=50),
-    "bytes": st.binary(min_size=16, max_size=16),
-    "Sealed": st.binary(max_size=256),
-    "bool": st.booleans(),
-    "float": st.integers(0, 2**53).map(float),
-    "list[float]": st.lists(st.integers(0, 999).map(float), max_size=5),
-    "list[TensorPart]": st.lists(
-        st.builds(
-            TensorPart,
-            st.text(max_size=9),
-            INTEGERS,
-            st.lists(INTEGERS, min_size=1, max_size=4),
-            INTEGERS,
-        ),
-        max_size=3,
-    ),
-    "list[Service]": st.lists(
-        st.builds(Service, st.text(max_size=9), st.text(max_size=9), st.text(max_size=9), INTEGERS),
-        max_size=3,
-    ),
-    "list[Part]": st.lists(st.builds(Part, INTEGERS, INTEGERS, INTEGERS), min_size=1, max_size=4),
-    "list[str]": st.lists(st.text(max_size=9), min_size=1, max_size=3),
-    "dict[str, Any]": st.dictionaries(st.text(max_size=9), INTEGERS, max_size=3),
+    Count: INTEGERS,
+    Text: TEXTS,
+    SessionId: st.binary(min_size=16, max_size=16),
+    Sealed: st.binary(max_size=256),
+    bool: st.booleans(),
+    Number: INTEGERS.map(float),
+    Numbers: st.lists(st.integers(0, 999).map(float), max_size=5),
+    Shape: st.lists(INTEGERS, min_size=1, max_size=4),
+    CodecNames: st.lists(st.text(max_size=9), min_size=1, max_size=3),
+    Stats: st.dictionaries(st.text(max_size=9), INTEGERS, max_size=3),
 }
 
 
+def any_struct(kind: type[Any]) -> st.SearchStrategy[Any]:
+    types = get_type_hints(kind, include_extras=True)
+    return st.builds(kind, **{name: VALUES[types[name]] for name in kind.__struct_fields__})
+
+
+VALUES[Parts] = st.lists(any_struct(Part), min_size=1, max_size=4)
+VALUES[TensorParts] = st.lists(any_struct(TensorPart), max_size=3)
+VALUES[Services] = st.lists(any_struct(Service), max_size=3)
+
+
 def any_message() -> st.SearchStrategy[Any]:
-    return st.one_of(
-        [
-            st.builds(kind, **{f.name: VALUES[str(f.type)] for f in dataclasses.fields(kind)})
-            for kind in KINDS.values()
-        ]
-    )
+    return st.one_of([any_struct(kind) for kind in KINDS.values()])
 
 
 @given(any_message())
@@ -74,7 +87,7 @@ def test_a_truncated_header_is_refused(data: st.DataObject) -> None:
 
 @given(
     st.sampled_from(NAMES),
-    st.one_of(st.none(), st.integers(-5, -1), st.floats(), st.lists(st.integers(0, 9), max_size=3)),
+    st.one_of(st.none(), st.integers(-5, -1), st.just(0.5), st.lists(st.just("a"), max_size=3)),
 )
 def test_a_field_of_the_wrong_type_is_named(name: str, value: Any) -> None:
     with pytest.raises(ProtocolError, match=rf"step message has a bad {name}"):
@@ -84,22 +97,25 @@ def test_a_field_of_the_wrong_type_is_named(name: str, value: Any) -> None:
 def _with(**changes: Any) -> bytes:
     fields = msgpack.unpackb(encode_header(STEP))
     for name, value in changes.items():
-        fields[{"v": 0, "k": 1}.get(name, NAMES.index(name) + 2 if name in NAMES else 0)] = value
+        fields[NAMES.index(name) + 1 if name in NAMES else 0] = value
     return msgpack.packb(fields)
 
 
 @pytest.mark.parametrize(
     ("frame", "words"),
     [
-        (_with(v=VERSION + 1), f"version {VERSION + 1}; this midspan speaks {VERSION}"),
-        (_with(v=True), "version True"),
-        (_with(k="bogus"), "unknown kind 'bogus'"),
-        (_with(session_id=b"short"), "bad session_id: expected 16 bytes"),
-        (_with(position=True), "bad position"),
-        (_with(parts=[]), "bad parts: expected 1 to 512 parts"),
-        (_with(parts=[[0, 1]]), r"bad parts: expected \[codec, rows, bytes\]"),
+        (_with(kind="step/3"), "header is of protocol 3; this midspan speaks protocol 2"),
+        (msgpack.packb([1, "step", 0]), "header is of protocol 1; this midspan speaks protocol 2"),
+        (_with(kind=True), r"header is a list; expected \[kind/2"),
+        (_with(kind="bogus/2"), "unknown kind 'bogus'"),
+        (_with(session_id=b"short"), "bad session_id: Expected `bytes` of length >= 16"),
+        (_with(position=True), "bad position: Expected `int`, got `bool`"),
+        (_with(position=-1), "bad position: Expected `int` >= 0"),
+        (_with(parts=[]), "bad parts: Expected `array` of length >= 1"),
+        (_with(parts=[[0, 1]]), "bad parts: Expected `array` of "),
         (msgpack.packb({"v": 1}), "header is a dict; expected"),
-        (msgpack.packb([VERSION, "step", 1]), "step message has 1 fields; expected 10"),
+        (msgpack.packb(["step/2", b"s" * 16]), "Expected `array` of at least length 10"),
+        (encode_header(STEP) + b"x", "not MessagePack"),
         (b"\x00" * (MAX_HEADER_BYTES + 1), "at most"),
         (b"\x91" * 2000, "not MessagePack"),
     ],
@@ -109,8 +125,18 @@ def test_what_is_wrong_with_a_header_is_said(frame: bytes, words: str) -> None:
         decode_header(frame)
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -1e300])
+def test_numbers_that_are_none_are_refused(number: float) -> None:
+    opening = ImageOpening("f" * 16, "unet", ["int8"], 1, 7.5, [999.0], False, "", "float32")
+    for name, value in (("guidance", number), ("timesteps", [1.0, number])):
+        fields = msgpack.unpackb(encode_header(opening))
+        fields[ImageOpening.__struct_fields__.index(name) + 1] = value
+        with pytest.raises(ProtocolError, match="open_image message"):
+            decode_header(msgpack.packb(fields))
+
+
 def test_a_decode_step_has_a_small_header() -> None:
-    long = dataclasses.replace(STEP, step=5000, position=5000, parts=[Part(0, 1, 4098)])
+    long = structs.replace(STEP, step=5000, position=5000, parts=[Part(0, 1, 4098)])
     assert len(encode_header(long)) <= 48
     reply = StepReply(b"s" * 16, 0, 5000, 1, 1, 5000, "w-12345678", 3000, 90_000)
     assert len(encode_header(reply)) <= 60

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
+from msgspec import structs
 
 from cloud_worker.batcher import Batcher, Task
 from cloud_worker.warm_cache import WarmCache
@@ -18,7 +17,7 @@ STEP = Step(b"a" * 16, 0, 0, 0, 0, [Part(0, 1, 32)], 1, 0, 1000)
 
 
 def task(session: str, rows: int = 1) -> Task:
-    step = dataclasses.replace(STEP, session_id=session.encode() * 16, parts=[Part(0, rows, 32)])
+    step = structs.replace(STEP, session_id=session.encode() * 16, parts=[Part(0, rows, 32)])
     return Task(step, OPENING, b"", 1, 0, 0, 0.0)
 
 
@@ -85,14 +84,14 @@ def test_a_session_keeps_the_rows_that_are_valid_for_a_step(
     session = make_cache(1).open(STEP.session_id, STEP)
     session.kv.reserve(8)
     session.kv.length = session.committed = 8
-    step = dataclasses.replace(STEP, generation=generation, fork=fork, position=position)
+    step = structs.replace(STEP, generation=generation, fork=fork, position=position)
     assert session.adjust_to(step)
     assert (session.kv.length, session.committed, session.generation) == (keeps, keeps, generation)
 
 
 def test_a_step_of_an_older_generation_is_out_of_date() -> None:
-    session = make_cache(1).open(STEP.session_id, dataclasses.replace(STEP, generation=3))
-    assert not session.adjust_to(dataclasses.replace(STEP, generation=2))
+    session = make_cache(1).open(STEP.session_id, structs.replace(STEP, generation=3))
+    assert not session.adjust_to(structs.replace(STEP, generation=2))
 
 
 def test_kv_rows_keep_each_layer_apart_and_survive_growing() -> None:

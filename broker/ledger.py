@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, field
 
 from common.settings import (
     MAX_BYTES_PER_EDGE,
@@ -25,53 +25,77 @@ class Limits:
     bytes_per_edge: int = MAX_BYTES_PER_EDGE
 
 
+@dataclass(slots=True, eq=False)
+class Account:
+    """What one edge holds: the edge of a key, or of a connection where keys are not used."""
+
+    name: bytes
+    sessions: int = 0
+    steps: int = 0
+    body_bytes: int = 0
+    number: int = field(init=False)  # workers take edges in turn by it
+
+    def __post_init__(self) -> None:
+        self.number = zlib.crc32(self.name)
+
+
 class Ledger:
-    """Counts by account: the edge's key, or its connection where keys are not used."""
+    """Keeps the accounts of all edges that hold something."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self._sessions: Counter[bytes] = Counter()
-        self._steps: Counter[bytes] = Counter()
-        self._bytes: Counter[bytes] = Counter()
-        self._steps_in_all = self._bytes_in_all = 0
+        self._accounts: dict[bytes, Account] = {}
+        self._with_sessions = 0
+        self._steps = self._body_bytes = 0
 
-    def add_session(self, account: bytes) -> None:
-        self._sessions[account] += 1
+    def open(self, name: bytes) -> Account:
+        """The account of an edge; one that holds nothing is forgotten again."""
+        account = self._accounts.get(name)
+        return account if account is not None else Account(name)
 
-    def drop_session(self, account: bytes) -> None:
-        _subtract(self._sessions, account, 1)
+    def add_session(self, account: Account) -> None:
+        self._accounts[account.name] = account
+        self._with_sessions += account.sessions == 0
+        account.sessions += 1
 
-    def has_all_sessions(self, account: bytes) -> bool:
+    def drop_session(self, account: Account) -> None:
+        account.sessions -= 1
+        if not account.sessions:
+            self._with_sessions -= 1
+            self._forget_if_empty(account)
+
+    def has_all_sessions(self, account: Account) -> bool:
         """Whether an edge may open no more."""
-        return self._sessions[account] >= self.limits.sessions_per_edge
+        return account.sessions >= self.limits.sessions_per_edge
 
-    def is_alone(self, account: bytes) -> bool:
+    def is_alone(self, account: Account) -> bool:
         """Whether nobody else has a session here."""
-        return len(self._sessions) <= (account in self._sessions)
+        return self._with_sessions <= (account.sessions > 0)
 
-    def add_step(self, account: bytes, body_bytes: int) -> None:
-        self._steps[account] += 1
-        self._bytes[account] += body_bytes
-        self._steps_in_all += 1
-        self._bytes_in_all += body_bytes
+    def add_step(self, account: Account, body_bytes: int) -> None:
+        self._accounts[account.name] = account
+        account.steps += 1
+        account.body_bytes += body_bytes
+        self._steps += 1
+        self._body_bytes += body_bytes
 
-    def drop_step(self, account: bytes, body_bytes: int) -> None:
-        _subtract(self._steps, account, 1)
-        _subtract(self._bytes, account, body_bytes)
-        self._steps_in_all -= 1
-        self._bytes_in_all -= body_bytes
+    def drop_step(self, account: Account, body_bytes: int) -> None:
+        account.steps -= 1
+        account.body_bytes -= body_bytes
+        self._steps -= 1
+        self._body_bytes -= body_bytes
+        if not account.steps:
+            self._forget_if_empty(account)
 
-    def has_room(self, account: bytes, body_bytes: int) -> bool:
+    def has_room(self, account: Account, body_bytes: int) -> bool:
         """Whether one more step of an edge is taken. The first always is, however large."""
         limits = self.limits
-        if self._steps_in_all >= limits.steps or self._steps[account] >= limits.steps_per_edge:
+        if self._steps >= limits.steps or account.steps >= limits.steps_per_edge:
             return False
-        fits = self._bytes_in_all + body_bytes <= limits.body_bytes or not self._steps_in_all
-        own_fits = self._bytes[account] + body_bytes <= limits.bytes_per_edge
-        return fits and (own_fits or not self._steps[account])
+        fits = self._body_bytes + body_bytes <= limits.body_bytes or not self._steps
+        own_fits = account.body_bytes + body_bytes <= limits.bytes_per_edge
+        return fits and (own_fits or not account.steps)
 
-
-def _subtract(counter: Counter[bytes], account: bytes, amount: int) -> None:
-    counter[account] -= amount
-    if counter[account] <= 0:
-        del counter[account]
+    def _forget_if_empty(self, account: Account) -> None:
+        if not account.sessions and not account.steps:
+            self._accounts.pop(account.name, None)

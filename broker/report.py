@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
-from broker.records import Worker
+from broker.pools import Worker
 from broker.state import BrokerState
 
 
 def make_report(state: BrokerState, now: float) -> dict[str, Any]:
     """Workers, queues, sessions and counters; goes into the body of a StatusReport."""
+    warm = Counter(session.worker_id for session in state.sessions.values())
     return {
         "uptime_s": round(now - state.started_at, 1),
-        "workers": [_report_worker(state, worker, now) for worker in state.workers.values()],
+        "workers": [
+            _report_worker(worker, warm[worker.name], now) for worker in state.workers.values()
+        ],
         "queues": [
-            {"model": model, "part": part, "precision": precision, "queued": len(queue)}
-            for (model, part, precision), queue in state.queues.items()
+            {"model": model, "part": part, "precision": precision, "queued": pool.count_queued()}
+            for (model, part, precision), pool in state.pools.items()
         ],
         "sessions": len(state.sessions),
         "steps_in_flight": sum(len(w.in_flight) for w in state.workers.values()),
@@ -23,7 +27,7 @@ def make_report(state: BrokerState, now: float) -> dict[str, Any]:
     }
 
 
-def _report_worker(state: BrokerState, worker: Worker, now: float) -> dict[str, Any]:
+def _report_worker(worker: Worker, warm_sessions: int, now: float) -> dict[str, Any]:
     announce = worker.announce
     return {
         "worker_id": announce.worker_id,
@@ -42,9 +46,7 @@ def _report_worker(state: BrokerState, worker: Worker, now: float) -> dict[str, 
         ],
         "in_flight": len(worker.in_flight),
         "capacity": announce.capacity,
-        "warm_sessions": sum(
-            session.worker_id == announce.worker_id for session in state.sessions.values()
-        ),
+        "warm_sessions": warm_sessions,
         "steps_done": worker.steps_done,
         "seen_ms_ago": round((now - worker.seen_at) * 1000),
         "stats": announce.stats,

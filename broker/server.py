@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from broker.actions import (
     TellPending,
 )
 from broker.admission import Admission
-from broker.records import Peer
+from broker.peer import Peer
 from broker.report import make_report
 from broker.state import BrokerState
 from common.errors import ProtocolError, SettingsError
@@ -346,9 +345,8 @@ class BrokerServer:
 
     def _make_dispatch(self, key: StepKey, attempt: int, queue_us: int) -> list[bytes]:
         session = self.state.sessions[key[0]]
-        number = zlib.crc32(session.edge.account)
         header = encode_header(
-            Dispatch(attempt, queue_us, session.edge.key, number, session.precision)
+            Dispatch(attempt, queue_us, session.edge.key, session.account.number, session.precision)
         )
         return [header, *self._frames[key], session.opening_frame]
 

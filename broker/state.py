@@ -1,9 +1,10 @@
 """What the broker knows and decides: state in, actions out. No sockets, no clock, no torch.
 
-The broker keeps nothing that it could not lose. Workers say everything about themselves in every
-heartbeat, edges ask again when they hear nothing, so a broker that was restarted knows all it
-needs after one heartbeat. Each step is in one of three places: queued for its service, in flight
-at one worker, or answered and forgotten.
+The broker keeps nothing that it could not lose. Workers say everything about themselves again and
+again, edges ask again when they hear nothing, so a broker that was restarted knows all it needs
+after a moment. Each step is in one of three places: queued for its service, in flight at one
+worker, or answered and forgotten. What a step costs here does not depend on how many workers,
+sessions or services there are (`broker/pools.py`); only steps that fail look at all workers.
 
 A step goes to the worker that is warm for its session (it computed the session's last step), as
 long as that worker has room; when it has not, the step waits for it unless another worker is
@@ -25,6 +26,9 @@ one is alive; a session belongs to the edge, by its key, that opened it.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Iterable
+
 from broker.actions import (
     AcceptDrain,
     Action,
@@ -42,19 +46,17 @@ from broker.actions import (
     TellNotJoined,
     TellPending,
 )
-from broker.fair_queue import FairQueue
-from broker.ledger import Ledger, Limits
-from broker.records import (
-    SEND_AGAIN_S,
-    Flight,
-    Peer,
+from broker.ledger import Account, Ledger, Limits
+from broker.peer import Peer
+from broker.pools import (
+    HAND_OVER_S,
     ServiceKey,
-    SessionRecord,
-    StepRecord,
+    ServicePool,
     Worker,
     describe_service,
     service_key,
 )
+from broker.records import SEND_AGAIN_S, SessionRecord, StepRecord
 from common.messages import (
     Alive,
     Announce,
@@ -64,7 +66,6 @@ from common.messages import (
     NeedRows,
     NeedTensors,
     Opening,
-    Service,
     Step,
     StepDropped,
     StepFailed,
@@ -84,7 +85,6 @@ from common.settings import (
 
 SESSION_MEMORY_S = 600.0  # how long the warm worker of a silent session is remembered
 BUSY_RETRY_MS = 200
-HAND_OVER_S, HAND_OVER_TIMES = 2.0, 3.0  # of what the service's steps usually take
 SETTLE_S = 1.0  # between the second worker that died with a step and the third that gets it
 EDGE_RETURN_S = 5.0  # how long the steps of an edge that has gone are kept for its return
 WORKER_RETURN_S = 30.0  # how long steps wait for a service whose last worker has gone
@@ -119,12 +119,12 @@ class BrokerState:
         self._ledger = Ledger(Limits(max_queued_steps, max_queued_bytes, max_sessions_per_edge))
         self.workers: dict[str, Worker] = {}
         self.steps: dict[StepKey, StepRecord] = {}
-        self.queues: dict[ServiceKey, FairQueue] = {}
-        self.sessions: dict[bytes, SessionRecord] = {}
+        self.pools: dict[ServiceKey, ServicePool] = {}
+        self._pools_of_part: dict[tuple[str, str], list[ServicePool]] = {}  # in all precisions
+        self.sessions: OrderedDict[bytes, SessionRecord] = OrderedDict()  # the most silent first
         self.counters = dict.fromkeys(COUNTERS, 0)
         self.is_full = False  # the process has all the memory that it may have
-        self._usual_s: dict[ServiceKey, float] = {}  # of a step at a worker, lately
-        self._gone_at: dict[ServiceKey, float] = {}  # when its last worker went
+        self._settling: dict[StepKey, StepRecord] = {}  # not to be handed out yet
 
     # --- what arrives from edges
 
@@ -141,47 +141,72 @@ class BrokerState:
 
         `opening_frame` is the opening as it came, to be passed on.
         """
+        key = step.key
         session = self.sessions.get(step.session_id)
         if session is not None and session.edge.key != edge.key:
             why = "the session belongs to another edge"
-            return [Refuse(edge.address, step.key, "invalid", why), self._note_foreign(edge)]
-        record = self.steps.get(step.key)
+            return [Refuse(edge.address, key, "invalid", why), self._note_foreign(edge)]
+        record = self.steps.get(key)
         if record is not None:
             return self._hear_again(record, edge, now)
         self.counters["steps"] += 1
-        if session is not None and step.key[1:] < session.newest[1:]:
+        if session is not None and key[1:] < session.newest[1:]:
             why = "a newer step of this session has arrived"
-            return [Refuse(edge.address, step.key, "stale", why)]
+            return [Refuse(edge.address, key, "stale", why)]
         if opening is None:
             if session is None:
-                return [AskOpening(edge.address, step.key)]
+                return [AskOpening(edge.address, key)]
             opening, opening_frame = session.opening, session.opening_frame
         why = _why_wrong(step, opening)
         if why:
             self.counters["refused"] += 1
-            return [Refuse(edge.address, step.key, "invalid", why)]
-        actions = self._abandon_older(step)
+            return [Refuse(edge.address, key, "invalid", why)]
+        actions = self._abandon_older(session)
         precision = opening.precision or (session.precision if session is not None else "")
-        service = self._choose_service(opening, precision)
-        refusal = self._refuse_at_once(step, service, edge, body_bytes, now)
+        pool = self._choose_pool(opening, precision)
+        account = self._account_of(session, edge)
+        refusal = self._refuse_at_once(key, session is None, pool, edge, account, body_bytes, now)
         if refusal is not None:
             return [*actions, refusal]
-        warm_worker = None
-        if session is not None:
-            warm_worker = session.worker_id if session.worker_id != step.shun else None
-            self._forget_session(step.session_id)
-        self.sessions[step.session_id] = SessionRecord(
-            opening, edge, warm_worker, step.key, now, opening_frame, precision
-        )
-        self._ledger.add_session(edge.account)
+        pool = self._pool_of(pool.key)
+        if session is None:
+            session = SessionRecord(opening, edge, account, key, now, opening_frame, precision)
+            self.sessions[step.session_id] = session
+            self._ledger.add_session(account)
+        else:
+            self._renew(session, step, edge, account, now)
+            session.opening, session.opening_frame = opening, opening_frame
+            session.precision = precision
         deadline_at = now + min(step.deadline_ms / 1000, MAX_DEADLINE_S)
-        record = StepRecord(step, service, edge, edge.account, body_bytes, now, now, deadline_at)
+        record = StepRecord(step, pool, edge, account, body_bytes, now, now, deadline_at)
         if step.shun:
             record.failures.append((step.shun, "its answer could not be used"))
-        self.steps[step.key] = record
-        self._ledger.add_step(record.account, body_bytes)
-        self._queue_of(service).add(record.account, step.key)
-        return [*actions, *self._dispatch(service, now)]
+        self.steps[key] = record
+        self._ledger.add_step(account, body_bytes)
+        return actions + self._route(record, now)
+
+    def _account_of(self, session: SessionRecord | None, edge: Peer) -> Account:
+        name = edge.account
+        if session is not None and session.account.name == name:
+            return session.account
+        return self._ledger.open(name)
+
+    def _renew(
+        self, session: SessionRecord, step: AnyStep, edge: Peer, account: Account, now: float
+    ) -> None:
+        """A session has its next step, perhaps over another connection."""
+        if account is not session.account:
+            self._ledger.add_session(account)
+            self._ledger.drop_session(session.account)
+            session.account = account
+        session.edge, session.newest = edge, step.key
+        if session.worker is not None and session.worker.name == step.shun:
+            session.worker = None
+        self._see(step.session_id, session, now)
+
+    def _see(self, session_id: bytes, session: SessionRecord, now: float) -> None:
+        session.seen_at = now
+        self.sessions.move_to_end(session_id)
 
     def on_ask_again(self, message: AskAgain, edge: Peer, now: float) -> list[Action]:
         """An edge waits for a step that it has sent. It sends it anew if that is not here."""
@@ -197,7 +222,7 @@ class BrokerState:
         record.edge, record.edge_gone_at = edge, None
         session = self.sessions.get(record.step.session_id)
         if session is not None:
-            session.seen_at = now
+            self._see(record.step.session_id, session, now)
         return [TellPending(edge.address, record.step.key), *self._send_again(record, now)]
 
     def on_edges_disconnected(self, connections: set[int], now: float) -> list[Action]:
@@ -215,17 +240,14 @@ class BrokerState:
         if session.edge.key != edge.key:
             return [self._note_foreign(edge)]
         self._forget_session(session_id)
-        actions: list[Action] = []
-        record = self.steps.get(session.newest)
-        if record is not None:
-            actions += self._remove(record)
-        target = session.worker_id
-        if target is None or target not in self.workers:
-            target = next(iter(self.workers), None)
-        return [*actions, ForwardEnd(target, session_id, edge.key)] if target else actions
+        actions = self._abandon_older(session)
+        target = session.warm_worker or next(iter(self.workers.values()), None)
+        if target is not None:
+            actions.append(ForwardEnd(target.name, session_id, edge.key))
+        return actions
 
     def _forget_session(self, session_id: bytes) -> None:
-        self._ledger.drop_session(self.sessions.pop(session_id).edge.account)
+        self._ledger.drop_session(self.sessions.pop(session_id).account)
 
     def _note_foreign(self, edge: Peer) -> Note:
         self.counters["foreign_sessions"] += 1
@@ -237,28 +259,60 @@ class BrokerState:
         """A worker describes itself: a new one, a known one, or one that has connected anew."""
         name = announce.worker_id
         worker = self.workers.get(name)
-        actions: list[Action] = []
-        if worker is None and len(self.workers) >= MAX_WORKERS:
-            why = f"{MAX_WORKERS} workers are known, and more are not taken"
-            return [Note(f"worker {name} is one too many"), TellNotJoined(peer.address, why)]
         if worker is None:
-            worker = self.workers[name] = Worker(announce, peer, now)
-            serving = ", ".join(describe_service(s) for s in announce.services)
-            actions.append(Note(f"worker {name} joined, serving {serving}"))
-            actions.append(TellJoined(peer.address))
-            joined = {(service.model, service.part) for service in announce.services}
-            for waiting in [queued for queued in self.queues if queued[:2] in joined]:
-                actions += self._rehome(waiting, now)
-        elif not worker.is_same(announce, peer):
+            return self._join(announce, peer, now)
+        if not worker.is_same(announce, peer):
             why = (
                 f"a worker {name!r} is here already (process {worker.announce.pid} on "
                 f"{worker.announce.host}); choose another --id"
             )
             return [self._note_forged(name, peer), TellNotJoined(peer.address, why)]
-        elif worker.peer.address != peer.address:
+        actions: list[Action] = []
+        if worker.peer.address != peer.address:
             actions.append(TellJoined(peer.address))
-        worker.announce, worker.peer, worker.seen_at = announce, peer, now
-        return actions + self._dispatch_for(name, now)
+        before, worker.announce, worker.peer = worker.announce, announce, peer
+        worker.fresh_s = FRESH_PART * self._silence_limit_s(worker)
+        worker.hear(now)
+        if announce.services != before.services:
+            actions += self._leave_pools(worker, now) + self._join_pools(worker, now)
+        elif (announce.capacity, announce.ready) != (before.capacity, before.ready):
+            worker.settle()
+        return actions + self._dispatch_to(worker, now)
+
+    def _join(self, announce: Announce, peer: Peer, now: float) -> list[Action]:
+        name = announce.worker_id
+        if len(self.workers) >= MAX_WORKERS:
+            why = f"{MAX_WORKERS} workers are known, and more are not taken"
+            return [Note(f"worker {name} is one too many"), TellNotJoined(peer.address, why)]
+        worker = self.workers[name] = Worker(announce, peer, now, fresh_s=0.0)
+        worker.fresh_s = FRESH_PART * self._silence_limit_s(worker)
+        serving = ", ".join(describe_service(s) for s in announce.services)
+        actions: list[Action] = [
+            Note(f"worker {name} joined, serving {serving}"),
+            TellJoined(peer.address),
+        ]
+        actions += self._join_pools(worker, now)
+        return actions + self._dispatch_to(worker, now)
+
+    def _join_pools(self, worker: Worker, now: float) -> list[Action]:
+        actions: list[Action] = []
+        for service in dict.fromkeys(map(service_key, worker.announce.services)):
+            pool = self._pool_of(service)
+            pool.gone_at = None
+            pool.add(worker)
+            for other in self._pools_of_part[service[:2]]:
+                actions += self._rehome(other, now)
+        return actions
+
+    def _leave_pools(self, worker: Worker, now: float) -> list[Action]:
+        """A worker serves nothing any more; what waited for it is queued for the others."""
+        actions: list[Action] = []
+        for pool in list(worker.pools):
+            self._queue_for_all(pool, pool.remove(worker))
+            if not pool.workers:
+                pool.gone_at = now
+            actions += self._rehome(pool, now) + self._dispatch_from(pool, now)
+        return actions
 
     def on_alive(self, alive: Alive, peer: Peer, now: float) -> list[Action]:
         """A heartbeat, over a connection of its own."""
@@ -267,8 +321,9 @@ class BrokerState:
             return []
         if (worker.peer.key, worker.announce.pulse) != (peer.key, alive.pulse):
             return [self._note_forged(alive.worker_id, peer)]
-        worker.seen_at = now
-        return []
+        was_quiet = worker.is_quiet
+        worker.hear(now)
+        return self._dispatch_to(worker, now) if was_quiet else []
 
     def check_sender(self, worker_id: str, peer: Peer) -> Note | None:
         """None if a message comes from the worker that it names, or if nobody has that name."""
@@ -294,50 +349,56 @@ class BrokerState:
 
     def on_answer(self, answer: StepReply | NeedRows | NeedTensors, now: float) -> list[Action]:
         """A worker answered a step. Answers of any but the latest attempt are dropped."""
-        record = self._take_in_flight(answer.key, answer.worker_id, answer.attempt, now)
-        if record is None:
+        worker = self._hear_worker(answer.worker_id, now)
+        record = self._take_in_flight(answer.key, worker, answer.attempt)
+        if worker is None or record is None:
             self.counters["late_answers"] += 1
-            return self._dispatch_for(answer.worker_id, now)
-        if answer.precision not in ("", record.service[2]):
+            return self._dispatch_to(worker, now)
+        precision = record.pool.key[2]
+        if answer.precision not in ("", precision):
             why = f"answers in {answer.precision}, which it does not serve"
-            return self._fail(record, answer.worker_id, why, now)
+            return self._fail(record, worker, why, now)
         self.counters["answers"] += 1
-        self.workers[answer.worker_id].steps_done += 1
+        worker.steps_done += 1
         session = self.sessions.get(record.step.session_id)
         if session is not None:
-            session.worker_id, session.seen_at = answer.worker_id, now
-            session.precision = record.service[2]
-        if record.worker_id is None:  # it had been taken back, and an earlier worker was first
-            self.queues[record.service].remove(record.account, record.step.key)
-        self._learn_time(record.service, now - record.sent_at)
+            session.worker, session.precision = worker, precision
+            self._see(record.step.session_id, session, now)
+        if record.worker is None:  # it had been taken back, and an earlier worker was first
+            self._take_from_queue(record)
+        record.pool.learn_time(now - record.sent_at)
         self._drop_record(record)
         actions: list[Action] = [Answer(record.edge.address, answer.key), Forget(answer.key)]
-        actions += self._cancel_at_all(record, but=answer.worker_id)
-        return actions + self._dispatch_for(answer.worker_id, now)
+        if record.late_on or record.worker is not worker:
+            actions += self._cancel_at_all(record, but=answer.worker_id)
+        return actions + self._dispatch_to(worker, now)
 
     def on_dropped(self, dropped: StepDropped, now: float) -> list[Action]:
         """A worker confirms that it does not compute a step (any more): it has room again."""
-        record = self._take_in_flight(dropped.key, dropped.worker_id, dropped.attempt, now)
+        worker = self._hear_worker(dropped.worker_id, now)
+        record = self._take_in_flight(dropped.key, worker, dropped.attempt)
         if record is None or record.late_on.pop(dropped.worker_id, None) is not None:
-            return self._dispatch_for(dropped.worker_id, now)
+            return self._dispatch_to(worker, now)
         self._drop_record(record)  # a newer step of the session reached it by another broker
-        return [Forget(dropped.key), *self._dispatch_for(dropped.worker_id, now)]
+        return [Forget(dropped.key), *self._dispatch_to(worker, now)]
 
     def on_failed(self, failed: StepFailed, now: float) -> list[Action]:
         """A worker could not compute a step: another one tries, up to `max_attempts` in all."""
-        record = self._take_in_flight(failed.key, failed.worker_id, failed.attempt, now)
-        if record is None:
+        worker = self._hear_worker(failed.worker_id, now)
+        record = self._take_in_flight(failed.key, worker, failed.attempt)
+        if worker is None or record is None:
             self.counters["late_answers"] += 1
-            return self._dispatch_for(failed.worker_id, now)
-        return self._fail(record, failed.worker_id, failed.reason, now)
+            return self._dispatch_to(worker, now)
+        return self._fail(record, worker, failed.reason, now)
 
-    def _fail(self, record: StepRecord, worker_id: str, reason: str, now: float) -> list[Action]:
+    def _fail(self, record: StepRecord, worker: Worker, reason: str, now: float) -> list[Action]:
         """A worker's answer is no good: another one tries, unless one is at it already."""
         actions: list[Action] = []
-        if record.late_on.pop(worker_id, None) is None:
-            actions = self._requeue_failed(record, worker_id, reason, now)
-            actions += self._dispatch(record.service, now)
-        return actions + self._dispatch_for(worker_id, now)
+        if record.late_on.pop(worker.name, None) is None:
+            record.failures.append((worker.name, reason))
+            self._take_back(record, now)
+            actions = self._try_elsewhere(record, now)
+        return actions + self._dispatch_to(worker, now)
 
     def on_drain(self, worker_id: str, peer: Peer, now: float) -> list[Action]:
         """A worker wants to leave: it gets nothing new."""
@@ -346,7 +407,8 @@ class BrokerState:
         if worker is None or worker.draining:
             return accepted
         worker.draining = True
-        rerouted = self._dispatch_for(worker_id, now)
+        worker.settle()
+        rerouted = self._release_backlogs(worker, now)
         return [Note(f"worker {worker_id} is draining"), *accepted, *rerouted]
 
     def on_worker_gone(self, worker_id: str, why: str, now: float) -> list[Action]:
@@ -361,27 +423,32 @@ class BrokerState:
         """
         gone = {name: self.workers.pop(name) for name in reasons if name in self.workers}
         actions: list[Action] = [Note(f"worker {name} {reasons[name]}") for name in gone]
-        for session in self.sessions.values():
-            if session.worker_id in gone:
-                session.worker_id = None
+        for worker in gone.values():
+            worker.is_gone = True
+            worker.settle()
+        homeless: list[StepRecord] = []
         for name, worker in gone.items():
-            for key in worker.in_flight:
+            for key in list(worker.in_flight):
                 record = self.steps.get(key)
-                if record is not None:
-                    record.late_on.pop(name, None)
-                if record is None or record.worker_id != name:
+                if record is None or record.worker is not worker:
+                    if record is not None:
+                        record.late_on.pop(name, None)
                     continue
+                self._take_back(record, now)
+                homeless.append(record)
                 if blame_steps:
                     # a pool that is killed as a whole does not end in one instant
                     record.wait_until = now + SETTLE_S if record.tries > 1 else 0.0
-                    actions += self._requeue_failed(record, name, reasons[name], now)
+                    record.failures.append((name, reasons[name]))
                 else:
-                    self._requeue_unsent(record, now)
+                    record.attempts -= 1
+        for record in homeless:
+            if blame_steps:
+                actions += self._try_elsewhere(record, now)
+            else:
+                actions += self._route(record, now, has_waited=True)
         for worker in gone.values():
-            for service in worker.announce.services:
-                self._gone_at[service_key(service)] = now
-                actions += self._rehome(service_key(service), now)
-            actions += self._dispatch_all(worker.announce.services, now)
+            actions += self._leave_pools(worker, now)
         return actions
 
     def is_current(self, action: Dispatched) -> bool:
@@ -395,8 +462,6 @@ class BrokerState:
 
     def on_undeliverable(self, action: Dispatched, now: float) -> list[Action]:
         """A step could not be sent: no attempt was made, and the worker is gone."""
-        if self.is_current(action):
-            self._requeue_unsent(self.steps[action.key], now)
         return self.on_worker_gone(action.worker_id, "is not connected", now)
 
     # --- time
@@ -415,15 +480,27 @@ class BrokerState:
         for record in [r for r in self.steps.values() if r.edge_gone_at is not None]:
             if now - (record.edge_gone_at or now) >= EDGE_RETURN_S:
                 actions += self._remove(record)
-        actions += self._hand_over_late_steps(now)
-        actions += self._refuse_what_waits_in_vain(now)
-        for record in [r for r in self.steps.values() if 0.0 < r.wait_until <= now]:
-            record.wait_until = 0.0
-            actions += self._dispatch(record.service, now)
-        for session_id, session in list(self.sessions.items()):
-            if now - session.seen_at > SESSION_MEMORY_S and session.newest not in self.steps:
-                self._forget_session(session_id)
+        actions += self._look_after_late_workers(now)
+        for key, record in list(self._settling.items()):
+            if now >= record.wait_until:
+                del self._settling[key]
+                record.wait_until = 0.0
+                actions += self._route(record, now, has_waited=True)
+        for service, pool in list(self.pools.items()):
+            if not pool.workers:
+                actions += self._look_after_lost(service, pool, now)
+        self._forget_silent_sessions(now)
         return actions
+
+    def _forget_silent_sessions(self, now: float) -> None:
+        while self.sessions:
+            session_id, session = next(iter(self.sessions.items()))
+            if now - session.seen_at <= SESSION_MEMORY_S:
+                return
+            if session.newest in self.steps:
+                self._see(session_id, session, now)
+            else:
+                self._forget_session(session_id)
 
     # --- decisions
 
@@ -434,52 +511,57 @@ class BrokerState:
 
     def _send_again(self, record: StepRecord, now: float) -> list[Action]:
         """A step in flight for long may have been lost on its way; a worker takes it twice."""
-        if record.worker_id is None or now - record.asked_at < record.again_after_s:
+        if record.worker is None or now - record.asked_at < record.again_after_s:
             return []
         record.asked_at = now
         record.again_after_s *= 2
-        return [Dispatched(record.worker_id, record.step.key, record.attempts, 0)]
+        return [Dispatched(record.worker.name, record.step.key, record.attempts, 0)]
 
     def _refuse_at_once(
-        self, step: AnyStep, service: ServiceKey, edge: Peer, body_bytes: int, now: float
+        self,
+        key: StepKey,
+        is_new: bool,
+        pool: ServicePool,
+        edge: Peer,
+        account: Account,
+        body_bytes: int,
+        now: float,
     ) -> Action | None:
-        if not self._is_or_will_be_served(service, now):
+        if not pool.workers and not self._may_return(pool, now):
             self.counters["refused"] += 1
-            return Refuse(edge.address, step.key, "no_worker", self._why_no_worker(service))
-        is_new = step.session_id not in self.sessions
-        if is_new and self._ledger.has_all_sessions(edge.account):
+            return Refuse(edge.address, key, "no_worker", self._why_no_worker(pool.key))
+        if is_new and self._ledger.has_all_sessions(account):
             self.counters["refused"] += 1
             limit = self._ledger.limits.sessions_per_edge
             why = f"this edge has {limit} sessions open; end some first"
-            return Refuse(edge.address, step.key, "invalid", why)
-        if self.is_full or not self._ledger.has_room(edge.account, body_bytes):
+            return Refuse(edge.address, key, "invalid", why)
+        if self.is_full or not self._ledger.has_room(account, body_bytes):
             self.counters["busy"] += 1
-            return TellBusy(edge.address, step.key, BUSY_RETRY_MS)
+            return TellBusy(edge.address, key, BUSY_RETRY_MS)
         return None
 
-    def _is_or_will_be_served(self, service: ServiceKey, now: float) -> bool:
-        """Workers that go are mostly replaced; a service that none has had is a mistake."""
-        model, part, precision = service
+    def _may_return(self, pool: ServicePool, now: float) -> bool:
+        """Workers that go are mostly replaced; a service that nobody has had is a mistake."""
         if now - self.started_at < max(self.silence_s, START_S):
             return True
-        return any(w.serves(service) for w in self.workers.values()) or any(
-            now - gone_at < WORKER_RETURN_S
-            for gone, gone_at in self._gone_at.items()
-            if gone[:2] == (model, part) and precision in ("", gone[2])
+        wanted = pool.key[2]
+        return any(
+            other.gone_at is not None and now - other.gone_at < WORKER_RETURN_S
+            for other in self._pools_of_part.get(pool.key[:2], ())
+            if wanted in ("", other.key[2])
         )
 
-    def _refuse_what_waits_in_vain(self, now: float) -> list[Action]:
+    def _look_after_lost(self, service: ServiceKey, pool: ServicePool, now: float) -> list[Action]:
+        """Nobody serves this: what waits here has waited long enough when nobody comes."""
+        if self._may_return(pool, now):
+            return []
         actions: list[Action] = []
-        for service, queue in list(self.queues.items()):
-            if not queue:
-                del self.queues[service]
-            elif not self._is_or_will_be_served(service, now):
-                for key in list(queue):
-                    why = self._why_no_worker(service)
-                    actions += self._refuse(self.steps[key], "no_worker", why)
-        for service, gone_at in list(self._gone_at.items()):
-            if now - gone_at >= WORKER_RETURN_S:
-                del self._gone_at[service]
+        for key in list(pool.queued()):
+            actions += self._refuse(self.steps[key], "no_worker", self._why_no_worker(service))
+        del self.pools[service]
+        self._pools_of_part[service[:2]].remove(pool)
+        if not self._pools_of_part[service[:2]]:
+            del self._pools_of_part[service[:2]]
         return actions
 
     def _why_no_worker(self, service: ServiceKey) -> str:
@@ -498,29 +580,28 @@ class BrokerState:
         return f"being served: {listed}"
 
     def _why_late(self, record: StepRecord, now: float) -> str:
-        where = f"in flight on worker {record.worker_id}" if record.worker_id else "still queued"
+        where = f"in flight on worker {record.worker_id}" if record.worker else "still queued"
         failures = "".join(f"; worker {w}: {reason}" for w, reason in record.failures)
         return (
             f"the step's deadline passed after {now - record.arrived_at:.1f} s, {where}{failures}"
         )
 
-    def _abandon_older(self, step: AnyStep) -> list[Action]:
+    def _abandon_older(self, session: SessionRecord | None) -> list[Action]:
         """The edge has moved on: older steps of its session need no answer."""
-        session = self.sessions.get(step.session_id)
-        record = self.steps.get(session.newest) if session else None
-        return self._remove(record) if record else []
+        record = self.steps.get(session.newest) if session is not None else None
+        return self._remove(record) if record is not None else []
 
     def _remove(self, record: StepRecord) -> list[Action]:
         self._drop_record(record)
-        if record.worker_id is None:
-            self.queues[record.service].remove(record.account, record.step.key)
+        if record.worker is None:
+            self._take_from_queue(record)
         return [Forget(record.step.key), *self._cancel_at_all(record)]
 
     def _cancel_at_all(self, record: StepRecord, but: str = "") -> list[Action]:
         """Whoever has a step that is over shall drop it, and counts as busy until then."""
         holders = dict(record.late_on)
-        if record.worker_id is not None:
-            holders[record.worker_id] = record.attempts
+        if record.worker is not None:
+            holders[record.worker.name] = record.attempts
         holders.pop(but, None)
         self.counters["cancelled"] += len(holders)
         return [
@@ -537,217 +618,263 @@ class BrokerState:
         del self.steps[record.step.key]
         self._ledger.drop_step(record.account, record.body_bytes)
 
-    def _take_in_flight(
-        self, key: StepKey, worker_id: str, attempt: int, now: float
-    ) -> StepRecord | None:
-        """The record of a step that this worker was asked for in this attempt, else None."""
+    def _hear_worker(self, worker_id: str, now: float) -> Worker | None:
         worker = self.workers.get(worker_id)
         if worker is not None:
-            worker.seen_at = now  # an answer is a sign of life
+            worker.hear(now)  # an answer is a sign of life
+        return worker
+
+    def _take_in_flight(
+        self, key: StepKey, worker: Worker | None, attempt: int
+    ) -> StepRecord | None:
+        """The record of a step that this worker was asked for in this attempt, else None."""
+        if worker is None:
+            return None
         record = self.steps.get(key)
         is_current = record is not None and (
-            (record.worker_id == worker_id and record.attempts == attempt)
-            or record.late_on.get(worker_id) == attempt
+            (record.worker is worker and record.attempts == attempt)
+            or record.late_on.get(worker.name) == attempt
         )
-        if worker is not None and (record is None or is_current or record.worker_id != worker_id):
-            worker.in_flight.pop(key, None)
-        return record if worker is not None and is_current else None
+        if record is None or is_current or record.worker is not worker:
+            worker.drop(key)
+        return record if is_current else None
 
-    def _requeue(self, record: StepRecord, now: float) -> None:
-        """Take a step back from its worker, to the front of its queue."""
-        worker = self.workers.get(record.worker_id or "")
+    # --- queues
+
+    def _route(self, record: StepRecord, now: float, has_waited: bool = False) -> list[Action]:
+        """Hand a step out if a worker takes it, else queue it, before others if it `has_waited`."""
+        key, pool, account = record.step.key, record.pool, record.account
+        if now < record.wait_until:
+            self._settling[key] = record
+            return []
+        if record.failures:
+            pool.retries[key] = None
+            return self._try_again(pool, now)
+        is_alone = self._ledger.is_alone(account)
+        warm = self._warm_worker_of(record)
+        queue = pool.waiting
+        if warm is not None and not warm.is_stuck(now, pool.patience_s):
+            if warm.is_open and warm.has_place_for(account, is_alone) and warm.is_fresh(now):
+                return [self._assign(record, warm, now)]
+            worker = pool.find(account, is_alone, now, only_idle=True)
+            queue = pool.backlog_of(warm)
+        else:
+            worker = pool.find(account, is_alone, now)
         if worker is not None:
-            worker.in_flight.pop(record.step.key, None)
-        record.worker_id = None
+            return [self._assign(record, worker, now)]
+        record.queue = queue
+        if has_waited:
+            queue.add_first(account, key)
+        else:
+            queue.add(account, key)
+        return []
+
+    def _warm_worker_of(self, record: StepRecord) -> Worker | None:
+        """Who is warm for a step's session and may have the step."""
+        session = self.sessions.get(record.step.session_id)
+        warm = session.warm_worker if session is not None else None
+        if warm is None or warm.draining or warm.name not in record.pool.workers:
+            return None
+        return warm
+
+    def _assign(self, record: StepRecord, worker: Worker, now: float) -> Dispatched:
+        key = record.step.key
+        record.worker, record.queue = worker, None
+        record.attempts += 1
+        record.sent_at = record.asked_at = now
+        record.again_after_s = SEND_AGAIN_S
+        worker.take(key, record.account, now)
+        queue_us = max(0, round((now - record.queued_at) * 1e6))
+        return Dispatched(worker.name, key, record.attempts, queue_us)
+
+    def _take_from_queue(self, record: StepRecord) -> None:
+        """A step waits no longer, wherever it did."""
+        if record.queue is not None:
+            record.queue.remove(record.account, record.step.key)
+            record.queue = None
+        record.pool.retries.pop(record.step.key, None)
+        self._settling.pop(record.step.key, None)
+
+    def _take_back(self, record: StepRecord, now: float) -> None:
+        """A step's worker does not have it any more."""
+        if record.worker is not None:
+            record.worker.drop(record.step.key)
+        record.worker = None
         record.queued_at = now
-        self._queue_of(record.service).add_first(record.account, record.step.key)
 
-    def _requeue_unsent(self, record: StepRecord, now: float) -> None:
-        """The same, as if it had never been sent: no attempt was made."""
-        record.attempts -= 1
-        self._requeue(record, now)
-
-    def _requeue_failed(
-        self, record: StepRecord, worker_id: str, reason: str, now: float
-    ) -> list[Action]:
-        """Put a step that a worker failed back into its queue, or refuse it after too many."""
-        record.failures.append((worker_id, reason))
-        self._requeue(record, now)
+    def _try_elsewhere(self, record: StepRecord, now: float) -> list[Action]:
+        """Route a step that a worker failed, or refuse it after too many."""
         if record.tries >= self.max_attempts:
             reasons = dict.fromkeys(f"worker {w}: {why}" for w, why in record.failures)
             tried = f"failed {record.tries} times: {'; '.join(reasons)}"
             return self._refuse(record, "failed", tried)
         self.counters["redispatched"] += 1
-        return []
+        return self._route(record, now, has_waited=True)
 
-    def _dispatch_for(self, worker_id: str, now: float) -> list[Action]:
-        """A worker's room may have changed: look at the queues it serves."""
-        worker = self.workers.get(worker_id)
-        return self._dispatch_all(worker.announce.services, now) if worker else []
-
-    def _dispatch_all(self, services: list[Service], now: float) -> list[Action]:
+    def _dispatch_to(self, worker: Worker | None, now: float) -> list[Action]:
+        """A worker may have room: give it what waits for it, or for anybody."""
         actions: list[Action] = []
-        for service in services:
-            actions += self._dispatch(service_key(service), now)
+        if worker is None:
+            return actions
+        for pool in worker.pools:
+            if pool.retries:
+                actions += self._try_again(pool, now)
+        while (key := self._next_for(worker, now)) is not None:
+            actions.append(self._assign(self.steps[key], worker, now))
         return actions
 
-    def _dispatch(self, service: ServiceKey, now: float) -> list[Action]:
-        """Hand out what is queued for a service, edges in turn, while there is room."""
-        queue = self.queues.get(service)
-        if not queue:
-            return []
-        workers = [w for w in self.workers.values() if w.serves(service)]
-        actions: list[Action] = []
-        placed = True
-        while placed:
-            placed = False
-            for account in queue.accounts():
-                with_room = [w for w in workers if w.room > 0 and self._is_fresh(w, now)]
-                if not with_room:
-                    return actions
-                dispatched = self._dispatch_first(queue, account, workers, with_room, now)
-                placed = placed or bool(dispatched)
-                actions += dispatched
+    def _next_for(self, worker: Worker, now: float) -> StepKey | None:
+        """Take the step that a worker should have next from its queue."""
+        pools = [pool for pool in worker.pools if pool.waiting or pool.backlogs]
+        if not pools or not worker.is_open or not worker.is_fresh(now):
+            return None
+        queues = [queue for pool in pools for queue in pool.queues_for(worker)]
+        if queues:  # in turn, or those who wait for this one would always be first
+            worker.turn = (worker.turn + 1) % len(queues)
+            queues = queues[worker.turn :] + queues[: worker.turn]
+        if not worker.in_flight:  # it may help others
+            queues += [queue for pool in pools if (queue := pool.first_backlog()) is not None]
+        for queue in queues:
+            for account in queue.accounts():  # few fill their share of one worker
+                if worker.has_place_for(account, self._ledger.is_alone(account)):
+                    return queue.take(account)
+        return None
+
+    def _dispatch_from(self, pool: ServicePool, now: float) -> list[Action]:
+        """Much may have changed in a pool: hand out what waits for anybody there."""
+        actions = self._try_again(pool, now)
+        is_anything_placed = True
+        while is_anything_placed:
+            is_anything_placed = False
+            for account in list(pool.waiting.accounts()):
+                worker = pool.find(account, self._ledger.is_alone(account), now)
+                if worker is not None:
+                    record = self.steps[pool.waiting.take(account)]
+                    actions.append(self._assign(record, worker, now))
+                    is_anything_placed = True
         return actions
 
-    def _dispatch_first(
-        self,
-        queue: FairQueue,
-        account: bytes,
-        workers: list[Worker],
-        with_room: list[Worker],
-        now: float,
-    ) -> list[Action]:
-        """Hand out one step of an edge, its first that needs not wait for a worker of its own."""
-        if not self._ledger.is_alone(account):
-            with_room = [w for w in with_room if w.count_of(account) < _share(w)]
-        for key in queue.first(account) if with_room else ():
+    def _queue_for_all(self, pool: ServicePool, keys: Iterable[StepKey]) -> None:
+        """What waited for one worker waits for any."""
+        for key in keys:
             record = self.steps[key]
-            if now < record.wait_until:
-                continue
-            worker = self._pick_worker(record, workers, with_room, now)
-            if worker is None:
-                continue
-            queue.remove(account, key)
-            queue.served(account)
-            return [self._assign(record, worker, now)]
-        return []
+            record.queue = pool.waiting
+            pool.waiting.add(record.account, key)
 
-    def _assign(self, record: StepRecord, worker: Worker, now: float) -> Dispatched:
-        record.worker_id = worker.announce.worker_id
-        record.attempts += 1
-        record.sent_at = record.asked_at = now
-        record.again_after_s = SEND_AGAIN_S
-        worker.in_flight[record.step.key] = Flight(record.account, now)
-        queue_us = max(0, round((now - record.queued_at) * 1e6))
-        return Dispatched(record.worker_id, record.step.key, record.attempts, queue_us)
+    def _release_backlogs(self, worker: Worker, now: float) -> list[Action]:
+        """A worker is not waited for any more."""
+        actions: list[Action] = []
+        for pool in worker.pools:
+            self._queue_for_all(pool, pool.take_backlog(worker))
+            actions += self._dispatch_from(pool, now)
+        return actions
 
-    def _is_fresh(self, worker: Worker, now: float) -> bool:
-        """Heard of lately. When a whole pool pauses, a step does not go from silent to silent."""
-        return now - worker.seen_at < FRESH_PART * self._silence_limit_s(worker)
+    # --- steps that failed somewhere: few, so all workers may be looked at
 
-    def _pick_worker(
-        self, record: StepRecord, workers: list[Worker], with_room: list[Worker], now: float
-    ) -> Worker | None:
-        session = self.sessions.get(record.step.session_id)
-        warm = self.workers.get(session.worker_id) if session and session.worker_id else None
-        candidates = with_room
-        untried = [w for w in candidates if not record.failed_on(w.announce.worker_id)]
-        if untried:
-            candidates = untried
-        elif any(not record.failed_on(w.announce.worker_id) for w in workers if not w.draining):
-            return None  # wait for room at a worker that has not failed it yet
-        patience_s = self._patience_s(record.service)
-        moving = [w for w in candidates if not w.is_stuck(now, patience_s)]
-        candidates = moving or candidates
-        if warm is not None and not record.failed_on(warm.announce.worker_id):
-            if warm in candidates:
-                return warm
-            if not warm.draining and warm in workers and not warm.is_stuck(now, patience_s):
-                candidates = [w for w in candidates if not w.in_flight]
-        return min(candidates, key=lambda w: len(w.in_flight), default=None)
+    def _try_again(self, pool: ServicePool, now: float) -> list[Action]:
+        actions: list[Action] = []
+        for key in list(pool.retries):
+            record = self.steps[key]
+            worker = self._pick_untried(record, now)
+            if worker is not None:
+                del pool.retries[key]
+                actions.append(self._assign(record, worker, now))
+        return actions
+
+    def _pick_untried(self, record: StepRecord, now: float) -> Worker | None:
+        """A worker that has not failed the step; one that has, if there is no other."""
+        is_alone = self._ledger.is_alone(record.account)
+        workers = [w for w in record.pool.workers.values() if not (w.draining or w.is_gone)]
+        untried = [w for w in workers if not record.failed_on(w.name)]
+        candidates = [
+            worker
+            for worker in untried or workers
+            if worker.is_open
+            and worker.is_fresh(now)
+            and worker.has_place_for(record.account, is_alone)
+        ]
+        moving = [w for w in candidates if not w.is_stuck(now, record.pool.patience_s)]
+        warm = self._warm_worker_of(record)
+        if warm in moving and not record.failed_on(warm.name if warm else ""):
+            return warm
+        return min(moving or candidates, key=lambda w: len(w.in_flight), default=None)
 
     # --- steps that take long
 
-    def _learn_time(self, service: ServiceKey, taken_s: float) -> None:
-        usual_s = self._usual_s.get(service, taken_s)
-        self._usual_s[service] = usual_s + (taken_s - usual_s) / 8
-
-    def _patience_s(self, service: ServiceKey) -> float:
-        """After how long a step at a worker is late."""
-        return max(HAND_OVER_S, HAND_OVER_TIMES * self._usual_s.get(service, 0.0))
-
-    def _hand_over_late_steps(self, now: float) -> list[Action]:
-        """Give a step that is late to an idle worker too, each time with twice the patience."""
+    def _look_after_late_workers(self, now: float) -> list[Action]:
         actions: list[Action] = []
-        for record in self.steps.values():
-            if record.worker_id is None:
+        for worker in self.workers.values():
+            if not worker.is_stuck(now, HAND_OVER_S):
                 continue
-            patience_s = self._patience_s(record.service) * 2**record.moves
-            if now - record.sent_at < patience_s:
-                continue
-            idle = self._find_idle(record, now)
-            late = self.workers.get(record.worker_id)
-            if idle is None or late is None:
-                continue
-            record.late_on[record.worker_id] = record.attempts
-            record.moves += 1
-            self.counters["handed_over"] += 1
-            actions.append(
-                Note(f"a step is late on worker {record.worker_id}: {idle.announce.worker_id} too")
-            )
-            owner, late_attempt = record.edge.key, record.attempts
-            actions.append(self._assign(record, idle, now))
-            actions.append(Cancel(late.announce.worker_id, record.step.key, late_attempt, owner))
+            for key, flight in list(worker.in_flight.items()):
+                if now - flight.sent_at < HAND_OVER_S:
+                    break
+                record = self.steps.get(key)
+                if record is not None and record.worker is worker:
+                    actions += self._hand_over(record, worker, now)
+            if any(worker.is_stuck(now, pool.patience_s) for pool in worker.pools):
+                actions += self._release_backlogs(worker, now)
         return actions
 
-    def _find_idle(self, record: StepRecord, now: float) -> Worker | None:
-        for worker in self.workers.values():
-            name = worker.announce.worker_id
-            untried = name not in record.late_on and not record.failed_on(name)
-            idle = worker.room > 0 and not worker.in_flight and self._is_fresh(worker, now)
-            if untried and idle and worker.serves(record.service):
-                return worker
-        return None
+    def _hand_over(self, record: StepRecord, late: Worker, now: float) -> list[Action]:
+        """Give a step that is late to an idle worker too, each time with twice the patience."""
+        if now - record.sent_at < record.pool.patience_s * 2**record.moves:
+            return []
+        idle = next(
+            (
+                worker
+                for worker in record.pool.idle(now)
+                if worker.name not in record.late_on and not record.failed_on(worker.name)
+            ),
+            None,
+        )
+        if idle is None:
+            return []
+        record.late_on[late.name] = late_attempt = record.attempts
+        record.moves += 1
+        self.counters["handed_over"] += 1
+        return [
+            Note(f"a step is late on worker {late.name}: {idle.name} too"),
+            self._assign(record, idle, now),
+            Cancel(late.name, record.step.key, late_attempt, record.edge.key),
+        ]
 
     # --- precisions
 
-    def _queue_of(self, service: ServiceKey) -> FairQueue:
-        return self.queues.setdefault(service, FairQueue())
+    def _pool_of(self, service: ServiceKey) -> ServicePool:
+        pool = self.pools.get(service)
+        if pool is None:
+            pool = self.pools[service] = ServicePool(service)
+            self._pools_of_part.setdefault(service[:2], []).append(pool)
+        return pool
 
-    def _choose_service(self, opening: AnyOpening, precision: str) -> ServiceKey:
-        """The service of a session: as it was begun, else where there is most room."""
-        model, part = opening.model, opening.part
-        if precision:
-            return model, part, precision
-        room: dict[str, int] = {}
-        for worker in self.workers.values():
-            for service in worker.announce.services:
-                if (service.model, service.part) == (model, part):
-                    room[service.precision] = room.get(service.precision, 0) + worker.room
-        return model, part, max(room, key=lambda name: (room[name], name), default="")
+    def _choose_pool(self, opening: AnyOpening, precision: str) -> ServicePool:
+        """Who serves a session: as it was begun, else where a worker has least to do.
 
-    def _rehome(self, service: ServiceKey, now: float) -> list[Action]:
+        A pool that nobody is in, and no step yet, is not kept.
+        """
+        service = (opening.model, opening.part, precision)
+        if not precision:
+            pools = self._pools_of_part.get((opening.model, opening.part), ())
+            served = [pool for pool in pools if pool.workers]
+            if served:
+                return min(served, key=lambda pool: (pool.least_load, pool.key[2]))
+        return self.pools.get(service, ServicePool(service))
+
+    def _rehome(self, pool: ServicePool, now: float) -> list[Action]:
         """Steps of sessions that nobody has answered yet need not wait for one precision."""
-        if any(w.serves(service) for w in self.workers.values()):
-            return []
-        homes: set[ServiceKey] = set()
-        for key in list(self.queues.get(service, ())):
+        actions: list[Action] = []
+        if pool.workers:
+            return actions
+        for key in list(pool.queued()):
             record, session = self.steps[key], self.sessions[key[0]]
-            chosen = self._choose_service(
-                session.opening, session.opening.precision or session.precision
-            )
-            if chosen[2] and chosen != service:
-                self.queues[service].remove(record.account, key)
-                record.service = chosen
-                self._queue_of(chosen).add(record.account, key)
-                homes.add(chosen)
-        return [action for home in homes for action in self._dispatch(home, now)]
-
-
-def _share(worker: Worker) -> int:
-    """How many steps one edge may have at a worker while others have sessions, too."""
-    return max(1, worker.announce.capacity // 2)
+            precision = session.opening.precision or session.precision
+            chosen = self._choose_pool(session.opening, precision)
+            if chosen.workers:
+                self._take_from_queue(record)
+                record.pool = chosen
+                actions += self._route(record, now)
+        return actions
 
 
 def _why_wrong(step: AnyStep, opening: AnyOpening) -> str:

@@ -6,7 +6,7 @@ import pytest
 from msgspec import structs
 
 from broker.actions import Action, Answer, AskStep, Cancel, Dispatched, Forget, Refuse, TellBusy
-from broker.records import Peer
+from broker.peer import Peer
 from broker.state import BrokerState
 from common.messages import (
     Announce,
@@ -229,7 +229,7 @@ def test_a_step_taken_back_may_still_be_answered_by_the_late_worker() -> None:
     state.on_worker_gone("w2", "died", now=2.1)
     assert state.steps[STEP.key].worker_id is None
     assert state.on_answer(reply("w1", STEP, 1), now=2.2)[0] == Answer(LOUD.address, STEP.key)
-    assert list(state.queues[MODEL, SPAN, "float32"]) == []
+    assert list(state.pools[MODEL, SPAN, "float32"].queued()) == []
 
 
 def test_services_that_usually_take_long_have_more_patience() -> None:
@@ -325,7 +325,7 @@ def test_a_late_worker_that_lies_does_not_queue_the_step_twice() -> None:
     state.workers["w1"].draining = True
     state.on_worker_gone("w2", "died", now=2.1)
     state.on_answer(NeedRows(*STEP.key, 1, 0, "w1", precision="float8"), now=2.2)
-    assert list(state.queues[MODEL, SPAN, "float32"]) == [STEP.key]
+    assert list(state.pools[MODEL, SPAN, "float32"].queued()) == [STEP.key]
 
 
 # --- names

@@ -18,7 +18,7 @@ from broker.actions import (
     TellJoined,
     TellPending,
 )
-from broker.records import Peer
+from broker.peer import Peer
 from broker.state import BrokerState
 from common.messages import (
     Alive,
@@ -89,11 +89,12 @@ def test_a_dead_workers_step_goes_to_a_live_worker() -> None:
 
 
 def test_the_warm_worker_is_preferred_to_a_less_loaded_one() -> None:
-    state = make_state("w1", "w2")
+    state = make_state("w1")
     state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
     state.on_answer(reply("w1"), now=0.1)
     state.on_step(OTHER, OPENING, EDGE, 12, now=0.2)
     assert state.steps[OTHER.key].worker_id == "w1"
+    arrive(state, announce("w2"), now=0.2)
     second = structs.replace(STEP, step=1, position=1)
     assert state.on_step(second, OPENING, EDGE, 12, now=0.3) == [Dispatched("w1", second.key, 1, 0)]
 
@@ -321,7 +322,7 @@ def test_what_was_overtaken_is_not_sent_and_not_queued_twice() -> None:
     state.on_worker_gone("w1", "died", now=0.1)
     assert not state.is_current(first)
     assert without_notes(state.on_undeliverable(first, now=0.2)) == []
-    assert list(state.queues[MODEL, SPAN, ""]) == []
+    assert list(state.pools[MODEL, SPAN, ""].queued()) == []
     state.on_end(STEP.session_id, EDGE)
     assert state.on_undeliverable(first, now=0.3) == []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from test_cli import run_midspan
+from forks import run_midspan
 
 
 def test_a_pool_that_is_broken_all_the_time_changes_no_token() -> None:

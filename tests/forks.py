@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import json
 import os
 import runpy
@@ -254,6 +255,8 @@ if __name__ == "__main__":
     for name in PRELOADED:
         __import__(name)
     assert threading.active_count() == 1
+    gc.collect()
+    gc.freeze()  # or each fork would copy every page on which an object is counted
     child.subprocess = ForkingSubprocess(Path(sys.argv[1]))  # type: ignore[assignment]
     sys.argv[:] = serve(Path(sys.argv[1]))
     runpy.run_module("midspan", run_name="__main__", alter_sys=True)

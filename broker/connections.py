@@ -235,10 +235,10 @@ class Connections:
         if under_way < QUIET_BYTES:
             self._quiet_memory = memory_bytes
         elif memory_bytes > self._quiet_memory + self.limits.unexplained:
-            self._check_memory(now, memory_bytes, 2 * under_way + count_kept())
+            self._check_memory(now, memory_bytes, 2 * (under_way + count_kept()))
 
     def _check_memory(self, now: float, memory_bytes: int, explained: int) -> None:
-        """Frames are copied when they are read, so what is under way may be there twice."""
+        """What is under way may be there twice while it is read or sent, and so may a step."""
         unexplained = memory_bytes - self._quiet_memory - explained
         if unexplained > self.limits.unexplained and now >= self._trimmed_at + TRIM_S:
             self._trimmed_at = now

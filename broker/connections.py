@@ -187,12 +187,17 @@ class Connections:
         connection.taken += sum(map(len, frames)) + FRAME_BYTES * len(frames)
 
     def may_send(self, address: bytes, frames: Sequence[bytes]) -> bool:
-        """Whether a peer takes this message, which is then counted. One with too much is ended."""
+        """Whether a peer takes this message, which is then counted. One with too much is ended.
+
+        A message that is too large by itself is not sent, and not held against who should get it.
+        """
         connection = self._by_fd.get(self._fd_by_address.get(address, -1))
         if connection is None:
             return True
         size = sum(map(len, frames))
         limit = self.limits.of(connection.role)
+        if size > limit:
+            return False
         if connection.down + connection.given + size > limit:
             self._look([connection])
             if connection.down + size > limit:
@@ -250,24 +255,29 @@ class Connections:
             self._end({largest.fd: f"has most under way while {unexplained:,} bytes more are used"})
 
     def _look(self, connections: Iterable[Connection]) -> None:
-        for connection in connections:
+        for connection in list(connections):
+            counts = None
             opened = _duplicate(connection.fd)
-            if opened is None:
-                continue  # its end is about to be told
-            duplicate, ends = opened
-            with duplicate:
-                counts = _read_counts(duplicate) if ends == connection.ends else None
-            if counts is not None:
-                connection.see(*counts)
-                if not connection.is_stranger:
-                    self._strangers.discard(connection.fd)
+            if opened is not None:
+                duplicate, ends = opened
+                with duplicate:
+                    counts = _read_counts(duplicate) if ends == connection.ends else None
+            if counts is None:
+                self.remove(connection.fd)  # it has ended, which we are about to be told
+                continue
+            connection.see(*counts)
+            if not connection.is_stranger:
+                self._strangers.discard(connection.fd)
 
     def _end(self, excess: dict[int, str]) -> None:
         for fd, reason in excess.items():
-            connection = self._by_fd[fd]
+            connection = self._by_fd.get(fd)
             self.remove(fd)
             opened = _duplicate(fd)
-            if opened is None or opened[1] != connection.ends:
+            if opened is None:
+                continue
+            if connection is None or opened[1] != connection.ends:
+                opened[0].close()
                 continue
             with opened[0] as duplicate:
                 if not _shut_down(duplicate):

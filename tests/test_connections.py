@@ -260,3 +260,20 @@ def test_a_connection_that_is_not_to_our_port_is_not_watched() -> None:
     assert not connections.knows(reading)
     os.close(reading)
     os.close(writing)
+
+
+def test_a_stranger_that_has_gone_is_forgotten_before_that_is_told() -> None:
+    connections = Connections(LIMITS, has_keys=True)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        end = socket.create_connection(listener.getsockname())
+        accepted, _ = listener.accept()
+        fd = accepted.fileno()
+        connections.add(fd, "edge", listener.getsockname()[1])
+        connections.check_strangers(1.0)
+        assert connections.knows(fd)
+        assert connections.wait_s(1.0) < 0.01
+        accepted.close()
+        connections.check_strangers(2.0)
+        assert not connections.knows(fd)
+        assert connections.wait_s(2.0) == 1.0
+        end.close()

@@ -84,7 +84,6 @@ def ask(
     drawing = {"--top-k": top_k != 0, "--top-p": top_p != 1, "--seed": seed is not None}
     warn_of_greedy(temperature, drawing)
     directory = find_model(model_name)
-    client.status()  # what is not there is better known before torch and the model are loaded
     set_up_torch(threads or os.cpu_count())
     from edge_agent.ends import load_ends
     from edge_agent.generation import start_generation
@@ -94,6 +93,7 @@ def ask(
 
     sampling = SamplingSettings(temperature, top_k, top_p, repetition_penalty, seed)
     settings = read_codec_options(codec, codec_prefill, codec_decode, step_deadline_s=timeout_s)
+    client.status()  # a broker that is not there is better known before the model is loaded
     ends = load_ends(directory, cut, dtype)
     generation = start_generation(
         Session(ends, client, settings, find_calibration(ends, calibration), pool_public),

@@ -68,7 +68,7 @@ def test_what_is_wrong_with_a_question_is_said_without_torch() -> None:
 import sys
 import click
 from deploy.cli import midspan
-for arguments in (["hi", "--model", "gpt-9"], [" "], ["hi", "--broker", "tcp://127.0.0.1:1"]):
+for arguments in (["hi", "--model", "gpt-9"], [" "], ["hi", "--stop", ""]):
     try:
         midspan(["ask", *arguments], standalone_mode=False)
     except click.ClickException:

@@ -34,6 +34,7 @@ from broker.actions import (
     TellPending,
 )
 from broker.admission import Admission
+from broker.connections import ConnectionLimits, Connections
 from broker.peer import Peer
 from broker.report import make_report
 from broker.state import BrokerState
@@ -85,6 +86,36 @@ KEEPALIVE_S = 60  # edges do not ping, so TCP finds those that died without a wo
 RECEIVE_BURST = 256  # messages read from one socket before the other gets a turn
 
 
+class _Links:
+    """What ZeroMQ tells of a socket's connections: which came, and which ended."""
+
+    def __init__(self, socket: Socket, role: str, connections: Connections) -> None:
+        self.monitor: Socket = socket.get_monitor_socket(
+            zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED
+        )
+        self._socket = socket
+        self._role = role
+        self._connections = connections
+        self._ended: set[int] = set()
+
+    def read(self) -> None:
+        while has_message(self.monitor):
+            event = recv_monitor_message(self.monitor)
+            fd = int(event["value"])
+            if event["event"] == zmq.EVENT_ACCEPTED:
+                port = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2]
+                if port.isdigit():  # not so for ipc://
+                    self._connections.add(fd, self._role, int(port))
+            else:
+                self._connections.remove(fd)
+                self._ended.add(fd)
+
+    def take_ended(self) -> set[int]:
+        """Descriptors of the connections that have ended since this was last asked."""
+        ended, self._ended = self._ended, set()
+        return ended
+
+
 class BrokerServer:
     """Binds both sockets on construction; `run` serves until `stop`.
 
@@ -99,22 +130,22 @@ class BrokerServer:
         clock: Callable[[], float] = time.monotonic,
         keys: Path | None = None,
         max_memory_mb: int = MAX_BROKER_MB,
+        connection_limits: ConnectionLimits | None = None,
         **state_settings: Any,
     ) -> None:
         self._clock = clock
         self._max_memory_bytes = max_memory_mb << 20
         self._context: Context = zmq.Context()
         self._admission: Admission | None = None
+        self._connections = Connections(connection_limits or ConnectionLimits(), keys is not None)
         try:
             if keys is not None:
                 self._admission = Admission(self._context, keys)
-            self._edges = self._bind(edge_endpoint, "edge")
-            self._workers = self._bind(worker_endpoint, "worker")
+            self._edges, self._edge_links = self._bind(edge_endpoint, "edge")
+            self._workers, self._worker_links = self._bind(worker_endpoint, "worker")
         except SettingsError:
             self._close(linger=0)
             raise
-        self._worker_links = self._workers.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._edge_links = self._edges.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self.edge_endpoint = self._edges.getsockopt_string(zmq.LAST_ENDPOINT)
         self.worker_endpoint = self._workers.getsockopt_string(zmq.LAST_ENDPOINT)
         self.state = BrokerState(started_at=clock(), **state_settings)
@@ -124,7 +155,7 @@ class BrokerServer:
         self._complaints = LogLimit(log)
         self._stopping = False
 
-    def _bind(self, endpoint: str, role: str) -> Socket:
+    def _bind(self, endpoint: str, role: str) -> tuple[Socket, _Links]:
         socket = self._context.socket(zmq.ROUTER)
         socket.setsockopt(zmq.LINGER, 200)
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_BODY_BYTES)
@@ -136,6 +167,7 @@ class BrokerServer:
         socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_S)
         if self._admission is not None:
             self._admission.guard(socket, role)
+        links = _Links(socket, role, self._connections)  # before anyone can connect
         try:
             socket.bind(endpoint)
         except zmq.ZMQError as error:
@@ -144,7 +176,7 @@ class BrokerServer:
                 f"--{role}s {endpoint} cannot be bound: {zmq.strerror(error.errno or 0)}; "
                 "is another broker running?"
             ) from error
-        return socket
+        return socket, links
 
     def stop(self) -> None:
         """Make `run` return; may be called from a signal handler."""
@@ -155,27 +187,37 @@ class BrokerServer:
         poller = zmq.Poller()
         poller.register(self._edges, zmq.POLLIN)
         poller.register(self._workers, zmq.POLLIN)
-        poller.register(self._worker_links, zmq.POLLIN)
-        poller.register(self._edge_links, zmq.POLLIN)
+        poller.register(self._worker_links.monitor, zmq.POLLIN)
+        poller.register(self._edge_links.monitor, zmq.POLLIN)
         tick_s = min(MAX_TICK_S, self.state.silence_s / 4)
         next_tick_at = self._clock() + tick_s
         try:
             while not self._stopping:
-                wait_s = max(0.0, next_tick_at - self._clock())
+                now = self._clock()
+                wait_s = min(max(0.0, next_tick_at - now), self._connections.wait_s(now))
                 ready = dict(poller.poll(round(wait_s * 1000) + 1))
+                for links in (self._worker_links, self._edge_links):
+                    if links.monitor in ready:
+                        links.read()
                 if self._workers in ready:
-                    self._receive(self._workers, self._on_worker_message)
-                if self._worker_links in ready:  # after what was said before the end
-                    self._receive_ends(self._worker_links, self.state.on_disconnected)
+                    self._receive(self._workers, self._worker_links, self._on_worker_message)
+                # after what was said before the end, and all at once: a step must not go from
+                # one dead worker to the next
+                if ended := self._worker_links.take_ended():
+                    self._perform(self.state.on_disconnected(ended, self._clock()))
                 if self._edges in ready:
-                    self._receive(self._edges, self._on_edge_message)
-                if self._edge_links in ready:
-                    self._receive_ends(self._edge_links, self.state.on_edges_disconnected)
+                    self._receive(self._edges, self._edge_links, self._on_edge_message)
+                if ended := self._edge_links.take_ended():
+                    self._perform(self.state.on_edges_disconnected(ended, self._clock()))
+                self._connections.check_strangers(self._clock())
                 now = self._clock()
                 if now >= next_tick_at:
                     if now - next_tick_at > self.state.silence_s / 2:
-                        self._receive(self._workers, self._on_worker_message)  # we slept, not they
-                    self.state.is_full = read_memory_bytes() > self._max_memory_bytes
+                        # we slept, not they
+                        self._receive(self._workers, self._worker_links, self._on_worker_message)
+                    memory_bytes = read_memory_bytes()
+                    self.state.is_full = memory_bytes > self._max_memory_bytes
+                    self._connections.check_all(now, memory_bytes, self._count_kept)
                     self._perform(self.state.on_tick(now))
                     next_tick_at = now + tick_s
         finally:
@@ -186,8 +228,12 @@ class BrokerServer:
             self._admission.stop()
         self._context.destroy(linger=linger)
 
+    def _count_kept(self) -> int:
+        """Bytes of the steps that are here."""
+        return sum(len(frame) for frames in self._frames.values() for frame in frames)
+
     def _receive(
-        self, socket: Socket, handle: Callable[[Peer, Message, list[bytes]], None]
+        self, socket: Socket, links: _Links, handle: Callable[[Peer, Message, list[bytes]], None]
     ) -> None:
         for _ in range(RECEIVE_BURST):
             if not has_message(socket):
@@ -195,8 +241,12 @@ class BrokerServer:
             first = socket.recv(copy=False)
             frames = receive_frames(socket) if first.more else []
             try:
+                peer = self._read_peer(first)
+                if not self._connections.knows(peer.connection):
+                    links.read()  # it was accepted before it said anything
+                self._connections.on_received(peer, frames)
                 check_frames(frames)
-                handle(self._read_peer(first), decode_header(frames[0]), frames)
+                handle(peer, decode_header(frames[0]), frames)
             except ProtocolError as error:
                 self._count_bad_message(error)
                 refusal = refuse_protocol(frames[0]) if frames else None
@@ -213,15 +263,6 @@ class BrokerServer:
     def _count_bad_message(self, error: Exception) -> None:
         self._bad_messages += 1
         self._complaints.warning("dropped a message, the %dth: %s", self._bad_messages, error)
-
-    def _receive_ends(
-        self, links: Socket, on_end: Callable[[set[int], float], list[Action]]
-    ) -> None:
-        """All that ended together at once: a step must not go from one dead worker to the next."""
-        ended = set()
-        while has_message(links):
-            ended.add(recv_monitor_message(links)["value"])
-        self._perform(on_end(ended, self._clock()))
 
     def _on_edge_message(self, edge: Peer, message: Message, frames: list[bytes]) -> None:
         now = self._clock()
@@ -242,6 +283,7 @@ class BrokerServer:
             report = make_report(self.state, now) | {
                 "bad_messages": self._bad_messages,
                 "refused_connections": dict(self._admission.refused) if self._admission else {},
+                "ended_connections": self._connections.ended,
             }
             self._send(
                 self._edges, edge.address, [encode_header(StatusReport()), msgpack.packb(report)]
@@ -356,6 +398,8 @@ class BrokerServer:
 
     def _send(self, socket: Socket, peer_id: bytes, frames: list[bytes]) -> bool:
         """False when the peer is gone or takes nothing more; whoever needs it will ask again."""
+        if not self._connections.may_send(peer_id, frames):
+            return False
         try:
             socket.send_multipart([peer_id, *frames], zmq.NOBLOCK)
         except zmq.ZMQError as error:

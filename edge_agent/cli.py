@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from common.demo_model import find_model
 from common.errors import SettingsError
 from common.keys import read_public
 from common.option_types import SEED, THREADS
@@ -77,22 +78,21 @@ def ask(
     client = connect(brokers, key, broker_key, timeout_s)
     pool_public = read_public(pool_key) if pool_key else None
     prompt = read_prompt(prompt)
+    if not prompt.strip():
+        raise SettingsError("the prompt is empty; give a text, or - to read one from stdin")
     check_stops(stops)
     drawing = {"--top-k": top_k != 0, "--top-p": top_p != 1, "--seed": seed is not None}
     warn_of_greedy(temperature, drawing)
+    directory = find_model(model_name)
     set_up_torch(threads or os.cpu_count())
-    from common.demo_model import find_model
     from edge_agent.ends import load_ends
     from edge_agent.generation import start_generation
     from edge_agent.sampler import SamplingSettings
     from edge_agent.session import Session
     from edge_agent.tokenizer import TextTokenizer
 
-    if not prompt.strip():
-        raise SettingsError("the prompt is empty; give a text, or - to read one from stdin")
     sampling = SamplingSettings(temperature, top_k, top_p, repetition_penalty, seed)
     settings = read_codec_options(codec, codec_prefill, codec_decode, step_deadline_s=timeout_s)
-    directory = find_model(model_name)
     client.status()  # a broker that is not there is better known before the model is loaded
     ends = load_ends(directory, cut, dtype)
     generation = start_generation(

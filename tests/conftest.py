@@ -1,4 +1,4 @@
-"""Fixtures: the demo model cut and whole, and a real Redis."""
+"""Fixtures: the demo model cut and whole, a real Redis, and commands that need not import torch."""
 
 from __future__ import annotations
 
@@ -7,15 +7,36 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import ForkingSubprocess, start_server
 from transformers import AutoModelForCausalLM, logging
 
 from common.demo_model import find_model
+from deploy import child
 from deploy.embedded_redis import EmbeddedRedis
 from edge_agent.ends import ModelEnds, load_ends
 
 torch.set_num_threads(1)
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkingSubprocess]:
+    """Midspan's commands are forks of one process; see tests/forks.py."""
+    server, path = start_server(tmp_path_factory.mktemp("forks"))
+    whole = child.subprocess
+    forking = child.subprocess = ForkingSubprocess(path)  # type: ignore[assignment]
+    yield forking
+    child.subprocess = whole
+    server.communicate(timeout=10)
+
+
+@pytest.fixture
+def unforked(forking: ForkingSubprocess) -> Iterator[None]:
+    """Midspan's commands are started from nothing, as `python -m midspan`."""
+    forking.enabled = False
+    yield
+    forking.enabled = True
 
 
 @pytest.fixture(scope="session")

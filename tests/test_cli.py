@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import error_line, run_midspan
 from pools import PROMPTS, generate
 from random_models import save_random_model
 from transformers import LlamaConfig
@@ -22,32 +22,6 @@ from deploy.pool import LocalPool, PoolSettings
 from edge_agent.ends import ModelEnds
 from edge_agent.session import Session
 from edge_agent.tokenizer import TextTokenizer
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def run_midspan(
-    *arguments: str, stdin: str = "", timeout_s: float = 120
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        midspan_command(*arguments),
-        cwd=ROOT,
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
-
-
-def error_line(*arguments: str, stdin: str = "") -> str:
-    """The one line that a command says when it cannot do what it was asked."""
-    done = run_midspan(*arguments, stdin=stdin)
-    assert done.returncode != 0
-    assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
-    assert len(lines) == 1, done.stderr
-    return lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +44,7 @@ def other_model(tmp_path_factory: pytest.TempPathFactory, demo_directory: Path) 
     return directory
 
 
+@pytest.mark.usefixtures("unforked")
 def test_ask_streams_a_text_and_says_what_it_cost(pool: LocalPool) -> None:
     done = run_midspan("ask", PROMPTS[0], "--broker", pool.edge_endpoint, "-n", "20", "--stats")
     assert done.returncode == 0, done.stderr
@@ -163,6 +138,7 @@ def test_a_port_in_use_is_named(pool: LocalPool) -> None:
     assert f"--edges {pool.edge_endpoint} cannot be bound: Address already in use" in line
 
 
+@pytest.mark.usefixtures("unforked")
 def test_a_span_out_of_range_is_named(pool: LocalPool) -> None:
     line = error_line("worker", "--span", "6-9", "--redis-url", pool.redis_url)
     assert "span 6-9 is out of range: the model has 8 layers" in line
@@ -175,6 +151,7 @@ def test_a_device_that_is_not_there_is_named(pool: LocalPool) -> None:
     assert "device 'cuda' cannot be used" in line
 
 
+@pytest.mark.usefixtures("unforked")
 def test_up_starts_again_what_dies_and_drains_on_a_signal(tmp_path: Path) -> None:
     endpoints = [f"ipc://{tmp_path}/edges", f"ipc://{tmp_path}/workers"]
     command = midspan_command(

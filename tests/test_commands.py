@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import redis
+from forks import error_line, run_midspan
 
 from common.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
 from common.listeners import name_listener
@@ -20,25 +21,6 @@ from deploy.child import Child, midspan_command
 from deploy.embedded_redis import EmbeddedRedis, choose_port
 from deploy.hints import DEFAULT_REDIS, suggest_ask, suggest_worker
 from deploy.pool import LocalPool, PoolSettings
-
-
-def run_midspan(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        midspan_command(*arguments), input=stdin, capture_output=True, timeout=120, check=False
-    )
-    return subprocess.CompletedProcess(
-        done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
-    )
-
-
-def error_line(*arguments: str, stdin: bytes = b"") -> str:
-    """The one line that a command says when it cannot do what it was asked."""
-    done = run_midspan(*arguments, stdin=stdin)
-    assert done.returncode in (1, 2), done.stderr
-    assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
-    assert len(lines) == 1, done.stderr
-    return lines[0]
 
 
 def up_arguments(directory: Path) -> list[str]:
@@ -53,6 +35,7 @@ def pool() -> Iterator[LocalPool]:
         yield running
 
 
+@pytest.mark.usefixtures("unforked")  # whose arguments are the fork server's
 def test_redis_passwords_are_in_no_argument_of_a_pools_processes(
     redis_server: EmbeddedRedis,
 ) -> None:

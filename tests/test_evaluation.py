@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import error_line, run_midspan
 from pools import PROMPTS, generate
 from random_models import save_random_model
-from test_cli import error_line, run_midspan
 from transformers import LlamaConfig
 
 from common.checkpoint import Checkpoint

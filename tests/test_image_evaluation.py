@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import run_midspan
 from PIL import Image
-from test_cli import run_midspan
 
 from deploy.image_metrics import psnr, ssim, vif
 

@@ -22,10 +22,10 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from forks import run_midspan
 from msgspec import structs
 from PIL import Image
 from pools import PROMPTS, generate
-from test_cli import run_midspan
 from test_unet import NARROW
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import zmq
-from test_commands import error_line
+from forks import error_line
 
 from common.errors import ProcessFailed
 from common.messages import Alive

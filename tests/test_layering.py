@@ -61,3 +61,19 @@ def test_nothing_uses_pickle_or_eval(path: Path) -> None:
 def test_broker_and_help_do_not_import_torch(statement: str) -> None:
     check = "import sys; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", f"{statement}; {check}"], cwd=ROOT, check=True)
+
+
+def test_what_is_wrong_with_a_question_is_said_without_torch() -> None:
+    script = """
+import sys
+import click
+from deploy.cli import midspan
+for arguments in (["hi", "--model", "gpt-9"], [" "], ["hi", "--stop", ""]):
+    try:
+        midspan(["ask", *arguments], standalone_mode=False)
+    except click.ClickException:
+        assert "torch" not in sys.modules
+    else:
+        raise AssertionError(arguments)
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

@@ -14,6 +14,8 @@ import pytest
 from deploy.child import Child, guarded_command, midspan_command
 from deploy.pool import LocalPool, PoolSettings
 
+pytestmark = pytest.mark.usefixtures("unforked")  # who is whose child, and command lines
+
 GONE_WITHIN_S = 20.0  # they need a fraction of a second; the machine may be busy
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import redis
 import zmq
+from forks import run_midspan
 from pools import PROMPTS, generate
-from test_cli import run_midspan
 
 from cloud_worker.redis_store import RedisKvStore, record_key
 from cloud_worker.store import Commit, CommitFailed, Load, Loaded

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import redis
+from forks import run_midspan
 
 from deploy.checks import ServiceCheck, find_failure
 from deploy.child import Child, midspan_command
@@ -27,8 +28,7 @@ def pool() -> Iterator[LocalPool]:
 
 
 def run_check(pool: LocalPool, *options: str) -> subprocess.CompletedProcess[str]:
-    command = midspan_command("status", "--check", "--broker", pool.edge_endpoint, *options)
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return run_midspan("status", "--check", "--broker", pool.edge_endpoint, *options)
 
 
 def report_of(done: subprocess.CompletedProcess[str]) -> Any:

@@ -19,6 +19,7 @@ any where the system has no TCP_INFO as Linux has it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -57,9 +58,7 @@ class ConnectionLimits:
     stranger: int = 64 << 10  # to us, before its key was admitted
     edge: int = 130 * MB  # two of the largest messages
     worker: int = 520 * MB
-    party: int = (
-        512 * MB
-    )  # all connections with one edge's key, or from one host before it is known
+    party: int = 512 * MB  # all with one edge's key, or from one host before that is known
     all: int = 1024 * MB
     unexplained: int = 256 * MB  # of the process's memory, beyond what it had in quiet times
 
@@ -69,7 +68,10 @@ class ConnectionLimits:
 
 @dataclass(slots=True)
 class Connection:
-    """Bytes are on the wire; `*_now` as last looked at, `taken` and `given` since then."""
+    """Bytes are on the wire; `taken` and `given` since they were last looked at.
+
+    Whoever reads a message of it adds its bytes, and FRAME_BYTES for each frame, to `taken`.
+    """
 
     fd: int
     role: str  # "edge" or "worker"
@@ -144,7 +146,6 @@ class Connections:
     has_keys: bool
     ended: int = 0
     _by_fd: dict[int, Connection] = field(default_factory=dict)
-    _fd_by_address: dict[bytes, int] = field(default_factory=dict)
     _strangers: set[int] = field(default_factory=set)
     _looked_at: float = 0.0
     _strangers_looked_at: float = 0.0
@@ -169,31 +170,24 @@ class Connections:
                 if self.has_keys:
                     self._strangers.add(fd)
 
-    def remove(self, fd: int) -> None:
-        """A connection ended, as a monitor says."""
+    def remove(self, fd: int) -> bytes | None:
+        """A connection ended, as a monitor says; the address that it had."""
         connection = self._by_fd.pop(fd, None)
         self._strangers.discard(fd)
-        if connection is not None and self._fd_by_address.get(connection.address) == fd:
-            del self._fd_by_address[connection.address]
+        return connection.address if connection is not None else None
 
-    def on_received(self, peer: Peer, frames: Sequence[bytes]) -> None:
-        """A message was read."""
+    def meet(self, peer: Peer) -> Connection | None:
+        """The connection of a peer whose first message was read; None if it is not watched."""
         connection = self._by_fd.get(peer.connection)
-        if connection is None:
-            return
-        if connection.address != peer.address:
+        if connection is not None:
             connection.address, connection.account = peer.address, peer.account
-            self._fd_by_address[peer.address] = peer.connection
-        connection.taken += sum(map(len, frames)) + FRAME_BYTES * len(frames)
+        return connection
 
-    def may_send(self, address: bytes, frames: Sequence[bytes]) -> bool:
+    def may_send(self, connection: Connection, frames: Sequence[bytes]) -> bool:
         """Whether a peer takes this message, which is then counted. One with too much is ended.
 
         A message that is too large by itself is not sent, and not held against who should get it.
         """
-        connection = self._by_fd.get(self._fd_by_address.get(address, -1))
-        if connection is None:
-            return True
         size = sum(map(len, frames))
         limit = self.limits.of(connection.role)
         if size > limit:
@@ -320,13 +314,12 @@ def _shut_down(connection: socket.socket) -> bool:
     """End a connection, and throw away what lies in the kernel: ZeroMQ would read that still."""
     try:
         connection.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        return False  # it had ended by itself
+    with contextlib.suppress(OSError):  # nothing is left, or the peer has reset it
         for _ in range(MAX_PIECES):
             if not connection.recv(PIECE_BYTES, socket.MSG_DONTWAIT):
                 break
-    except BlockingIOError:
-        pass
-    except OSError:
-        return False
     return True
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import msgpack
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from broker.actions import (
     AcceptDrain,
@@ -36,6 +35,7 @@ from broker.actions import (
 from broker.admission import Admission
 from broker.connections import ConnectionLimits, Connections
 from broker.peer import Peer
+from broker.port import Port
 from broker.report import make_report
 from broker.state import BrokerState
 from common.errors import ProtocolError, SettingsError
@@ -73,47 +73,15 @@ from common.messages import (
     StepReply,
 )
 from common.processes import read_memory_bytes
-from common.settings import MAX_BODY_BYTES, MAX_BROKER_MB
-from common.sockets import Context, Socket, has_message, receive_frames
+from common.settings import MAX_BROKER_MB
+from common.sockets import Context
 from common.wire import check_frames, decode_header, encode_header, refuse_protocol
 
 log = logging.getLogger("midspan.broker")
 
 MAX_TICK_S = 0.05
-HANDSHAKE_MS = 3000  # a connection that has not shown its key by then is closed
-MAX_UNREAD = 256  # messages kept for a peer that does not read; what is dropped is asked for again
-KEEPALIVE_S = 60  # edges do not ping, so TCP finds those that died without a word
+LOOK_S = 0.005  # at what is not a message, while there are messages all the time
 RECEIVE_BURST = 256  # messages read from one socket before the other gets a turn
-
-
-class _Links:
-    """What ZeroMQ tells of a socket's connections: which came, and which ended."""
-
-    def __init__(self, socket: Socket, role: str, connections: Connections) -> None:
-        self.monitor: Socket = socket.get_monitor_socket(
-            zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED
-        )
-        self._socket = socket
-        self._role = role
-        self._connections = connections
-        self._ended: set[int] = set()
-
-    def read(self) -> None:
-        while has_message(self.monitor):
-            event = recv_monitor_message(self.monitor)
-            fd = int(event["value"])
-            if event["event"] == zmq.EVENT_ACCEPTED:
-                port = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2]
-                if port.isdigit():  # not so for ipc://
-                    self._connections.add(fd, self._role, int(port))
-            else:
-                self._connections.remove(fd)
-                self._ended.add(fd)
-
-    def take_ended(self) -> set[int]:
-        """Descriptors of the connections that have ended since this was last asked."""
-        ended, self._ended = self._ended, set()
-        return ended
 
 
 class BrokerServer:
@@ -141,13 +109,13 @@ class BrokerServer:
         try:
             if keys is not None:
                 self._admission = Admission(self._context, keys)
-            self._edges, self._edge_links = self._bind(edge_endpoint, "edge")
-            self._workers, self._worker_links = self._bind(worker_endpoint, "worker")
+            self._edges = self._open(edge_endpoint, "edge")
+            self._workers = self._open(worker_endpoint, "worker")
         except SettingsError:
             self._close(linger=0)
             raise
-        self.edge_endpoint = self._edges.getsockopt_string(zmq.LAST_ENDPOINT)
-        self.worker_endpoint = self._workers.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.edge_endpoint = self._edges.endpoint
+        self.worker_endpoint = self._workers.endpoint
         self.state = BrokerState(started_at=clock(), **state_settings)
         self._frames: dict[StepKey, list[bytes]] = {}
         self._answer: list[bytes] = []
@@ -155,28 +123,8 @@ class BrokerServer:
         self._complaints = LogLimit(log)
         self._stopping = False
 
-    def _bind(self, endpoint: str, role: str) -> tuple[Socket, _Links]:
-        socket = self._context.socket(zmq.ROUTER)
-        socket.setsockopt(zmq.LINGER, 200)
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_BODY_BYTES)
-        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        socket.setsockopt(zmq.SNDTIMEO, 0)
-        socket.setsockopt(zmq.SNDHWM, MAX_UNREAD)
-        socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
-        socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
-        socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_S)
-        if self._admission is not None:
-            self._admission.guard(socket, role)
-        links = _Links(socket, role, self._connections)  # before anyone can connect
-        try:
-            socket.bind(endpoint)
-        except zmq.ZMQError as error:
-            socket.close(linger=0)
-            raise SettingsError(
-                f"--{role}s {endpoint} cannot be bound: {zmq.strerror(error.errno or 0)}; "
-                "is another broker running?"
-            ) from error
-        return socket, links
+    def _open(self, endpoint: str, role: str) -> Port:
+        return Port(self._context, endpoint, role, self._admission, self._connections)
 
     def stop(self) -> None:
         """Make `run` return; may be called from a signal handler."""
@@ -185,43 +133,46 @@ class BrokerServer:
     def run(self) -> None:
         """Serve until `stop` is called, then close the sockets."""
         poller = zmq.Poller()
-        poller.register(self._edges, zmq.POLLIN)
-        poller.register(self._workers, zmq.POLLIN)
-        poller.register(self._worker_links.monitor, zmq.POLLIN)
-        poller.register(self._edge_links.monitor, zmq.POLLIN)
+        for port in (self._edges, self._workers):
+            poller.register(port.socket, zmq.POLLIN)
+            poller.register(port.monitor, zmq.POLLIN)
         tick_s = min(MAX_TICK_S, self.state.silence_s / 4)
         next_tick_at = self._clock() + tick_s
+        look_at = 0.0
+        received = 0
         try:
             while not self._stopping:
                 now = self._clock()
-                wait_s = min(max(0.0, next_tick_at - now), self._connections.wait_s(now))
-                ready = dict(poller.poll(round(wait_s * 1000) + 1))
-                for links in (self._worker_links, self._edge_links):
-                    if links.monitor in ready:
-                        links.read()
-                if self._workers in ready:
-                    self._receive(self._workers, self._worker_links, self._on_worker_message)
+                if not received or now >= look_at:  # asking takes as long as reading
+                    wait_s = min(max(0.0, next_tick_at - now), self._connections.wait_s(now))
+                    ready = dict(poller.poll(0 if received else round(wait_s * 1000) + 1))
+                    look_at = self._clock() + LOOK_S
+                    for port in (self._workers, self._edges):
+                        if port.monitor in ready:
+                            port.read_links()
+                received = self._receive(self._workers, self._on_worker_message)
                 # after what was said before the end, and all at once: a step must not go from
                 # one dead worker to the next
-                if ended := self._worker_links.take_ended():
+                if ended := self._workers.take_ended():
                     self._perform(self.state.on_disconnected(ended, self._clock()))
-                if self._edges in ready:
-                    self._receive(self._edges, self._edge_links, self._on_edge_message)
-                if ended := self._edge_links.take_ended():
+                received += self._receive(self._edges, self._on_edge_message)
+                if ended := self._edges.take_ended():
                     self._perform(self.state.on_edges_disconnected(ended, self._clock()))
-                self._connections.check_strangers(self._clock())
                 now = self._clock()
+                self._connections.check_strangers(now)
                 if now >= next_tick_at:
-                    if now - next_tick_at > self.state.silence_s / 2:
-                        # we slept, not they
-                        self._receive(self._workers, self._worker_links, self._on_worker_message)
-                    memory_bytes = read_memory_bytes()
-                    self.state.is_full = memory_bytes > self._max_memory_bytes
-                    self._connections.check_all(now, memory_bytes, self._count_kept)
-                    self._perform(self.state.on_tick(now))
+                    if now - next_tick_at > self.state.silence_s / 2:  # we slept, not they
+                        self._receive(self._workers, self._on_worker_message)
+                    self._tick(now)
                     next_tick_at = now + tick_s
         finally:
             self._close(linger=200)
+
+    def _tick(self, now: float) -> None:
+        memory_bytes = read_memory_bytes()
+        self.state.is_full = memory_bytes > self._max_memory_bytes
+        self._connections.check_all(now, memory_bytes, self._count_kept)
+        self._perform(self.state.on_tick(now))
 
     def _close(self, linger: int) -> None:
         if self._admission is not None:
@@ -232,33 +183,25 @@ class BrokerServer:
         """Bytes of the steps that are here."""
         return sum(len(frame) for frames in self._frames.values() for frame in frames)
 
-    def _receive(
-        self, socket: Socket, links: _Links, handle: Callable[[Peer, Message, list[bytes]], None]
-    ) -> None:
-        for _ in range(RECEIVE_BURST):
-            if not has_message(socket):
-                return
-            first = socket.recv(copy=False)
-            frames = receive_frames(socket) if first.more else []
+    def _receive(self, port: Port, handle: Callable[[Peer, Message, list[bytes]], None]) -> int:
+        """Handle what has come, up to a burst; how many messages that was."""
+        for count in range(RECEIVE_BURST):
+            received = port.receive()
+            if received is None:
+                return count
+            peer, frames = received
             try:
-                peer = self._read_peer(first)
-                if not self._connections.knows(peer.connection):
-                    links.read()  # it was accepted before it said anything
-                self._connections.on_received(peer, frames)
                 check_frames(frames)
                 handle(peer, decode_header(frames[0]), frames)
             except ProtocolError as error:
                 self._count_bad_message(error)
-                refusal = refuse_protocol(frames[0]) if frames else None
+                refusal = refuse_protocol(frames[0])
                 if refusal is not None:
-                    self._send(socket, first.bytes, [refusal])
+                    port.send(peer.address, [refusal])
             except Exception as error:  # one message must not end the broker
                 log.exception("a message could not be handled")
                 self._count_bad_message(error)
-
-    def _read_peer(self, address: zmq.Frame) -> Peer:
-        key = "" if self._admission is None else str(address.get("User-Id"))
-        return Peer(address.bytes, key, int(address.get(zmq.SRCFD)))
+        return RECEIVE_BURST
 
     def _count_bad_message(self, error: Exception) -> None:
         self._bad_messages += 1
@@ -285,16 +228,14 @@ class BrokerServer:
                 "refused_connections": dict(self._admission.refused) if self._admission else {},
                 "ended_connections": self._connections.ended,
             }
-            self._send(
-                self._edges, edge.address, [encode_header(StatusReport()), msgpack.packb(report)]
-            )
+            self._edges.send(edge.address, [encode_header(StatusReport()), msgpack.packb(report)])
         elif isinstance(message, AskAgain):
             self._perform(self.state.on_ask_again(message, edge, now))
         elif isinstance(message, EndSession):
             self._perform(self.state.on_end(message.session_id, edge))
         elif isinstance(message, Announce):
             why = f"{self.edge_endpoint} is for edges; workers go to {self.worker_endpoint}"
-            self._send(self._edges, edge.address, [encode_header(NotJoined(why, is_final=True))])
+            self._edges.send(edge.address, [encode_header(NotJoined(why, is_final=True))])
         elif isinstance(message, Alive | Leave):
             pass  # of a worker that is told so
         else:
@@ -353,32 +294,32 @@ class BrokerServer:
                         now = self._clock()
                         self._perform(self.state.on_undeliverable(action, now))
                 case Answer(edge_id, _):
-                    self._send(self._edges, edge_id, self._answer)
+                    self._edges.send(edge_id, self._answer)
                 case Forget(key):
                     self._frames.pop(key, None)
                 case Refuse(edge_id, key, code, reason):
                     refusal = StepRefused(*key, code, reason[:2000])
-                    self._send(self._edges, edge_id, [encode_header(refusal)])
+                    self._edges.send(edge_id, [encode_header(refusal)])
                 case TellPending(edge_id, key):
-                    self._send(self._edges, edge_id, [encode_header(StepPending(*key))])
+                    self._edges.send(edge_id, [encode_header(StepPending(*key))])
                 case AskOpening(edge_id, key):
-                    self._send(self._edges, edge_id, [encode_header(NeedOpening(*key))])
+                    self._edges.send(edge_id, [encode_header(NeedOpening(*key))])
                 case AskStep(edge_id, key):
-                    self._send(self._edges, edge_id, [encode_header(NeedStep(*key))])
+                    self._edges.send(edge_id, [encode_header(NeedStep(*key))])
                 case Cancel(worker_id, key, attempt, owner):
                     cancel = CancelStep(*key, attempt, owner)
                     self._send_to_worker(worker_id, [encode_header(cancel)])
                 case TellBusy(edge_id, key, retry_ms):
-                    self._send(self._edges, edge_id, [encode_header(Busy(*key, retry_ms))])
+                    self._edges.send(edge_id, [encode_header(Busy(*key, retry_ms))])
                 case ForwardEnd(worker_id, session_id, owner):
                     self._send_to_worker(worker_id, [encode_header(EndSession(session_id, owner))])
                 case TellJoined(address):
-                    self._send(self._workers, address, [encode_header(Joined())])
+                    self._workers.send(address, [encode_header(Joined())])
                 case TellNotJoined(address, reason):
                     refusal_of_worker = NotJoined(reason[:2000], is_final=False)
-                    self._send(self._workers, address, [encode_header(refusal_of_worker)])
+                    self._workers.send(address, [encode_header(refusal_of_worker)])
                 case AcceptDrain(address):
-                    self._send(self._workers, address, [encode_header(DrainAccepted())])
+                    self._workers.send(address, [encode_header(DrainAccepted())])
                 case Note(text, is_warning):
                     if is_warning:
                         self._complaints.warning("%s", text)
@@ -394,16 +335,4 @@ class BrokerServer:
 
     def _send_to_worker(self, worker_id: str, frames: list[bytes]) -> bool:
         worker = self.state.workers.get(worker_id)
-        return worker is not None and self._send(self._workers, worker.peer.address, frames)
-
-    def _send(self, socket: Socket, peer_id: bytes, frames: list[bytes]) -> bool:
-        """False when the peer is gone or takes nothing more; whoever needs it will ask again."""
-        if not self._connections.may_send(peer_id, frames):
-            return False
-        try:
-            socket.send_multipart([peer_id, *frames], zmq.NOBLOCK)
-        except zmq.ZMQError as error:
-            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
-                raise
-            return False
-        return True
+        return worker is not None and self._workers.send(worker.peer.address, frames)

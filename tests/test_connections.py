@@ -227,6 +227,7 @@ def test_the_party_with_most_loses_its_largest_connection_first() -> None:
     assert list(find_excess([*mine, *theirs], limits)) == [8]
     strangers = [make_connection(fd, 90) for fd in (10, 11)]  # of one host
     assert list(find_excess([*mine, *strangers], limits)) == [10]
+    assert list(find_excess(strangers, limits)) == [10]  # over the party's limit alone
     assert not find_excess(mine, limits)
 
 

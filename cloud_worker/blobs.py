@@ -47,6 +47,7 @@ class Blobs:
         self._writer = writer
         self._saves: dict[bytes, _Save] = {}
         self._loads: dict[bytes, tuple[int, RowSeal, Callable[[bytes], None]]] = {}
+        self.loads_given_up = 0
 
     def is_settled(self) -> bool:
         """Whether nothing is on its way into the store."""
@@ -119,6 +120,7 @@ class Blobs:
         if wanted is None or wanted[0] != event.generation:
             return
         generation, seal, then = self._loads.pop(event.session_key)
+        self.loads_given_up += event.given_up
         try:
             then(unseal_blob(seal, event.rows, generation))
         except ForgedRows:

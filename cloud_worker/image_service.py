@@ -90,8 +90,12 @@ class ImageService:
     ) -> None:
         self.service = service
         self.stats = dict.fromkeys(
-            ("image_batches", "image_steps", "image_takeovers", "tensors_asked"), 0
-        )
+            (
+                "image_batches", "image_steps", "image_takeovers", "tensors_asked",
+                "loads_given_up",
+            ),
+            0,
+        )  # fmt: skip
         self._executor = executor
         self._scheduler_config = scheduler_config
         self._outbox = outbox
@@ -158,6 +162,7 @@ class ImageService:
 
     def on_store_event(self, event: StoreEvent) -> None:
         self._blobs.on_event(event)
+        self.stats["loads_given_up"] = self._blobs.loads_given_up
 
     def on_step(self, task: Task) -> None:
         """Take a step; answers at once if it cannot be computed."""

@@ -88,13 +88,17 @@ class CommitFailed:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Rows from `start` on: empty when the store has none of them or cannot be asked."""
+    """Rows from `start` on: empty when the store has none of them or cannot be asked.
+
+    A store that is slow gives up, so that the edge sends what it has not loaded.
+    """
 
     session_key: bytes
     generation: int
     start: int
     rows: bytes
     written_in: int  # the generation that the store names; not to be believed
+    given_up: bool = False
 
 
 StoreEvent = Committed | CommitRefused | CommitFailed | Loaded

@@ -55,7 +55,7 @@ class TextService:
         self.stats = dict.fromkeys(
             (
                 "batches", "steps", "rows", "takeovers", "rows_pulled", "bytes_pulled",
-                "rows_asked", "rows_refused",
+                "rows_asked", "rows_refused", "loads_given_up",
             ),
             0,
         )  # fmt: skip
@@ -202,6 +202,7 @@ class TextService:
         task = self._loading.get(event.session_key)
         if task is None or session is None or task.text_step.generation != event.generation:
             return
+        self.stats["loads_given_up"] += event.given_up
         plain = self._unseal(session, event)
         if plain and session.kv.length == event.start:
             session.kv.write_bytes(event.start, plain)

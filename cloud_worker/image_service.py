@@ -92,7 +92,7 @@ class ImageService:
         self.stats = dict.fromkeys(
             (
                 "image_batches", "image_steps", "image_takeovers", "tensors_asked",
-                "loads_given_up",
+                "loads_given_up", "commits_over_share",
             ),
             0,
         )  # fmt: skip
@@ -163,6 +163,7 @@ class ImageService:
     def on_store_event(self, event: StoreEvent) -> None:
         self._blobs.on_event(event)
         self.stats["loads_given_up"] = self._blobs.loads_given_up
+        self.stats["commits_over_share"] = self._blobs.commits_over_share
 
     def on_step(self, task: Task) -> None:
         """Take a step; answers at once if it cannot be computed."""
@@ -337,7 +338,7 @@ class ImageService:
             named = dict(zip(CONDITIONING, conditioning_fields(session.conditioning), strict=True))
             key = conditioning_key(session.key)
             step = waiting.step.step  # newer than that of a writer who died half-way
-            self._blobs.save(key, 0, step, to_blob(named), session.seal)
+            self._blobs.save(key, 0, step, to_blob(named), session.seal, waiting.task.account)
         if "latents" in tensors:
             dtype = LATENTS_DTYPES[waiting.opening.latents_dtype]
             session.latents = read_latents(tensors, waiting.step.position, dtype)
@@ -475,5 +476,5 @@ class ImageService:
         session.latents = Latents(step.position + 1, sample, read_history(scheduler))
         self._blobs.save(
             latents_key(session.key), step.position + 1, step.step,
-            to_blob(session.latents.to_tensors()), session.seal,
+            to_blob(session.latents.to_tensors()), session.seal, waiting.task.account,
         )  # fmt: skip

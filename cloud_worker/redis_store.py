@@ -10,9 +10,11 @@ direction, is condemned: everything pending fails, and a thread connects anew wh
 on without a store. When there is nothing to do the server is asked once a second whether it is
 there.
 
-Keys of a session share the hash tag {SESSION}, so they lie in one slot of a cluster:
+Keys of a session share the hash tag {SESSION}; those of accounts lie elsewhere, so that a cluster
+of Redis will not do:
     midspan:{SESSION}:record    shape, generation, step, writer, position, chunks
     midspan:{SESSION}:kv:N      chunk N, about 1 MB of rows at fixed offsets
+    midspan:account:ACCOUNT     bytes and expiry of each session of an edge
 SESSION is the SHA-1 of the session's key, and every script wants the key itself: a worker that was
 never given a session cannot name the key, though it may see the names of Redis's keys.
 """
@@ -44,6 +46,7 @@ from cloud_worker.store import (
     Loaded,
     StoreEvent,
     chunk_rows,
+    counted_bytes,
     usable_rows,
 )
 from common.errors import SettingsError, StoreUnavailable
@@ -57,6 +60,7 @@ PING_S = 1.0
 LOAD_LIMIT_S = 1.0  # what a load may take, and more as long as it is faster than
 LOAD_BYTES_PER_S = 16e6  # which is 120 rows of 128 KB (8 billion parameters): as edges replay them
 MAX_UNSENT_BYTES = 64 << 20
+NO_BOUND = 1 << 52
 READ_BYTES = 256 << 10
 SEND_BUFFER_BYTES = 128 << 10  # of the system: what is in there moves unseen
 SLOWEST_BYTES_PER_S = 100_000.0
@@ -105,8 +109,10 @@ class RedisKvStore:
         timeout_s: float = 0.5,
         ttl_s: float = SESSION_TTL_S,
         must_answer: bool = True,
+        share_bytes: int = NO_BOUND,
     ) -> None:
         self.url = url
+        self._share_bytes = share_bytes
         self._timeout_s = timeout_s
         self._ttl_ms = round(ttl_s * 1000)
         self._events: list[StoreEvent] = []
@@ -158,7 +164,8 @@ class RedisKvStore:
             "commit", 2 + len(others), record_key(commit.session_key), written, *others,
             commit.shape, commit.generation, commit.fork, commit.step, commit.writer,
             commit.start, commit.end, int(commit.continues), row_in_chunk * commit.row_bytes,
-            self._ttl_ms, commit.rows, commit.session_key,
+            self._ttl_ms, commit.rows, commit.session_key, commit.account, counted_bytes(commit),
+            self._share_bytes,
         )  # fmt: skip
 
     def begin_load(self, load: Load) -> None:

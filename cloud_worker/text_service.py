@@ -33,6 +33,7 @@ from common.sealing import open_sealed
 log = logging.getLogger("midspan.worker")
 
 KEEP_REPLY_BYTES = 32 << 20
+OVER_SHARE_S = 30.0  # until a session is tried again whose edge has its share of the store
 
 
 class TextService:
@@ -56,6 +57,7 @@ class TextService:
             (
                 "batches", "steps", "rows", "takeovers", "rows_pulled", "bytes_pulled",
                 "rows_asked", "rows_refused", "loads_given_up",
+                "commits_over_share",
             ),
             0,
         )  # fmt: skip
@@ -86,7 +88,10 @@ class TextService:
 
     def is_settled(self) -> bool:
         """Whether all that came is answered and committed."""
-        uncommitted = self._store.is_up() and any(s.is_dirty for s in self._warm)
+        now = time.monotonic()
+        uncommitted = self._store.is_up() and any(
+            session.is_dirty and session.commit_at <= now for session in self._warm
+        )
         return not len(self._batcher) and not self._loading and not uncommitted
 
     def warm_bytes(self) -> int:
@@ -139,7 +144,7 @@ class TextService:
             return
         if self._is_waiting(task):
             return
-        session.seal = seal
+        session.seal, session.account = seal, task.account
         if not session.adjust_to(step):
             self._outbox.fail(task, "the session has a newer generation")
             return
@@ -197,6 +202,10 @@ class TextService:
             self._commit(session)
         elif event.code == "stale":
             session.committed = session.kv.length  # another worker went on; the store has more
+        elif event.code == "over":
+            self.stats["commits_over_share"] += 1
+            session.commit_at = time.monotonic() + OVER_SHARE_S
+            session.pieces_of_step = None
 
     def _on_loaded(self, event: Loaded, session: WarmSession | None) -> None:
         task = self._loading.get(event.session_key)
@@ -285,6 +294,8 @@ class TextService:
         """Begin to commit the next piece that the store does not have, unless one is under way."""
         if not session.is_dirty or session.commit_in_flight or not self._store.is_up():
             return
+        if session.commit_at > time.monotonic():
+            return
         start = session.committed
         row_bytes = self._stored_row_bytes(session)
         rows_per_chunk = chunk_rows(row_bytes)
@@ -299,6 +310,7 @@ class TextService:
             Commit(
                 session.session_key, self._shape_of(session), session.generation, session.fork,
                 session.last_step, self._outbox.worker_id, start, end, continues, rows, row_bytes,
+                session.account,
             )
         )  # fmt: skip
 

@@ -28,6 +28,8 @@ class WarmSession:
     pieces_of_step: int | None = None  # the step of which a first piece was committed
     last_reply: tuple[StepReply, bytes] | None = None  # for a step that is sent again
     seal: RowSeal | None = None  # of its rows in the store
+    account: str = ""  # of its edge in the store
+    commit_at: float = 0.0  # not before; the edge has its share of the store
 
     @property
     def is_dirty(self) -> bool:

@@ -71,7 +71,7 @@ log = logging.getLogger("midspan.worker")
     default=1024,
     show_default=True,
     type=click.IntRange(0, 1 << 24),
-    help="Bound of what is kept warm, in all services together; each has an even share.",
+    help="Bound of what is kept warm, in all services together.",
 )
 @click.option(
     "--edge-store-mb",

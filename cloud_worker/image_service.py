@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -34,6 +33,7 @@ from cloud_worker.image_sessions import (
 from cloud_worker.outbox import Outbox
 from cloud_worker.precision import check_precision, tell_precision
 from cloud_worker.row_seals import Checksum, KvCipher, RowSeal
+from cloud_worker.session_cache import CacheBudget, SessionCache
 from cloud_worker.store import KvStore, StoreEvent
 from common.errors import MidspanError, NonFiniteError, ProtocolError, SettingsError
 from common.image_schedulers import (
@@ -85,7 +85,7 @@ class ImageService:
         outbox: Outbox,
         *,
         max_batch_images: int,
-        cache_bytes: int,
+        budget: CacheBudget,
         pool_key: KeyPair | None,
     ) -> None:
         self.service = service
@@ -100,10 +100,10 @@ class ImageService:
         self._scheduler_config = scheduler_config
         self._outbox = outbox
         self._max_batch_images = max_batch_images
-        self._cache_bytes = cache_bytes
+        self._budget = budget
         self._pool_key = pool_key
         self._blobs = Blobs(store, f"{service.model} {service.part} blob", outbox.worker_id)
-        self._sessions: OrderedDict[bytes, ImageSession] = OrderedDict()
+        self._sessions: SessionCache[ImageSession] = SessionCache(budget, self._find_busy)
         self._waiting: dict[bytes, Waiting] = {}  # for the store
         self._ready: list[Waiting] = []
 
@@ -141,21 +141,17 @@ class ImageService:
         return not self._ready and not self._waiting and self._blobs.is_settled()
 
     def warm_bytes(self) -> int:
-        return sum(session.size for session in self._sessions.values())
+        return self._sessions.used_bytes()
 
     def tidy(self) -> None:
         """Forget the sessions that were longest not used, when they are too many or too large."""
-        busy = {w.session.key for w in self._ready} | self._waiting.keys()
-        used = self.warm_bytes()
-        for key, session in list(self._sessions.items()):
-            if used <= self._cache_bytes:
-                return
-            if key not in busy:
-                used -= session.size
-                del self._sessions[key]
+        self._budget.evict()
+
+    def _find_busy(self) -> set[bytes]:
+        return {waiting.session.key for waiting in self._ready} | self._waiting.keys()
 
     def on_end(self, session_key: bytes) -> None:
-        self._sessions.pop(session_key, None)
+        self._sessions.drop(session_key)
         self._drop(session_key)
         self._blobs.forget(conditioning_key(session_key))
         self._blobs.forget(latents_key(session_key))
@@ -179,8 +175,7 @@ class ImageService:
         except MidspanError as error:
             self._outbox.fail(task, str(error))
             return
-        session = self._sessions.setdefault(task.session_key, ImageSession(task.session_key, seal))
-        self._sessions.move_to_end(task.session_key)
+        session = self._sessions.use(task.session_key, lambda: ImageSession(task.session_key, seal))
         if session.last_reply is not None and session.last_reply[0].key == step.key:
             reply, body = session.last_reply
             self._outbox.answer(task, replace(reply, attempt=task.attempt), body)
@@ -317,7 +312,7 @@ class ImageService:
                 )
 
     def _find_seal(self, task: Task, opening: ImageOpening) -> RowSeal:
-        known = self._sessions.get(task.session_key)
+        known = self._sessions.find(task.session_key)
         if known is not None:
             return known.seal
         if not opening.sealed_key:

@@ -13,6 +13,7 @@ from cloud_worker.outbox import Outbox
 from cloud_worker.precision import check_precision, tell_precision
 from cloud_worker.row_seals import Checksum, ForgedRows, KvCipher, RowSeal
 from cloud_worker.self_test import check_executor, check_store
+from cloud_worker.session_cache import CacheBudget
 from cloud_worker.store import (
     Commit,
     CommitFailed,
@@ -49,7 +50,7 @@ class TextService:
         outbox: Outbox,
         *,
         batcher: Batcher,
-        cache_bytes: int,
+        budget: CacheBudget,
         pool_key: KeyPair | None,
     ) -> None:
         self.service = service
@@ -69,7 +70,8 @@ class TextService:
         layout = executor.model.layout
         self._row_bytes = layout.row_bytes
         self._shape = f"{service.model} {service.part} {layout.dtype} {self._row_bytes}"
-        self._warm = WarmCache(executor.model.new_kv, cache_bytes)
+        self._budget = budget
+        self._warm = WarmCache(executor.model.new_kv, budget, self._find_busy)
         self._loading: dict[bytes, Task] = {}  # steps that wait for rows from the store
 
     # --- what the worker asks
@@ -101,7 +103,7 @@ class TextService:
         """Commit what failed to be committed, and forget what is too much."""
         for session in self._warm:
             self._commit(session)
-        self._evict(set())
+        self._budget.evict()
 
     def on_end(self, session_key: bytes) -> None:
         """A session is over. It may be one of another service."""
@@ -262,10 +264,10 @@ class TextService:
             self._reply(task, computed, session, started_at, done_at)
         for _, session in pairs:
             self._commit(session)
-        self._evict({session.session_key for _, session in pairs})
+        self._budget.evict(keep={session.session_key for _, session in pairs})
 
-    def _evict(self, just_run: set[bytes]) -> None:
-        self._warm.evict(just_run | self._batcher.session_keys() | self._loading.keys())
+    def _find_busy(self) -> set[bytes]:
+        return self._batcher.session_keys() | self._loading.keys()
 
     def _reply(
         self,

@@ -35,6 +35,8 @@ from cloud_worker.precision import check_precision, tell_precision
 from cloud_worker.row_seals import Checksum, KvCipher, RowSeal
 from cloud_worker.session_cache import CacheBudget, SessionCache
 from cloud_worker.store import KvStore, StoreEvent
+from common.codecs.lambda_split import PREFIX
+from common.codecs.spec import parse_codec
 from common.errors import MidspanError, NonFiniteError, ProtocolError, SettingsError
 from common.image_schedulers import (
     SCHEDULERS,
@@ -65,10 +67,23 @@ LATENTS_DTYPES = {
 CHECK_CODEC = "int8"
 MAX_TOKENS = 4096
 MAX_STEP_VALUES = 1 << 26  # of all tensors of a step together
+MAX_PROMPT_VALUES = 1 << 25
 MAX_IMAGES = 64
 MAX_SIDE = 1024  # of the latents
 MAX_PIXELS = 1 << 18  # of the latents of all images of a step, doubled for guidance
+ATTENTION_PIXELS = 1 << 15  # of one image; in a larger one each pixel costs more, as all see all
 KEEP_REPLY_BYTES = 8 << 20
+
+
+def is_cast(codec: str) -> bool:
+    """Whether a codec keeps every value as a float: in a few bytes it cannot say much."""
+    return not codec.startswith(PREFIX) and parse_codec(codec).kind == "cast"
+
+
+def pooled_size(config: Any) -> int:
+    """Of the prompt's embedding as a whole, for the UNet of this configuration."""
+    size: int = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    return size
 
 
 class ImageService:
@@ -117,10 +132,9 @@ class ImageService:
         config = self._executor.model.config
         channels = config.in_channels if self._executor.part == WHOLE else self._channels()[0]
         generator = torch.Generator().manual_seed(0)
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         conditioning = Conditioning(
             torch.randn(1, 2, config.cross_attention_dim, generator=generator),
-            torch.randn(1, pooled, generator=generator),
+            torch.randn(1, pooled_size(config), generator=generator),
             torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]]),
         )
         sample = torch.randn(1, channels, 8, 8, generator=generator)
@@ -246,7 +260,7 @@ class ImageService:
             raise ProtocolError(
                 f"step is number {step.position}; the session has {len(opening.timesteps)}"
             )
-        if step.reply_codec >= len(opening.codecs):
+        if max(step.reply_codec, *(part.codec for part in step.tensors), 0) >= len(opening.codecs):
             raise ProtocolError(f"step names a codec beyond the {len(opening.codecs)} it opened")
         for name in opening.codecs:
             check_image_codec(name)
@@ -281,8 +295,7 @@ class ImageService:
             name, shape = part.name, part.shape
             if name in CONDITIONING:
                 count = doubled
-                if len(shape) == 3 and shape[1] > MAX_TOKENS:
-                    raise ProtocolError(f"{name} has {shape[1]} tokens; at most {MAX_TOKENS}")
+                self._check_conditioning(name, shape)
             elif name in ("sample", "latents") or name.startswith(HISTORY):
                 count = doubled if name == "sample" and inner else opening.images
                 if len(shape) != 4 or shape[1] != channels:
@@ -291,6 +304,8 @@ class ImageService:
                     raise ProtocolError(f"{name} has sides {shape[2:]}; at most {MAX_SIDE}")
             else:
                 raise ProtocolError(f"step has an unknown tensor {name!r}")
+            if name != "sample" and not is_cast(opening.codecs[part.codec]):
+                raise ProtocolError(f"{name} is in {opening.codecs[part.codec]!r}; expected fp16")
             if shape[0] != count:
                 raise ProtocolError(f"{name} is of {shape[0]} images; expected {count}")
         self._check_work(step, doubled, inner)
@@ -305,11 +320,25 @@ class ImageService:
         for part in step.tensors:
             if part.name in CONDITIONING:
                 continue
-            pixels = doubled * math.prod(part.shape[2:]) * (4 if inner else 1)
-            if pixels > MAX_PIXELS:
+            pixels = math.prod(part.shape[2:]) * (4 if inner else 1)
+            if doubled * pixels * max(1.0, pixels / ATTENTION_PIXELS) > MAX_PIXELS:
                 raise ProtocolError(
-                    f"step has {pixels} pixels of latents in {doubled} images; at most {MAX_PIXELS}"
+                    f"step has {doubled} images with {pixels} pixels of latents each; at most "
+                    f"{MAX_PIXELS} in all, and fewer the more of them one image has"
                 )
+
+    def _check_conditioning(self, name: str, shape: list[int]) -> None:
+        """Raise ProtocolError unless it is as the model wants it."""
+        config = self._executor.model.config
+        if name == "prompt_embeds":
+            fits = len(shape) == 3 and shape[2] == config.cross_attention_dim
+            fits = fits and shape[1] <= MAX_TOKENS and math.prod(shape) <= MAX_PROMPT_VALUES
+        elif name == "text_embeds":
+            fits = shape[1:] == [pooled_size(config)]
+        else:
+            fits = shape[1:] == [6]
+        if not fits:
+            raise ProtocolError(f"{name} has shape {shape}, which is not this model's, or too much")
 
     def _find_seal(self, task: Task, opening: ImageOpening) -> RowSeal:
         known = self._sessions.find(task.session_key)

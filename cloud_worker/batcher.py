@@ -42,6 +42,11 @@ class Task:
         """
         return make_session_key(self.step.session_id, self.owner)
 
+    @property
+    def account(self) -> str:
+        """The edge whose share of the store the session takes: its key, else a number for it."""
+        return self.owner or str(self.edge)
+
 
 def make_session_key(session_id: bytes, owner: str) -> bytes:
     """An edge's session: its id, then the edge's key."""

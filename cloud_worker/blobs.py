@@ -35,6 +35,7 @@ class _Save:
     blob: bytes
     generation: int
     step: int
+    account: str
     written: int = 0
 
 
@@ -47,18 +48,27 @@ class Blobs:
         self._writer = writer
         self._saves: dict[bytes, _Save] = {}
         self._loads: dict[bytes, tuple[int, RowSeal, Callable[[bytes], None]]] = {}
+        self.loads_given_up = self.commits_over_share = 0
 
     def is_settled(self) -> bool:
         """Whether nothing is on its way into the store."""
         return not self._saves
 
-    def save(self, key: bytes, generation: int, step: int, blob: bytes, seal: RowSeal) -> None:
+    def save(
+        self,
+        key: bytes,
+        generation: int,
+        step: int,
+        blob: bytes,
+        seal: RowSeal,
+        account: str = "",
+    ) -> None:
         """Begin to write a blob, unless that is under way; an older one is then dropped."""
         under_way = self._saves.get(key)
         if not self._store.is_up() or (under_way and under_way.generation == generation):
             return
         stored = seal.seal(blob, generation, len(blob), 0)
-        self._saves[key] = _Save(stored, generation, step)
+        self._saves[key] = _Save(stored, generation, step, account)
         self._write_next(key)
 
     def load(
@@ -102,6 +112,7 @@ class Blobs:
             save.written = event.position
             self._write_next(event.session_key)
         elif isinstance(event, Committed | CommitRefused | CommitFailed):
+            self.commits_over_share += isinstance(event, CommitRefused) and event.code == "over"
             del self._saves[event.session_key]  # done, overtaken, or for the edge to send again
 
     def _write_next(self, key: bytes) -> None:
@@ -110,7 +121,7 @@ class Blobs:
         self._store.begin_commit(
             Commit(
                 key, self._shape, save.generation, 0, save.step, self._writer, start, end,
-                start > 0, save.blob[start:end], 1,
+                start > 0, save.blob[start:end], 1, save.account,
             )
         )  # fmt: skip
 
@@ -119,6 +130,7 @@ class Blobs:
         if wanted is None or wanted[0] != event.generation:
             return
         generation, seal, then = self._loads.pop(event.session_key)
+        self.loads_given_up += event.given_up
         try:
             then(unseal_blob(seal, event.rows, generation))
         except ForgedRows:

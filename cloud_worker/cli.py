@@ -71,7 +71,14 @@ log = logging.getLogger("midspan.worker")
     default=1024,
     show_default=True,
     type=click.IntRange(0, 1 << 24),
-    help="Bound of what is kept warm, in all services together; each has an even share.",
+    help="Bound of what is kept warm, in all services together.",
+)
+@click.option(
+    "--edge-store-mb",
+    default=2048,
+    show_default=True,
+    type=click.IntRange(1, 1 << 24),
+    help="What one edge's sessions may take in Redis; others are recomputed when a worker dies.",
 )
 @click.option(
     "--heartbeat-ms",
@@ -104,6 +111,7 @@ def worker(
     max_batch_images: int,
     capacity: int,
     cache_mb: int,
+    edge_store_mb: int,
     heartbeat_ms: int,
     key: Path | None,
     broker_key: str | None,
@@ -127,7 +135,7 @@ def worker(
 
     if model_name is None and image_model is None:
         model_name, image_model = DEMO_TEXT_MODEL, DEMO_IMAGE_MODEL
-    store = RedisKvStore(redis_url, must_answer=False)
+    store = RedisKvStore(redis_url, must_answer=False, share_bytes=edge_store_mb << 20)
     settings = ServingSettings(
         dtype, device, max_batch_rows, max_batch_steps, max_batch_images, cache_mb << 20, pool_pair
     )

@@ -6,7 +6,17 @@ for i = 1, #KEYS do
     return redis.error_reply('FOREIGN this session was not given to the caller')
   end
 end
-local chunks = tonumber(redis.call('HGET', KEYS[1], 'chunks') or 0)
+local record = redis.call('HMGET', KEYS[1], 'chunks', 'account')
+local chunks, account, name = tonumber(record[1] or 0), record[2], redis.sha1hex(ARGV[1])
+if account and account ~= '' then
+  local known = redis.call('HMGET', account, name, 'total')
+  local counted = string.match(known[1] or '', '^(%d+) %d+$')
+  if counted then
+    redis.call('HDEL', account, name)
+    redis.call('HSET', account, 'total',
+      string.format('%.0f', math.max(0, tonumber(known[2] or 0) - tonumber(counted))))
+  end
+end
 for i = 0, chunks - 1 do
   redis.call('UNLINK', home .. 'kv:' .. i)
 end

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +33,10 @@ from cloud_worker.image_sessions import (
 from cloud_worker.outbox import Outbox
 from cloud_worker.precision import check_precision, tell_precision
 from cloud_worker.row_seals import Checksum, KvCipher, RowSeal
+from cloud_worker.session_cache import CacheBudget, SessionCache
 from cloud_worker.store import KvStore, StoreEvent
+from common.codecs.lambda_split import PREFIX
+from common.codecs.spec import parse_codec
 from common.errors import MidspanError, NonFiniteError, ProtocolError, SettingsError
 from common.image_schedulers import (
     SCHEDULERS,
@@ -65,10 +67,23 @@ LATENTS_DTYPES = {
 CHECK_CODEC = "int8"
 MAX_TOKENS = 4096
 MAX_STEP_VALUES = 1 << 26  # of all tensors of a step together
+MAX_PROMPT_VALUES = 1 << 25
 MAX_IMAGES = 64
 MAX_SIDE = 1024  # of the latents
 MAX_PIXELS = 1 << 18  # of the latents of all images of a step, doubled for guidance
+ATTENTION_PIXELS = 1 << 15  # of one image; in a larger one each pixel costs more, as all see all
 KEEP_REPLY_BYTES = 8 << 20
+
+
+def is_cast(codec: str) -> bool:
+    """Whether a codec keeps every value as a float: in a few bytes it cannot say much."""
+    return not codec.startswith(PREFIX) and parse_codec(codec).kind == "cast"
+
+
+def pooled_size(config: Any) -> int:
+    """Of the prompt's embedding as a whole, for the UNet of this configuration."""
+    size: int = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    return size
 
 
 class ImageService:
@@ -85,21 +100,25 @@ class ImageService:
         outbox: Outbox,
         *,
         max_batch_images: int,
-        cache_bytes: int,
+        budget: CacheBudget,
         pool_key: KeyPair | None,
     ) -> None:
         self.service = service
         self.stats = dict.fromkeys(
-            ("image_batches", "image_steps", "image_takeovers", "tensors_asked"), 0
-        )
+            (
+                "image_batches", "image_steps", "image_takeovers", "tensors_asked",
+                "loads_given_up", "commits_over_share",
+            ),
+            0,
+        )  # fmt: skip
         self._executor = executor
         self._scheduler_config = scheduler_config
         self._outbox = outbox
         self._max_batch_images = max_batch_images
-        self._cache_bytes = cache_bytes
+        self._budget = budget
         self._pool_key = pool_key
         self._blobs = Blobs(store, f"{service.model} {service.part} blob", outbox.worker_id)
-        self._sessions: OrderedDict[bytes, ImageSession] = OrderedDict()
+        self._sessions: SessionCache[ImageSession] = SessionCache(budget, self._find_busy)
         self._waiting: dict[bytes, Waiting] = {}  # for the store
         self._ready: list[Waiting] = []
 
@@ -113,10 +132,9 @@ class ImageService:
         config = self._executor.model.config
         channels = config.in_channels if self._executor.part == WHOLE else self._channels()[0]
         generator = torch.Generator().manual_seed(0)
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         conditioning = Conditioning(
             torch.randn(1, 2, config.cross_attention_dim, generator=generator),
-            torch.randn(1, pooled, generator=generator),
+            torch.randn(1, pooled_size(config), generator=generator),
             torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]]),
         )
         sample = torch.randn(1, channels, 8, 8, generator=generator)
@@ -137,27 +155,25 @@ class ImageService:
         return not self._ready and not self._waiting and self._blobs.is_settled()
 
     def warm_bytes(self) -> int:
-        return sum(session.size for session in self._sessions.values())
+        return self._sessions.used_bytes()
 
     def tidy(self) -> None:
         """Forget the sessions that were longest not used, when they are too many or too large."""
-        busy = {w.session.key for w in self._ready} | self._waiting.keys()
-        used = self.warm_bytes()
-        for key, session in list(self._sessions.items()):
-            if used <= self._cache_bytes:
-                return
-            if key not in busy:
-                used -= session.size
-                del self._sessions[key]
+        self._budget.evict()
+
+    def _find_busy(self) -> set[bytes]:
+        return {waiting.session.key for waiting in self._ready} | self._waiting.keys()
 
     def on_end(self, session_key: bytes) -> None:
-        self._sessions.pop(session_key, None)
+        self._sessions.drop(session_key)
         self._drop(session_key)
         self._blobs.forget(conditioning_key(session_key))
         self._blobs.forget(latents_key(session_key))
 
     def on_store_event(self, event: StoreEvent) -> None:
         self._blobs.on_event(event)
+        self.stats["loads_given_up"] = self._blobs.loads_given_up
+        self.stats["commits_over_share"] = self._blobs.commits_over_share
 
     def on_step(self, task: Task) -> None:
         """Take a step; answers at once if it cannot be computed."""
@@ -173,8 +189,7 @@ class ImageService:
         except MidspanError as error:
             self._outbox.fail(task, str(error))
             return
-        session = self._sessions.setdefault(task.session_key, ImageSession(task.session_key, seal))
-        self._sessions.move_to_end(task.session_key)
+        session = self._sessions.use(task.session_key, lambda: ImageSession(task.session_key, seal))
         if session.last_reply is not None and session.last_reply[0].key == step.key:
             reply, body = session.last_reply
             self._outbox.answer(task, structs.replace(reply, attempt=task.attempt), body)
@@ -245,7 +260,7 @@ class ImageService:
             raise ProtocolError(
                 f"step is number {step.position}; the session has {len(opening.timesteps)}"
             )
-        if step.reply_codec >= len(opening.codecs):
+        if max(step.reply_codec, *(part.codec for part in step.tensors), 0) >= len(opening.codecs):
             raise ProtocolError(f"step names a codec beyond the {len(opening.codecs)} it opened")
         for name in opening.codecs:
             check_image_codec(name)
@@ -280,8 +295,7 @@ class ImageService:
             name, shape = part.name, part.shape
             if name in CONDITIONING:
                 count = doubled
-                if len(shape) == 3 and shape[1] > MAX_TOKENS:
-                    raise ProtocolError(f"{name} has {shape[1]} tokens; at most {MAX_TOKENS}")
+                self._check_conditioning(name, shape)
             elif name in ("sample", "latents") or name.startswith(HISTORY):
                 count = doubled if name == "sample" and inner else opening.images
                 if len(shape) != 4 or shape[1] != channels:
@@ -290,6 +304,8 @@ class ImageService:
                     raise ProtocolError(f"{name} has sides {shape[2:]}; at most {MAX_SIDE}")
             else:
                 raise ProtocolError(f"step has an unknown tensor {name!r}")
+            if name != "sample" and not is_cast(opening.codecs[part.codec]):
+                raise ProtocolError(f"{name} is in {opening.codecs[part.codec]!r}; expected fp16")
             if shape[0] != count:
                 raise ProtocolError(f"{name} is of {shape[0]} images; expected {count}")
         self._check_work(step, doubled, inner)
@@ -304,14 +320,28 @@ class ImageService:
         for part in step.tensors:
             if part.name in CONDITIONING:
                 continue
-            pixels = doubled * math.prod(part.shape[2:]) * (4 if inner else 1)
-            if pixels > MAX_PIXELS:
+            pixels = math.prod(part.shape[2:]) * (4 if inner else 1)
+            if doubled * pixels * max(1.0, pixels / ATTENTION_PIXELS) > MAX_PIXELS:
                 raise ProtocolError(
-                    f"step has {pixels} pixels of latents in {doubled} images; at most {MAX_PIXELS}"
+                    f"step has {doubled} images with {pixels} pixels of latents each; at most "
+                    f"{MAX_PIXELS} in all, and fewer the more of them one image has"
                 )
 
+    def _check_conditioning(self, name: str, shape: list[int]) -> None:
+        """Raise ProtocolError unless it is as the model wants it."""
+        config = self._executor.model.config
+        if name == "prompt_embeds":
+            fits = len(shape) == 3 and shape[2] == config.cross_attention_dim
+            fits = fits and shape[1] <= MAX_TOKENS and math.prod(shape) <= MAX_PROMPT_VALUES
+        elif name == "text_embeds":
+            fits = shape[1:] == [pooled_size(config)]
+        else:
+            fits = shape[1:] == [6]
+        if not fits:
+            raise ProtocolError(f"{name} has shape {shape}, which is not this model's, or too much")
+
     def _find_seal(self, task: Task, opening: ImageOpening) -> RowSeal:
-        known = self._sessions.get(task.session_key)
+        known = self._sessions.find(task.session_key)
         if known is not None:
             return known.seal
         if not opening.sealed_key:
@@ -332,7 +362,7 @@ class ImageService:
             named = dict(zip(CONDITIONING, conditioning_fields(session.conditioning), strict=True))
             key = conditioning_key(session.key)
             step = waiting.step.step  # newer than that of a writer who died half-way
-            self._blobs.save(key, 0, step, to_blob(named), session.seal)
+            self._blobs.save(key, 0, step, to_blob(named), session.seal, waiting.task.account)
         if "latents" in tensors:
             dtype = LATENTS_DTYPES[waiting.opening.latents_dtype]
             session.latents = read_latents(tensors, waiting.step.position, dtype)
@@ -470,5 +500,5 @@ class ImageService:
         session.latents = Latents(step.position + 1, sample, read_history(scheduler))
         self._blobs.save(
             latents_key(session.key), step.position + 1, step.step,
-            to_blob(session.latents.to_tensors()), session.seal,
+            to_blob(session.latents.to_tensors()), session.seal, waiting.task.account,
         )  # fmt: skip

@@ -11,6 +11,7 @@ from cloud_worker.store import (
     Load,
     Loaded,
     StoreEvent,
+    counted_bytes,
     usable_rows,
 )
 
@@ -22,6 +23,8 @@ class _Session:
     step: int
     writer: str
     position: int
+    account: str
+    counted: int  # bytes, for the account
     rows: bytearray = field(default_factory=bytearray)
 
 
@@ -31,7 +34,8 @@ class MemoryKvStore:
     identity = "memory"
     eviction_policy = "noeviction"
 
-    def __init__(self) -> None:
+    def __init__(self, share_bytes: int | None = None) -> None:
+        self._share_bytes = share_bytes
         self._sessions: dict[bytes, _Session] = {}
         self._events: list[StoreEvent] = []
 
@@ -59,14 +63,31 @@ class MemoryKvStore:
                     return CommitRefused(*key, "stale", session.position)
         if commit.start > valid:
             return CommitRefused(*key, "gap", valid)
+        counted = max(counted_bytes(commit), session.counted if session is not None else 0)
+        if self._is_over(commit, counted):
+            return CommitRefused(*key, "over", valid)
         rows = (
             session.rows if session is not None and session.shape == commit.shape else bytearray()
         )
         rows[commit.start * commit.row_bytes :] = commit.rows
         self._sessions[commit.session_key] = _Session(
-            commit.shape, commit.generation, commit.step, commit.writer, commit.end, rows
-        )
+            commit.shape, commit.generation, commit.step, commit.writer, commit.end,
+            commit.account, counted, rows,
+        )  # fmt: skip
         return Committed(*key, commit.end)
+
+    def _is_over(self, commit: Commit, counted: int) -> bool:
+        if self._share_bytes is None or not commit.account:
+            return False
+        known = self._sessions.get(commit.session_key)
+        if known is not None and known.account == commit.account and known.counted == counted:
+            return False
+        others = sum(
+            session.counted
+            for key, session in self._sessions.items()
+            if session.account == commit.account and key != commit.session_key
+        )
+        return others + counted > self._share_bytes
 
     def begin_load(self, load: Load) -> None:
         session = self._sessions.get(load.session_key)

@@ -2,20 +2,26 @@
 
 Requests are written to the connection as they come and answers are read when they are there, in
 order, so a load always sees the commits before it and the worker's loop needs no thread for it.
-What the connection does not take at once waits here and goes out piece by piece, so that a slow
-server holds nobody up. A connection on which nothing moves for `timeout_s`, in either direction,
-is condemned: everything pending fails, and a thread connects anew while the worker goes on without
-a store. When there is nothing to do the server is asked once a second whether it is there.
+What the connection does not take at once waits here and goes out piece by piece, and an answer
+that has come in part waits for its rest, so that a slow server holds nobody up. A load that is
+slower than its edge would be ends with the rows that have come, and what comes of it later is
+dropped: the edge sends the rest. A connection on which nothing moves for `timeout_s`, in either
+direction, is condemned: everything pending fails, and a thread connects anew while the worker goes
+on without a store. When there is nothing to do the server is asked once a second whether it is
+there.
 
-Keys of a session share the hash tag {SESSION}, so they lie in one slot of a cluster:
+Keys of a session share the hash tag {SESSION}; those of accounts lie elsewhere, so that a cluster
+of Redis will not do:
     midspan:{SESSION}:record    shape, generation, step, writer, position, chunks
     midspan:{SESSION}:kv:N      chunk N, about 1 MB of rows at fixed offsets
+    midspan:account:ACCOUNT     bytes and expiry of each session of an edge
 SESSION is the SHA-1 of the session's key, and every script wants the key itself: a worker that was
 never given a session cannot name the key, though it may see the names of Redis's keys.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import socket
@@ -28,6 +34,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
+import hiredis
 import redis
 
 from cloud_worker.store import (
@@ -39,6 +46,7 @@ from cloud_worker.store import (
     Loaded,
     StoreEvent,
     chunk_rows,
+    counted_bytes,
     usable_rows,
 )
 from common.errors import SettingsError, StoreUnavailable
@@ -49,10 +57,15 @@ log = logging.getLogger("midspan.store")
 LOADS_IN_FLIGHT = 2
 RECONNECT_S = 0.5
 PING_S = 1.0
+LOAD_LIMIT_S = 1.0  # what a load may take, and more as long as it is faster than
+LOAD_BYTES_PER_S = 16e6  # which is 120 rows of 128 KB (8 billion parameters): as edges replay them
 MAX_UNSENT_BYTES = 64 << 20
+NO_BOUND = 1 << 52
+READ_BYTES = 256 << 10
 SEND_BUFFER_BYTES = 128 << 10  # of the system: what is in there moves unseen
 SLOWEST_BYTES_PER_S = 100_000.0
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError)
+CONNECT_ANEW = ("NOSCRIPT", "LOADING", "NOAUTH")  # the connection is no good as it is
 
 
 @dataclass(slots=True)
@@ -62,10 +75,17 @@ class _Loading:
     load: Load
     next_row: int  # first row not asked for yet
     end: int  # shrinks to what turns out to be valid
+    begun_at: float
     parts: list[bytes] = field(default_factory=list)
     in_flight: int = 0
     generation_seen: int | None = None
     finished: bool = False
+
+    @property
+    def give_up_at(self) -> float:
+        """When it is slower than its edge would be, unless another part comes."""
+        loaded_bytes = sum(len(part) for part in self.parts)
+        return self.begun_at + LOAD_LIMIT_S + loaded_bytes / LOAD_BYTES_PER_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +109,16 @@ class RedisKvStore:
         timeout_s: float = 0.5,
         ttl_s: float = SESSION_TTL_S,
         must_answer: bool = True,
+        share_bytes: int = NO_BOUND,
     ) -> None:
         self.url = url
+        self._share_bytes = share_bytes
         self._timeout_s = timeout_s
         self._ttl_ms = round(ttl_s * 1000)
         self._events: list[StoreEvent] = []
         self._pending: deque[_Pending] = deque()
+        self._loads: list[_Loading] = []
+        self._answers = hiredis.Reader()  # of this connection: what has come, whole or in part
         self._unsent: deque[memoryview] = deque()
         self._unsent_bytes = 0
         self._moved_at = time.monotonic()  # when bytes last went either way
@@ -140,11 +164,13 @@ class RedisKvStore:
             "commit", 2 + len(others), record_key(commit.session_key), written, *others,
             commit.shape, commit.generation, commit.fork, commit.step, commit.writer,
             commit.start, commit.end, int(commit.continues), row_in_chunk * commit.row_bytes,
-            self._ttl_ms, commit.rows, commit.session_key,
+            self._ttl_ms, commit.rows, commit.session_key, commit.account, counted_bytes(commit),
+            self._share_bytes,
         )  # fmt: skip
 
     def begin_load(self, load: Load) -> None:
-        loading = _Loading(load, load.start, load.end)
+        loading = _Loading(load, load.start, load.end, time.monotonic())
+        self._loads.append(loading)
         for _ in range(LOADS_IN_FLIGHT):
             self._load_next_part(loading)
 
@@ -161,14 +187,14 @@ class RedisKvStore:
         if connection is not None:
             try:
                 self._flush(connection)
-                while connection.can_read(timeout=0):
-                    self._read_answer(connection)
+                self._read_answers(connection)
+                self._give_up_slow_loads()
                 idle_s = time.monotonic() - self._moved_at
                 if self._pending and idle_s > self._timeout_s + self._unseen_s():
                     raise redis.TimeoutError(f"no answer within {idle_s:.1f} s")
                 if not self._pending and idle_s > PING_S:
                     self._request(lambda answer: None, lambda reason: None, "PING")
-            except (redis.RedisError, OSError) as error:
+            except (redis.RedisError, hiredis.HiredisError, OSError) as error:
                 self._drop_connection(error)
         events, self._events = self._events, []
         return events
@@ -201,6 +227,7 @@ class RedisKvStore:
             connection.send_command("SCRIPT", "LOAD", read_script(name))
             self._sha[name] = connection.read_response().decode()
         self._read_about(connection)
+        connection._sock.setblocking(False)
         return connection
 
     def _read_about(self, connection: Any) -> None:
@@ -260,8 +287,7 @@ class RedisKvStore:
         if not self._unsent:
             return
         link = connection._sock  # redis-py has no public way to send without waiting
-        link.setblocking(False)
-        try:
+        with contextlib.suppress(*WOULD_BLOCK):
             while self._unsent:
                 piece = self._unsent[0]
                 sent = link.send(piece)
@@ -271,22 +297,28 @@ class RedisKvStore:
                     self._unsent[0] = piece[sent:]
                 else:
                     self._unsent.popleft()
-        except WOULD_BLOCK:
-            return
-        finally:
-            link.settimeout(self._timeout_s)
 
-    def _read_answer(self, connection: Any) -> None:
-        try:
-            answer = connection.read_response()
-            self._moved_at = time.monotonic()
-        except redis.ResponseError as error:
-            if isinstance(error, redis.exceptions.NoScriptError):
-                raise redis.ConnectionError("the scripts were flushed") from error
-            log.warning("Redis refused a command: %s", error)
-            self._pending.popleft().on_failure(str(error))
-            return
-        self._pending.popleft().on_answer(answer)
+    def _read_answers(self, connection: Any) -> None:
+        """Take what has come, and handle the answers that are whole."""
+        link = connection._sock  # redis-py waits for the rest of an answer once it has begun
+        with contextlib.suppress(*WOULD_BLOCK):
+            while True:
+                piece = link.recv(READ_BYTES)
+                if not piece:
+                    raise redis.ConnectionError("the server ended the connection")
+                self._moved_at = time.monotonic()
+                self._answers.feed(piece)
+                self._handle_answers()
+
+    def _handle_answers(self) -> None:
+        while self._pending and (answer := self._answers.gets()) is not False:
+            if isinstance(answer, hiredis.ReplyError):
+                if str(answer).startswith(CONNECT_ANEW):
+                    raise redis.ConnectionError(str(answer))
+                log.warning("Redis refused a command: %s", answer)
+                self._pending.popleft().on_failure(str(answer))
+            else:
+                self._pending.popleft().on_answer(answer)
 
     def _drop_connection(self, error: Exception) -> None:
         log.warning(
@@ -319,6 +351,7 @@ class RedisKvStore:
     def _adopt_fresh_connection(self) -> None:
         if self._fresh is not None:
             self._connection, self._fresh, self._connecting = self._fresh, None, None
+            self._answers = hiredis.Reader()
             log.warning("Redis at %s is back", _without_password(self.url))
 
     # --- answers
@@ -333,9 +366,10 @@ class RedisKvStore:
 
     def _load_next_part(self, loading: _Loading) -> None:
         load = loading.load
+        if loading.finished:
+            return
         if loading.next_row >= loading.end:
-            if loading.in_flight == 0 and not loading.finished:
-                loading.finished = True
+            if loading.in_flight == 0:
                 self._finish_load(loading)
             return
         rows_per_chunk = chunk_rows(load.row_bytes)
@@ -354,6 +388,8 @@ class RedisKvStore:
     def _on_part(self, loading: _Loading, start: int, rows: int, answer: list[Any]) -> None:
         load = loading.load
         loading.in_flight -= 1
+        if loading.finished:
+            return  # given up
         valid = 0
         if answer and answer[0].decode() == load.shape:
             valid = usable_rows(answer[1], answer[2], load.generation, load.fork)
@@ -371,11 +407,22 @@ class RedisKvStore:
                 loading.parts.append(part)
         self._load_next_part(loading)
 
-    def _finish_load(self, loading: _Loading) -> None:
+    def _give_up_slow_loads(self) -> None:
+        now = time.monotonic()
+        for loading in [loading for loading in self._loads if now > loading.give_up_at]:
+            log.info("Redis is slow: a load is given up after %.1f s", now - loading.begun_at)
+            self._finish_load(loading, given_up=True)
+
+    def _finish_load(self, loading: _Loading, given_up: bool = False) -> None:
         load = loading.load
+        loading.finished = True
+        self._loads.remove(loading)
         rows = b"".join(loading.parts)[: max(0, loading.end - load.start) * load.row_bytes]
+        loading.parts.clear()
         written_in = load.generation if loading.generation_seen is None else loading.generation_seen
-        self._events.append(Loaded(load.session_key, load.generation, load.start, rows, written_in))
+        self._events.append(
+            Loaded(load.session_key, load.generation, load.start, rows, written_in, given_up)
+        )
 
 
 def read_script(name: str) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from cloud_worker.batcher import Batcher
@@ -12,6 +12,7 @@ from cloud_worker.executor import TextExecutor
 from cloud_worker.image_executor import ImageExecutor
 from cloud_worker.image_service import ImageService
 from cloud_worker.outbox import Outbox, StepService
+from cloud_worker.session_cache import CacheBudget
 from cloud_worker.store import KvStore
 from cloud_worker.text_service import TextService
 from common.checkpoint import Checkpoint
@@ -55,18 +56,19 @@ def load_services(
     store: KvStore,
     settings: ServingSettings,
 ) -> list[ServiceMaker]:
-    """Load what a worker serves; each service gets an even share of the cache.
+    """Load what a worker serves; its services have one bound on what they keep warm.
 
     Raises CheckpointError or SettingsError.
     """
     parts = list(dict.fromkeys(image_parts)) if image_model is not None else []
-    services = len(parts) + (text_model is not None)
-    share = replace(settings, cache_bytes=settings.cache_bytes // max(1, services))
+    budget = CacheBudget(settings.cache_bytes)
     makers = []
     if text_model is not None:
-        makers.append(load_text_service(text_model, span_text, calibration, store, share))
+        makers.append(
+            load_text_service(text_model, span_text, calibration, store, settings, budget)
+        )
     if image_model is not None:
-        makers += load_image_services(image_model, parts, store, share)
+        makers += load_image_services(image_model, parts, store, settings, budget)
     return makers
 
 
@@ -76,6 +78,7 @@ def load_text_service(
     calibration: Path | None,
     store: KvStore,
     settings: ServingSettings,
+    budget: CacheBudget,
 ) -> ServiceMaker:
     """Load a span of a language model. Raises CheckpointError or SettingsError."""
     checkpoint = Checkpoint(directory)
@@ -103,13 +106,17 @@ def load_text_service(
         store,
         outbox,
         batcher=Batcher(settings.max_batch_rows, settings.max_batch_steps),
-        cache_bytes=settings.cache_bytes,
+        budget=budget,
         pool_key=settings.pool_key,
     )
 
 
 def load_image_services(
-    directory: Path, parts: Sequence[str], store: KvStore, settings: ServingSettings
+    directory: Path,
+    parts: Sequence[str],
+    store: KvStore,
+    settings: ServingSettings,
+    budget: CacheBudget,
 ) -> list[ServiceMaker]:
     """Load parts of an SDXL UNet; `inner` alone reads the inner blocks only.
 
@@ -137,7 +144,7 @@ def load_image_services(
             store,
             outbox,
             max_batch_images=settings.max_batch_images,
-            cache_bytes=settings.cache_bytes,
+            budget=budget,
             pool_key=settings.pool_key,
         )
 

@@ -13,6 +13,10 @@ The fence. A commit writes rows start..end of (generation, step) and is refused
 A commit of a step that is there already is answered with `Committed` and writes nothing. Check
 and write are one atomic step, else a stale writer could pass the check and write later.
 
+A store that is given `share_bytes` has at most so many of one account, an edge. A commit beyond
+that is refused as `over`, and its session computed again from its edge when a worker takes over.
+A session counts for the most bytes it had, rounded up, until it is deleted or expires.
+
 A `session_key` is the session's name and the right to it at once: 16 random bytes from the edge,
 and the edge's own public key where keys are used. A worker learns it with the session's first step.
 
@@ -26,6 +30,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 CHUNK_BYTES = 1 << 20
+COUNTED_BYTES = 64 << 10  # a session counts in these for its account: it is not asked at every step
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,7 @@ class Commit:
     continues: bool  # not the first piece of this step by this writer
     rows: bytes
     row_bytes: int
+    account: str = ""  # whose share of the store it takes; nobody's if empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +75,10 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class CommitRefused:
-    """`stale`: a newer writer is at work. `gap`: only rows below `position` are there."""
+    """`stale`: a newer writer is at work. `gap`: only rows below `position` are there.
+
+    `over`: the account has its share of the store.
+    """
 
     session_key: bytes
     generation: int
@@ -88,13 +97,17 @@ class CommitFailed:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Rows from `start` on: empty when the store has none of them or cannot be asked."""
+    """Rows from `start` on: empty when the store has none of them or cannot be asked.
+
+    A store that is slow gives up, so that the edge sends what it has not loaded.
+    """
 
     session_key: bytes
     generation: int
     start: int
     rows: bytes
     written_in: int  # the generation that the store names; not to be believed
+    given_up: bool = False
 
 
 StoreEvent = Committed | CommitRefused | CommitFailed | Loaded
@@ -138,6 +151,11 @@ def usable_rows(record_generation: int, record_position: int, generation: int, f
     if record_generation == generation - 1:
         return min(record_position, fork)
     return 0
+
+
+def counted_bytes(commit: Commit) -> int:
+    """What a session with these rows counts for."""
+    return -(-commit.end * commit.row_bytes // COUNTED_BYTES) * COUNTED_BYTES
 
 
 def chunk_rows(row_bytes: int) -> int:

@@ -14,6 +14,7 @@ from cloud_worker.outbox import Outbox
 from cloud_worker.precision import check_precision, tell_precision
 from cloud_worker.row_seals import Checksum, ForgedRows, KvCipher, RowSeal
 from cloud_worker.self_test import check_executor, check_store
+from cloud_worker.session_cache import CacheBudget
 from cloud_worker.store import (
     Commit,
     CommitFailed,
@@ -34,6 +35,7 @@ from common.sealing import open_sealed
 log = logging.getLogger("midspan.worker")
 
 KEEP_REPLY_BYTES = 32 << 20
+OVER_SHARE_S = 30.0  # until a session is tried again whose edge has its share of the store
 
 
 class TextService:
@@ -49,14 +51,15 @@ class TextService:
         outbox: Outbox,
         *,
         batcher: Batcher,
-        cache_bytes: int,
+        budget: CacheBudget,
         pool_key: KeyPair | None,
     ) -> None:
         self.service = service
         self.stats = dict.fromkeys(
             (
                 "batches", "steps", "rows", "takeovers", "rows_pulled", "bytes_pulled",
-                "rows_asked", "rows_refused",
+                "rows_asked", "rows_refused", "loads_given_up",
+                "commits_over_share",
             ),
             0,
         )  # fmt: skip
@@ -68,7 +71,8 @@ class TextService:
         layout = executor.model.layout
         self._row_bytes = layout.row_bytes
         self._shape = f"{service.model} {service.part} {layout.dtype} {self._row_bytes}"
-        self._warm = WarmCache(executor.model.new_kv, cache_bytes)
+        self._budget = budget
+        self._warm = WarmCache(executor.model.new_kv, budget, self._find_busy)
         self._loading: dict[bytes, Task] = {}  # steps that wait for rows from the store
 
     # --- what the worker asks
@@ -87,7 +91,10 @@ class TextService:
 
     def is_settled(self) -> bool:
         """Whether all that came is answered and committed."""
-        uncommitted = self._store.is_up() and any(s.is_dirty for s in self._warm)
+        now = time.monotonic()
+        uncommitted = self._store.is_up() and any(
+            session.is_dirty and session.commit_at <= now for session in self._warm
+        )
         return not len(self._batcher) and not self._loading and not uncommitted
 
     def warm_bytes(self) -> int:
@@ -97,7 +104,7 @@ class TextService:
         """Commit what failed to be committed, and forget what is too much."""
         for session in self._warm:
             self._commit(session)
-        self._evict(set())
+        self._budget.evict()
 
     def on_end(self, session_key: bytes) -> None:
         """A session is over. It may be one of another service."""
@@ -140,7 +147,7 @@ class TextService:
             return
         if self._is_waiting(task):
             return
-        session.seal = seal
+        session.seal, session.account = seal, task.account
         if not session.adjust_to(step):
             self._outbox.fail(task, "the session has a newer generation")
             return
@@ -198,11 +205,16 @@ class TextService:
             self._commit(session)
         elif event.code == "stale":
             session.committed = session.kv.length  # another worker went on; the store has more
+        elif event.code == "over":
+            self.stats["commits_over_share"] += 1
+            session.commit_at = time.monotonic() + OVER_SHARE_S
+            session.pieces_of_step = None
 
     def _on_loaded(self, event: Loaded, session: WarmSession | None) -> None:
         task = self._loading.get(event.session_key)
         if task is None or session is None or task.text_step.generation != event.generation:
             return
+        self.stats["loads_given_up"] += event.given_up
         plain = self._unseal(session, event)
         if plain and session.kv.length == event.start:
             session.kv.write_bytes(event.start, plain)
@@ -253,10 +265,10 @@ class TextService:
             self._reply(task, computed, session, started_at, done_at)
         for _, session in pairs:
             self._commit(session)
-        self._evict({session.session_key for _, session in pairs})
+        self._budget.evict(keep={session.session_key for _, session in pairs})
 
-    def _evict(self, just_run: set[bytes]) -> None:
-        self._warm.evict(just_run | self._batcher.session_keys() | self._loading.keys())
+    def _find_busy(self) -> set[bytes]:
+        return self._batcher.session_keys() | self._loading.keys()
 
     def _reply(
         self,
@@ -285,6 +297,8 @@ class TextService:
         """Begin to commit the next piece that the store does not have, unless one is under way."""
         if not session.is_dirty or session.commit_in_flight or not self._store.is_up():
             return
+        if session.commit_at > time.monotonic():
+            return
         start = session.committed
         row_bytes = self._stored_row_bytes(session)
         rows_per_chunk = chunk_rows(row_bytes)
@@ -299,6 +313,7 @@ class TextService:
             Commit(
                 session.session_key, self._shape_of(session), session.generation, session.fork,
                 session.last_step, self._outbox.worker_id, start, end, continues, rows, row_bytes,
+                session.account,
             )
         )  # fmt: skip
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from cloud_worker.row_seals import RowSeal
+from cloud_worker.session_cache import CacheBudget, SessionCache
 from common.kv_rows import KvRows
 from common.messages import Step, StepReply
 
-MAX_SESSIONS = 8192
 LARGE_REPLY_BYTES = 1 << 16
 
 
@@ -28,6 +27,8 @@ class WarmSession:
     pieces_of_step: int | None = None  # the step of which a first piece was committed
     last_reply: tuple[StepReply, bytes] | None = None  # for a step that is sent again
     seal: RowSeal | None = None  # of its rows in the store
+    account: str = ""  # of its edge in the store
+    commit_at: float = 0.0  # not before; the edge has its share of the store
 
     @property
     def is_dirty(self) -> bool:
@@ -62,51 +63,21 @@ class WarmSession:
         self.committed = min(self.committed, position)
 
 
-class WarmCache:
-    """Least recently used sessions go first when their buffers exceed `limit_bytes`.
+class WarmCache(SessionCache[WarmSession]):
+    """The text sessions of one service."""
 
-    Or when there are too many: a session that nobody ends and that has no rows takes room, too.
-    """
-
-    def __init__(self, new_kv: Callable[[], KvRows], limit_bytes: int) -> None:
+    def __init__(
+        self,
+        new_kv: Callable[[], KvRows],
+        budget: CacheBudget,
+        find_busy: Callable[[], Collection[bytes]] = frozenset,
+    ) -> None:
+        super().__init__(budget, find_busy)
         self._new_kv = new_kv
-        self._limit_bytes = limit_bytes
-        self._sessions: OrderedDict[bytes, WarmSession] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._sessions)
-
-    def __iter__(self) -> Iterator[WarmSession]:
-        return iter(list(self._sessions.values()))
-
-    def find(self, session_key: bytes) -> WarmSession | None:
-        return self._sessions.get(session_key)
 
     def open(self, session_key: bytes, step: Step) -> WarmSession:
         """The session of a step, most recently used from now on; empty if it is new here."""
-        session = self._sessions.get(session_key)
-        if session is None:
-            session = WarmSession(session_key, self._new_kv(), step.generation, step.fork)
-            self._sessions[session_key] = session
-        self._sessions.move_to_end(session_key)
-        return session
-
-    def drop(self, session_key: bytes) -> None:
-        self._sessions.pop(session_key, None)
-
-    def used_bytes(self) -> int:
-        return sum(session.size for session in self._sessions.values())
-
-    def evict(self, busy: Collection[bytes]) -> int:
-        """Drop old sessions that are not busy until the limits hold; returns how many."""
-        used = self.used_bytes()
-        dropped = 0
-        for session in list(self._sessions.values()):
-            if used <= self._limit_bytes and len(self._sessions) <= MAX_SESSIONS:
-                break
-            if session.session_key in busy:
-                continue
-            used -= session.size
-            self.drop(session.session_key)
-            dropped += 1
-        return dropped
+        return self.use(
+            session_key,
+            lambda: WarmSession(session_key, self._new_kv(), step.generation, step.fork),
+        )

@@ -41,11 +41,15 @@ IMAGE_LIES = ("asks for rows", "asks for unknown tensors", "asks for latents",
 class LyingWorker:
     """Announces services as its own and answers every step with a lie, until `close`.
 
-    `services` are maps as `midspan status` has them.
+    `services` are maps as `midspan status` has them. Without a `lie` of its own it takes any of
+    TEXT_LIES and IMAGE_LIES.
     """
 
-    def __init__(self, broker: str, services: list[dict[str, Any]], seed: int) -> None:
+    def __init__(
+        self, broker: str, services: list[dict[str, Any]], seed: int, lie: str = ""
+    ) -> None:
         self.lies = 0
+        self._only = lie
         self.worker_id = f"liar-{secrets.token_hex(4)}"
         self._services = [Service(**service) for service in services]
         self._broker = broker
@@ -87,7 +91,7 @@ class LyingWorker:
             "worker_id": self.worker_id,
         }
         nothing: dict[str, Any] = {"committed": 0, "queue_us": 0, "compute_us": 0}
-        lie = self._rng.choice(TEXT_LIES if isinstance(step, Step) else IMAGE_LIES)
+        lie = self._only or self._rng.choice(TEXT_LIES if isinstance(step, Step) else IMAGE_LIES)
         answer: NeedRows | NeedTensors | StepReply
         match lie:
             case "asks for tensors" | "asks for latents":

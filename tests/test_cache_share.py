@@ -1,60 +1,73 @@
-"""--cache-mb bounds a worker, whatever it serves."""
+"""--cache-mb bounds a worker, whatever it serves: one budget for text and images."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
+from pools import PROMPTS
 
-from cloud_worker.batcher import Task
-from cloud_worker.image_service import ImageService
-from cloud_worker.memory_store import MemoryKvStore
-from cloud_worker.serving import ServingSettings, load_services
-from cloud_worker.text_service import TextService
-from common.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
-from common.messages import NeedRows, NeedTensors, StepReply
+from common.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
+from deploy.pool import LocalPool, PoolSettings
+from edge_agent.client import BrokerClient
+from edge_agent.ends import ModelEnds
+from edge_agent.sampler import SamplingSettings
+from edge_agent.session import Session, uniform_settings
+from edge_agent.tokenizer import TextTokenizer
 
-
-class NoOutbox:
-    worker_id = "w1"
-
-    def answer(
-        self, task: Task, message: StepReply | NeedRows | NeedTensors, *bodies: bytes
-    ) -> None: ...
-
-    def fail(self, task: Task, reason: str) -> None: ...
+CACHE_MB = 2
 
 
-def cache_limits(text: bool, image_parts: list[str]) -> list[int]:
-    """What each service of a worker with 600 bytes of cache keeps at most."""
-    makers = load_services(
-        find_model(DEMO_TEXT_MODEL) if text else None,
-        None,
-        None,
-        find_model(DEMO_IMAGE_MODEL) if image_parts else None,
-        image_parts,
-        MemoryKvStore(),
-        ServingSettings(cache_bytes=600),
+@pytest.fixture(scope="module")
+def pool() -> Iterator[LocalPool]:
+    settings = PoolSettings(
+        workers=1,
+        model=DEMO_TEXT_MODEL,
+        image_model=DEMO_IMAGE_MODEL,
+        worker_options=["--cache-mb", str(CACHE_MB)],
     )
-    limits = []
-    for make in makers:
-        service = make(NoOutbox())
-        if isinstance(service, TextService):
-            limits.append(service._warm._limit_bytes)
-        else:
-            assert isinstance(service, ImageService)
-            limits.append(service._cache_bytes)
-    return limits
+    with LocalPool(settings) as running:
+        yield running
 
 
-@pytest.mark.parametrize(
-    ("text", "image_parts", "limits"),
-    [
-        (True, [], [600]),
-        (False, ["inner"], [600]),
-        (True, ["unet", "inner"], [200, 200, 200]),
-        (True, ["inner", "inner"], [300, 300]),
-    ],
-)
-def test_the_services_of_a_worker_share_one_cache_bound(
-    text: bool, image_parts: list[str], limits: list[int]
+def begin(client: BrokerClient, ends: ModelEnds, prompt: str) -> Iterator[int]:
+    """A session of which one token is there."""
+    ids = TextTokenizer(ends.directory).encode(prompt)
+    stream = Session(ends, client, uniform_settings("fp32")).generate(ids, 4, SamplingSettings())
+    next(stream)
+    return stream
+
+
+def stats_after(client: BrokerClient, steps: int) -> dict[str, Any]:
+    """What the worker announces once it has computed so many steps."""
+    give_up_at = time.monotonic() + 10
+    while True:
+        (worker,) = client.status()["workers"]
+        if worker["stats"]["steps"] >= steps:
+            return dict(worker["stats"])
+        assert time.monotonic() < give_up_at
+        time.sleep(0.02)
+
+
+def test_text_may_have_more_than_an_even_share_of_the_cache(
+    pool: LocalPool, demo_ends: ModelEnds
 ) -> None:
-    assert cache_limits(text, image_parts) == limits
+    long = " ".join(PROMPTS)
+    client = pool.connect()
+    first = begin(client, demo_ends, long)
+    short = begin(client, demo_ends, PROMPTS[0])
+    next(first)  # still warm
+    steps = 2 + 1 + 1  # a long prompt goes in two
+    stats = stats_after(client, steps)
+    assert stats["takeovers"] == 0
+    assert stats["warm_bytes"] > (CACHE_MB << 20) / 3  # there are three services
+    others = [begin(client, demo_ends, prompt + long) for prompt in PROMPTS[:2]]
+    next(first)  # used longest ago, it had to go
+    stats = stats_after(client, steps + 2 * 2 + 1)
+    assert stats["takeovers"] == 1
+    assert stats["warm_bytes"] <= CACHE_MB << 20
+    for stream in (first, short, *others):
+        stream.close()  # type: ignore[attr-defined]
+    client.close()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import secrets
 import time
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ from forks import run_midspan
 from pools import PROMPTS, generate
 
 from cloud_worker.redis_store import RedisKvStore, record_key
-from cloud_worker.store import Commit, CommitFailed, Load, Loaded
+from cloud_worker.store import COUNTED_BYTES, Commit, CommitFailed, Committed, Load, Loaded
 from common.errors import BrokerUnavailable, StepRefused
 from common.keys import (
     BROKER,
@@ -296,21 +298,46 @@ def test_redis_with_a_password_and_an_acl_user(tmp_path: Path) -> None:
     server = EmbeddedRedis(tmp_path)
     try:
         admin = redis.Redis.from_url(server.url)
-        allowed = "+evalsha +script|load +hmget +hget +hset +setrange +getrange +pexpire +unlink"
+        allowed = re.findall(r"\+[a-z|]+", _acl_of_the_docs())
         admin.execute_command(
             "ACL", "SETUSER", "worker", "on", ">secret", "~midspan:*", "-@all",
-            *allowed.split(), "+client|setinfo", "+auth",
+            *allowed,
         )  # fmt: skip
-        store = RedisKvStore(server.url.replace("redis://", "redis://worker:secret@"))
-        key = secrets.token_bytes(16)
-        store.begin_commit(Commit(key, "shape", 0, 0, 0, "w1", 0, 1, False, bytes(8), 8))
+        url = server.url.replace("unix://", "unix://worker:secret@")
+        store = RedisKvStore(url, share_bytes=COUNTED_BYTES)
+        with pytest.raises(redis.exceptions.NoPermissionError):
+            redis.Redis.from_url(url).keys("*")
+        key, full = secrets.token_bytes(16), secrets.token_bytes(16)
+        whole = bytes(8) * 131_072  # a chunk of it
+        store.begin_commit(Commit(key, "shape", 0, 0, 0, "w1", 0, 1, False, bytes(8), 8, "edge"))
         wait(store)
+        store.begin_commit(Commit(full, "shape", 0, 0, 0, "w1", 0, 131_072, False, whole, 8))
+        wait(store)
+        store.begin_commit(
+            Commit(full, "shape", 0, 0, 0, "w1", 131_072, 131_073, True, bytes(8), 8)
+        )
+        assert wait(store) == Committed(full, 0, 131_073)
+        other = Commit(secrets.token_bytes(16), "shape", 0, 0, 0, "w1", 0, 1, False, bytes(8), 8)
+        store.begin_commit(dataclasses.replace(other, account="edge"))
+        assert wait(store).code == "over"
         store.begin_load(Load(key, "shape", 0, 0, 0, 1, 8))
         loaded = wait(store)
         assert isinstance(loaded, Loaded)
         assert loaded.rows == bytes(8)
+        store.begin_delete(full)
+        store.begin_delete(key)
+        store.begin_load(Load(key, "shape", 0, 0, 0, 1, 8))
+        assert wait(store).rows == b""
+        assert admin.keys("*:kv:*") == []
+        store.close()
     finally:
         server.stop()
+
+
+def _acl_of_the_docs() -> str:
+    text = Path(__file__).parents[1].joinpath("docs/security.md").read_text()
+    start = text.index("ACL SETUSER worker")
+    return text[start : text.index("midspan worker", start)]
 
 
 def test_a_worker_that_is_authorized_after_its_start_joins(pool: LocalPool, tmp_path: Path) -> None:

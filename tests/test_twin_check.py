@@ -30,6 +30,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from cloud_worker.memory_store import MemoryKvStore
 from cloud_worker.serving import ServingSettings, load_text_service
+from cloud_worker.session_cache import CacheBudget
 from common import twin_check
 from common.attention import Segment
 from common.checkpoint import Checkpoint
@@ -121,7 +122,9 @@ def test_edge_and_worker_ask_the_guard_before_they_load(
     directory = save_random_model(config, tmp_path / "model")
     loaders: list[Callable[[], object]] = [
         lambda: load_ends(directory),
-        lambda: load_text_service(directory, "2-4", None, MemoryKvStore(), ServingSettings()),
+        lambda: load_text_service(
+            directory, "2-4", None, MemoryKvStore(), ServingSettings(), CacheBudget(0)
+        ),
     ]
     for load in loaders:
         with pytest.raises(CheckpointError, match=f"{config.model_type} models would be computed"):

@@ -7,6 +7,7 @@ import torch
 from msgspec import structs
 
 from cloud_worker.batcher import Batcher, Task
+from cloud_worker.session_cache import CacheBudget
 from cloud_worker.warm_cache import WarmCache
 from common.kv_rows import KvRows, make_layout
 from common.messages import Opening, Part, Step
@@ -62,16 +63,44 @@ def test_a_session_that_is_over_leaves_the_queue() -> None:
 
 
 def make_cache(limit_rows: int) -> WarmCache:
-    return WarmCache(lambda: KvRows(LAYOUT), limit_rows * LAYOUT.row_bytes)
+    return WarmCache(lambda: KvRows(LAYOUT), CacheBudget(limit_rows * LAYOUT.row_bytes))
+
+
+def use(cache: WarmCache, name: str) -> None:
+    cache.open(task(name).session_key, task(name).text_step).kv.reserve(64)
+
+
+def names(cache: WarmCache) -> str:
+    return "".join(chr(session.session_key[0]) for session in cache)
 
 
 def test_the_cache_drops_the_least_recently_used_that_is_not_busy() -> None:
-    cache = make_cache(limit_rows=128)
-    for name in "abc":
-        cache.open(task(name).session_key, task(name).step).kv.reserve(64)
-    cache.open(task("a").session_key, task("a").step)
-    assert cache.evict(busy={b"b" * 16}) == 1
-    assert [chr(session.session_key[0]) for session in cache] == ["b", "a"]
+    budget = CacheBudget(128 * LAYOUT.row_bytes)
+    cache = WarmCache(lambda: KvRows(LAYOUT), budget, lambda: {b"b" * 16})
+    for name in "abca":
+        use(cache, name)
+    assert budget.evict() == 1
+    assert names(cache) == "ba"
+
+
+def test_of_several_caches_the_session_goes_that_was_used_longest_ago() -> None:
+    budget = CacheBudget(3 * 64 * LAYOUT.row_bytes)
+    first, second = (WarmCache(lambda: KvRows(LAYOUT), budget) for _ in range(2))
+    for cache, name in ((first, "a"), (second, "b"), (first, "c"), (second, "d"), (first, "a")):
+        use(cache, name)
+    assert budget.evict() == 1
+    assert (names(first), names(second)) == ("ca", "d")
+    use(second, "e")
+    assert budget.evict(keep={b"c" * 16}) == 1
+    assert (names(first), names(second)) == ("ca", "e")
+
+
+def test_one_cache_may_have_all_of_the_room_that_no_other_needs() -> None:
+    budget = CacheBudget(4 * 64 * LAYOUT.row_bytes)
+    first, second = (WarmCache(lambda: KvRows(LAYOUT), budget) for _ in range(2))
+    for name in "abcd":
+        use(first, name)
+    assert (budget.evict(), names(first), names(second)) == (0, "abcd", "")
 
 
 @pytest.mark.parametrize(

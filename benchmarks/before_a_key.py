@@ -24,10 +24,10 @@ import zmq
 
 from broker.connections import ConnectionLimits
 from broker.server import BrokerServer
-from common.keys import BROKER, create_key, ensure_member, read_public
-from common.sockets import connect_dealer
-from deploy.raw_peers import RawPeer, large_worker, make_step
-from edge_agent.client import BrokerClient
+from chaos.raw_peers import RawPeer, large_worker, make_step
+from common.protocol.sockets import connect_dealer
+from common.security.keys import BROKER, create_key, ensure_member, read_public
+from edge_agent.engine.client import BrokerClient
 
 MB = 1 << 20
 SENT_MB = 300

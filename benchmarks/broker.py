@@ -29,10 +29,19 @@ from typing import Any
 import click
 import zmq
 
-from common.messages import Alive, Announce, Dispatch, Opening, Part, Service, Step, StepReply
+from common.protocol.messages import (
+    Alive,
+    Announce,
+    Dispatch,
+    Opening,
+    Part,
+    Service,
+    Step,
+    StepReply,
+)
+from common.protocol.sockets import Context, Socket, has_message, receive_frames
+from common.protocol.wire import decode_header, encode_header
 from common.settings import HEARTBEAT_S
-from common.sockets import Context, Socket, has_message, receive_frames
-from common.wire import decode_header, encode_header
 from deploy.child import Child, midspan_command
 
 BODY = os.urandom(520)

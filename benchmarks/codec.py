@@ -22,8 +22,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from common.codecs.calibration import Calibration, DirectionCalibration, Predictor
 from common.codecs.codec import make_codec
-from common.processes import set_up_torch
-from common.tables import format_table
+from common.console.processes import set_up_torch
+from common.console.tables import format_table
 
 CODECS = ("fp32", "fp16", "int8", "int4:token:affine", "int5+hadamard64", "fp8-e4m3", "compact",
           "smallest")  # fmt: skip

@@ -14,9 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from cloud_worker.redis_store import RedisKvStore
-from cloud_worker.row_seals import Checksum, KvCipher, RowSeal
-from cloud_worker.store import Commit, Load, Loaded, chunk_rows
+from cloud_worker.state.redis_store import RedisKvStore
+from cloud_worker.state.row_seals import Checksum, KvCipher, RowSeal
+from cloud_worker.state.store import Commit, Load, Loaded, chunk_rows
 from deploy.embedded_redis import EmbeddedRedis
 
 SEALS = ("plain", "checked", "AES")

@@ -14,10 +14,10 @@ import math
 from pathlib import Path
 
 from common.codecs.codec import make_codec
-from common.messages import ImageOpening, ImageStep, StepReply, TensorPart
-from common.sockets import wire_bytes
-from common.unet import boundary_channels
-from common.wire import encode_header
+from common.diffusion.unet import boundary_channels
+from common.protocol.messages import ImageOpening, ImageStep, StepReply, TensorPart
+from common.protocol.sockets import wire_bytes
+from common.protocol.wire import encode_header
 
 SIDE, STEPS, TOKENS = 1024, 30, 77
 CODECS = ("fp32", "fp16", "int8", "int4", "int2")

@@ -21,18 +21,18 @@ from contextlib import contextmanager
 import torch
 import zmq
 
+from chaos.bad_peers import abandon
+from chaos.thin_link import ThinLink
 from common.codecs.codec import make_codec
-from common.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
-from common.messages import Opening, Part, Step, StepReply
-from common.sockets import connect_dealer, receive_frames
-from common.wire import decode_header, encode_header
-from deploy.bad_peers import abandon
+from common.protocol.messages import Opening, Part, Step, StepReply
+from common.protocol.sockets import connect_dealer, receive_frames
+from common.protocol.wire import decode_header, encode_header
+from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
 from deploy.pool import LocalPool, PoolSettings
-from deploy.thin_link import ThinLink
-from edge_agent.client import BrokerClient
-from edge_agent.ends import ModelEnds, load_ends
-from edge_agent.sampler import SamplingSettings
-from edge_agent.session import Session, uniform_settings
+from edge_agent.engine.client import BrokerClient
+from edge_agent.text.ends import ModelEnds, load_ends
+from edge_agent.text.sampler import SamplingSettings
+from edge_agent.text.session import Session, uniform_settings
 
 PROMPT_IDS = list(range(20, 40))
 GREEDY = SamplingSettings()
@@ -64,7 +64,7 @@ def beside(work: Callable[[threading.Event], None]) -> Iterator[None]:
 
 
 def text_beside_images(ends: ModelEnds, tokens: int) -> dict[str, float]:
-    from edge_agent.images import ImageMaker, ImageSettings
+    from edge_agent.image.maker import ImageMaker, ImageSettings
 
     settings = PoolSettings(workers=1, model=DEMO_TEXT_MODEL, image_model=DEMO_IMAGE_MODEL)
     with LocalPool(settings) as pool:

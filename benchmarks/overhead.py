@@ -23,12 +23,12 @@ import click
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from common.processes import freeze_loaded_objects, set_up_torch
+from common.console.processes import freeze_loaded_objects, set_up_torch
 from deploy.pool import LocalPool, PoolSettings
-from edge_agent.client import BrokerClient
-from edge_agent.ends import ModelEnds, load_ends
-from edge_agent.sampler import SamplingSettings
-from edge_agent.session import Session, uniform_settings
+from edge_agent.engine.client import BrokerClient
+from edge_agent.text.ends import ModelEnds, load_ends
+from edge_agent.text.sampler import SamplingSettings
+from edge_agent.text.session import Session, uniform_settings
 
 
 def make_model(directory: Path) -> None:

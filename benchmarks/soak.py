@@ -16,14 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from common.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
-from common.processes import set_up_torch
+from common.console.processes import set_up_torch
+from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
 from deploy.pool import LocalPool, PoolSettings
-from edge_agent.ends import load_ends
-from edge_agent.images import ImageMaker, ImageSettings
-from edge_agent.sampler import SamplingSettings
-from edge_agent.session import Session, uniform_settings
-from edge_agent.tokenizer import TextTokenizer
+from edge_agent.image.maker import ImageMaker, ImageSettings
+from edge_agent.text.ends import load_ends
+from edge_agent.text.sampler import SamplingSettings
+from edge_agent.text.session import Session, uniform_settings
+from edge_agent.text.tokenizer import TextTokenizer
 
 SAMPLE_S = 5.0
 PROMPTS = ["Once upon a time, there was a fox.", "One day, a bear named Tom went to the lake."]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.messages import StepKey
+from common.protocol.messages import StepKey
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from common.keys import BROKER, ROLES, authorized_directory, list_authorized, read_pair
-from common.log_limit import LogLimit
-from common.sockets import Context
+from common.console.log_limit import LogLimit
+from common.protocol.sockets import Context
+from common.security.keys import BROKER, ROLES, authorized_directory, list_authorized, read_pair
 
 log = logging.getLogger("midspan.broker")
 

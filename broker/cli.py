@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from common.console.listeners import name_listener
+from common.console.option_types import COUNT
+from common.console.processes import set_up_logging
 from common.errors import SettingsError
-from common.keys import is_public
-from common.listeners import name_listener
-from common.option_types import COUNT
-from common.processes import set_up_logging
+from common.security.keys import is_public
 from common.settings import (
     EDGE_ENDPOINT,
     HEARTBEAT_S,

@@ -31,8 +31,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from broker.peer import Peer
-from common.log_limit import LogLimit
-from common.processes import read_memory_bytes
+from common.console.log_limit import LogLimit
+from common.console.processes import read_memory_bytes
 
 log = logging.getLogger("midspan.broker")
 

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 from broker.ledger import Account
-from common.messages import StepKey
+from common.protocol.messages import StepKey
 
 
 class FairQueue:

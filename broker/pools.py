@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from broker.fair_queue import FairQueue
 from broker.ledger import Account
 from broker.peer import Peer
-from common.messages import Announce, Service, StepKey
+from common.protocol.messages import Announce, Service, StepKey
 
 ServiceKey = tuple[str, str, str]  # model fingerprint, part, precision
 

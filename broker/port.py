@@ -12,8 +12,8 @@ from broker.admission import Admission
 from broker.connections import FRAME_BYTES, Connection, Connections
 from broker.peer import Peer
 from common.errors import SettingsError
+from common.protocol.sockets import Context, Socket, has_message
 from common.settings import MAX_BODY_BYTES, MAX_FRAMES
-from common.sockets import Context, Socket, has_message
 
 HANDSHAKE_MS = 3000  # a connection that has not shown its key by then is closed
 MAX_UNREAD = 256  # messages kept for a peer that does not read; what is dropped is asked for again

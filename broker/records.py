@@ -8,7 +8,7 @@ from broker.fair_queue import FairQueue
 from broker.ledger import Account
 from broker.peer import Peer
 from broker.pools import ServicePool, Worker
-from common.messages import AnyOpening, AnyStep, StepKey
+from common.protocol.messages import AnyOpening, AnyStep, StepKey
 
 SEND_AGAIN_S = 1.0
 

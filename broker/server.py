@@ -38,9 +38,10 @@ from broker.peer import Peer
 from broker.port import Port
 from broker.report import make_report
 from broker.state import BrokerState
+from common.console.log_limit import LogLimit
+from common.console.processes import read_memory_bytes
 from common.errors import ProtocolError, SettingsError
-from common.log_limit import LogLimit
-from common.messages import (
+from common.protocol.messages import (
     Alive,
     Announce,
     AnyOpening,
@@ -72,10 +73,9 @@ from common.messages import (
     StepRefused,
     StepReply,
 )
-from common.processes import read_memory_bytes
+from common.protocol.sockets import Context
+from common.protocol.wire import check_frames, decode_header, encode_header, refuse_protocol
 from common.settings import MAX_BROKER_MB
-from common.sockets import Context
-from common.wire import check_frames, decode_header, encode_header, refuse_protocol
 
 log = logging.getLogger("midspan.broker")
 
@@ -87,8 +87,8 @@ RECEIVE_BURST = 256  # messages read from one socket before the other gets a tur
 class BrokerServer:
     """Binds both sockets on construction; `run` serves until `stop`.
 
-    With `keys`, a directory (see common/keys.py), only authorized peers are admitted. Raises
-    SettingsError when an address cannot be bound or the keys cannot be read.
+    With `keys`, a directory (see common/security/keys.py), only authorized peers are admitted.
+    Raises SettingsError when an address cannot be bound or the keys cannot be read.
     """
 
     def __init__(

@@ -57,7 +57,7 @@ from broker.pools import (
     service_key,
 )
 from broker.records import SEND_AGAIN_S, SessionRecord, StepRecord
-from common.messages import (
+from common.protocol.messages import (
     Alive,
     Announce,
     AnyOpening,

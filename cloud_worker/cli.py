@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
-from common.keys import load_client_keys, read_pair
-from common.option_types import COUNT, THREADS
-from common.processes import freeze_loaded_objects, set_up_logging, set_up_torch
+from common.console.option_types import COUNT, THREADS
+from common.console.processes import freeze_loaded_objects, set_up_logging, set_up_torch
+from common.security.keys import load_client_keys, read_pair
 from common.settings import HEARTBEAT_S, REDIS_PORT, REDIS_URL, WORKER_ENDPOINT, parse_endpoint
 
 log = logging.getLogger("midspan.worker")
@@ -128,10 +128,10 @@ def worker(
     pool_pair = read_pair(pool_key) if pool_key else None
     set_up_logging(verbose)
     set_up_torch(threads)
-    from cloud_worker.redis_store import RedisKvStore
+    from cloud_worker.loop.worker import Worker, WorkerSettings
     from cloud_worker.serving import ServingSettings, load_services
-    from cloud_worker.worker import Worker, WorkerSettings
-    from common.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
+    from cloud_worker.state.redis_store import RedisKvStore
+    from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
 
     if model_name is None and image_model is None:
         model_name, image_model = DEMO_TEXT_MODEL, DEMO_IMAGE_MODEL

@@ -7,27 +7,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cloud_worker.batcher import Batcher
-from cloud_worker.executor import TextExecutor
-from cloud_worker.image_executor import ImageExecutor
-from cloud_worker.image_service import ImageService
-from cloud_worker.outbox import Outbox, StepService
-from cloud_worker.session_cache import CacheBudget
-from cloud_worker.store import KvStore
-from cloud_worker.text_service import TextService
-from common.checkpoint import Checkpoint
+from cloud_worker.image.executor import ImageExecutor
+from cloud_worker.image.service import ImageService
+from cloud_worker.loop.batcher import Batcher
+from cloud_worker.loop.outbox import Outbox, StepService
+from cloud_worker.state.session_cache import CacheBudget
+from cloud_worker.state.store import KvStore
+from cloud_worker.text.executor import TextExecutor
+from cloud_worker.text.service import TextService
 from common.codecs.calibration import open_calibration
-from common.keys import KeyPair
-from common.messages import Service
-from common.span_loading import (
+from common.protocol.messages import Service
+from common.security.keys import KeyPair
+from common.spans.cut import parse_span
+from common.spans.twin_check import check_twin
+from common.weights.checkpoint import Checkpoint
+from common.weights.loading import (
     check_device,
     context_length,
     load_span,
     parse_dtype,
     read_config,
 )
-from common.spans import parse_span
-from common.twin_check import check_twin
 
 log = logging.getLogger("midspan.worker")
 
@@ -122,8 +122,8 @@ def load_image_services(
 
     Raises CheckpointError or SettingsError.
     """
-    from common.image_schedulers import read_scheduler_config
-    from common.unet import INNER, WHOLE, load_unet, open_unet
+    from common.diffusion.schedulers import read_scheduler_config
+    from common.diffusion.unet import INNER, WHOLE, load_unet, open_unet
 
     checkpoint = open_unet(directory)
     widest = WHOLE if WHOLE in parts else INNER

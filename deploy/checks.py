@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import CheckpointError, MidspanError, ProtocolError
-from common.messages import ImageOpening, ImageStep, Opening, Part, Step, StepReply
+from common.protocol.messages import ImageOpening, ImageStep, Opening, Part, Step, StepReply
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from common.codecs.codec import Codec
-    from edge_agent.client import BrokerClient
+    from edge_agent.engine.client import BrokerClient
 
 CHECK_STEPS = 5
 CHECK_CODEC = "int8"
@@ -203,7 +203,7 @@ def check_image(
     client: BrokerClient, service: dict[str, Any], image_model: Path | None
 ) -> ServiceCheck:
     """Two steps of a tiny image: one brings the prompt's embeddings, one finds them there."""
-    from common.unet import INNER
+    from common.diffusion.unet import INNER
 
     check = ServiceCheck(f"{service['name']} {service['part']}", stored=None)
     config = find_config(service, image_model)
@@ -231,8 +231,8 @@ def check_image(
 
 def find_config(service: dict[str, Any], image_model: Path | None) -> dict[str, Any] | None:
     """The UNet's config, if a directory that we know has just this model."""
-    from common.demo_model import find_model
-    from common.unet import open_unet
+    from common.diffusion.unet import open_unet
+    from common.weights.demo_model import find_model
 
     try:
         checkpoint = open_unet(image_model or find_model(service["name"]))
@@ -250,7 +250,7 @@ def make_image_tensors(config: dict[str, Any], is_inner: bool) -> dict[str, Tens
     """What a step of one tiny image without guidance brings along."""
     import torch
 
-    from common.unet import boundary_channels
+    from common.diffusion.unet import boundary_channels
 
     channels = boundary_channels(config)[0] if is_inner else config["in_channels"]
     size = 8.0 * CHECK_SIDE
@@ -272,8 +272,8 @@ def _ask_image(
     tensors: dict[str, Tensor],
     check: ServiceCheck,
 ) -> None:
-    from common.image_tensors import decode_tensor, pack_tensors
-    from common.unet import INNER, boundary_channels
+    from common.diffusion.tensors import decode_tensor, pack_tensors
+    from common.diffusion.unet import INNER, boundary_channels
 
     parts, body = pack_tensors(tensors, {"sample": CHECK_CODEC}, opening.codecs)
     reply_codec = opening.codecs.index(CHECK_CODEC)

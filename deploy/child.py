@@ -12,8 +12,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from common.console.processes import LIFELINE
 from common.errors import ProcessFailed
-from common.processes import LIFELINE
 
 
 @functools.cache

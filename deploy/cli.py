@@ -10,17 +10,17 @@ from typing import Any
 
 import click
 
+from common.console.processes import end_with_parent
 from common.errors import MidspanError
-from common.processes import end_with_parent
 
 COMMANDS = {
-    "ask": ("edge_agent.cli:ask", "Answer a prompt with the pool's help."),
+    "ask": ("edge_agent.commands.ask:ask", "Answer a prompt with the pool's help."),
     "broker": ("broker.cli:broker", "Run the broker."),
-    "calibrate": ("deploy.calibrate:calibrate", "Measure what calibrated codecs need to know."),
-    "chaos": ("deploy.chaos:chaos", "Break a pool on purpose and compare every token."),
+    "calibrate": ("evaluation.calibrate:calibrate", "Measure what calibrated codecs need to know."),
+    "chaos": ("chaos.command:chaos", "Break a pool on purpose and compare every token."),
     "demo": ("deploy.demo:demo", "See it all work in a minute."),
-    "eval": ("deploy.evaluate:evaluate", "Measure quality against bytes."),
-    "image": ("edge_agent.image_cli:image", "Make a picture with the pool's help."),
+    "eval": ("evaluation.command:evaluate", "Measure quality against bytes."),
+    "image": ("edge_agent.commands.image:image", "Make a picture with the pool's help."),
     "keys": ("deploy.keys:keys", "Make keys, and say who is admitted."),
     "status": ("deploy.status:status", "Show workers, sessions and queues."),
     "up": ("deploy.up:up", "Run a whole pool on this machine."),

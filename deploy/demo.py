@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from common.option_types import COUNT, SEED
-from common.outputs import check_writable
-from edge_agent.prompts import check_text
+from common.console.option_types import COUNT, SEED
+from common.console.outputs import check_writable
+from edge_agent.commands.prompts import check_text
 
 if TYPE_CHECKING:
     from deploy.pool import LocalPool
@@ -34,20 +34,20 @@ KILL_AFTER_STEPS = 6
 )
 def demo(prompt: str, seed: int, max_new_tokens: int, image_file: Path) -> None:
     """Start a pool, stream a story and a picture through it, kill the serving worker in both."""
-    from common.processes import set_up_torch
+    from common.console.processes import set_up_torch
 
     check_text("the prompt", prompt)
     check_writable(image_file)
     set_up_torch(threads=1)
-    from common.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
     from common.errors import MidspanError
+    from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
     from deploy.pool import LocalPool, PoolSettings
-    from edge_agent.cli import format_stats
-    from edge_agent.ends import load_ends
-    from edge_agent.generation import Generation, start_generation
-    from edge_agent.sampler import SamplingSettings
-    from edge_agent.session import Session
-    from edge_agent.tokenizer import TextTokenizer
+    from edge_agent.commands.ask import format_stats
+    from edge_agent.text.ends import load_ends
+    from edge_agent.text.generation import Generation, start_generation
+    from edge_agent.text.sampler import SamplingSettings
+    from edge_agent.text.session import Session
+    from edge_agent.text.tokenizer import TextTokenizer
 
     click.echo("Starting an embedded Redis, a broker and two workers …")
     settings = PoolSettings(workers=2, model=DEMO_TEXT_MODEL, image_model=DEMO_IMAGE_MODEL)
@@ -92,9 +92,9 @@ def demo(prompt: str, seed: int, max_new_tokens: int, image_file: Path) -> None:
 
 def make_picture(pool: LocalPool, file: Path) -> None:
     """Make a picture with the outer UNet blocks here; the serving worker dies on the way."""
-    from common.demo_model import DEMO_IMAGE_MODEL, find_model
     from common.errors import MidspanError
-    from edge_agent.images import ImageMaker, ImageSettings, Progress
+    from common.weights.demo_model import DEMO_IMAGE_MODEL, find_model
+    from edge_agent.image.maker import ImageMaker, ImageSettings, Progress
 
     client = pool.connect()
     maker = ImageMaker(find_model(DEMO_IMAGE_MODEL), client, cut="inner")

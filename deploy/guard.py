@@ -1,8 +1,8 @@
 """Run a command that is not ours, such as Redis, so that it ends with the process that started it.
 
 `python -m deploy.guard COMMAND …` becomes COMMAND, under the same process id, and leaves a guardian
-beside it that kills it when the lifeline (common/processes.py) ends. Each learns of the other's
-end from a pipe, so nothing waits for a process id that may have another owner by then.
+beside it that kills it when the lifeline (common/console/processes.py) ends. Each learns of the
+other's end from a pipe, so nothing waits for a process id that may have another owner by then.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from common.processes import take_lifeline
+from common.console.processes import take_lifeline
 
 
 def run_guarded(command: Sequence[str]) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from common.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
-from common.keys import BROKER
+from common.security.keys import BROKER
 from common.settings import EDGE_ENDPOINT, REDIS_PORT, REDIS_URL, WORKER_ENDPOINT
+from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
 from deploy.pool import LocalPool, PoolSettings
 
 TEXT = "Once upon a time"

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
+from common.console.tables import format_table
 from common.errors import SettingsError
-from common.keys import (
+from common.security.keys import (
     DEFAULT_KEYS,
     ROLES,
     authorize,
@@ -15,7 +16,6 @@ from common.keys import (
     list_authorized,
     read_public,
 )
-from common.tables import format_table
 
 directory_option = click.option(
     "--dir",

@@ -13,13 +13,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from common.demo_model import DEMO_TEXT_MODEL
 from common.errors import BrokerUnavailable, ProcessFailed
-from common.keys import BROKER, ClientKeys, create_key, ensure_member
+from common.security.keys import BROKER, ClientKeys, create_key, ensure_member
 from common.settings import REDIS_URL
+from common.weights.demo_model import DEMO_TEXT_MODEL
 from deploy.child import Child, midspan_command
 from deploy.embedded_redis import EmbeddedRedis
-from edge_agent.client import BrokerClient
+from edge_agent.engine.client import BrokerClient
 
 START_LIMIT_S = 120.0
 MAX_RESTARTS, RESTART_MEMORY_S = 10, 60.0
@@ -43,7 +43,7 @@ class PoolSettings:
     worker_endpoint: str = "tcp://127.0.0.1:*"
     worker_options: list[str] = field(default_factory=list)
     broker_options: list[str] = field(default_factory=list)
-    keys: Path | None = None  # a directory of common/keys.py; made complete if it is not
+    keys: Path | None = None  # a directory of common/security/keys.py; made complete if it is not
 
 
 class LocalPool:

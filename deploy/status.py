@@ -9,10 +9,10 @@ from typing import Any
 
 import click
 
+from common.console.tables import format_table
 from common.errors import MidspanError
-from common.tables import format_table
 from deploy.checks import check_services, find_failure, find_store_faults, find_stores_down
-from edge_agent.connection_options import connect, connection_options
+from edge_agent.commands.connection_options import connect, connection_options
 
 
 @click.command()

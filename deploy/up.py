@@ -9,9 +9,9 @@ from pathlib import Path
 
 import click
 
-from common.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
-from common.option_types import THREADS
+from common.console.option_types import THREADS
 from common.settings import EDGE_ENDPOINT, REDIS_PORT, REDIS_URL, WORKER_ENDPOINT, parse_endpoint
+from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
 
 
 @click.command()

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from common.demo_model import find_model
     from common.errors import MidspanError
+    from common.weights.demo_model import find_model
     from deploy.pool import LocalPool, PoolSettings
-    from edge_agent.client import BrokerClient
-    from edge_agent.ends import load_ends
-    from edge_agent.generation import start_generation
-    from edge_agent.sampler import SamplingSettings
-    from edge_agent.session import Session, SessionSettings, uniform_settings
-    from edge_agent.tokenizer import TextTokenizer
+    from edge_agent.engine.client import BrokerClient
+    from edge_agent.text.ends import load_ends
+    from edge_agent.text.generation import start_generation
+    from edge_agent.text.sampler import SamplingSettings
+    from edge_agent.text.session import Session, SessionSettings, uniform_settings
+    from edge_agent.text.tokenizer import TextTokenizer
 
 __all__ = [
     "BrokerClient",
@@ -40,20 +40,22 @@ __all__ = [
 ]
 
 HOMES = {
-    "BrokerClient": "edge_agent.client",
+    "BrokerClient": "edge_agent.engine.client",
     "LocalPool": "deploy.pool",
     "MidspanError": "common.errors",
     "PoolSettings": "deploy.pool",
-    "SamplingSettings": "edge_agent.sampler",
-    "Session": "edge_agent.session",
-    "SessionSettings": "edge_agent.session",
-    "TextTokenizer": "edge_agent.tokenizer",
-    "find_model": "common.demo_model",
-    "load_ends": "edge_agent.ends",
-    "start_generation": "edge_agent.generation",
-    "uniform_settings": "edge_agent.session",
+    "SamplingSettings": "edge_agent.text.sampler",
+    "Session": "edge_agent.text.session",
+    "SessionSettings": "edge_agent.text.session",
+    "TextTokenizer": "edge_agent.text.tokenizer",
+    "find_model": "common.weights.demo_model",
+    "load_ends": "edge_agent.text.ends",
+    "start_generation": "edge_agent.text.generation",
+    "uniform_settings": "edge_agent.text.session",
 }
-PACKAGES = ("broker", "cloud_worker", "common", "deploy", "edge_agent")
+PACKAGES = (
+    "broker", "chaos", "cloud_worker", "common", "deploy", "edge_agent", "evaluation",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -10,10 +10,10 @@ import torch
 from forks import ForkingSubprocess, start_server
 from transformers import AutoModelForCausalLM, logging
 
-from common.demo_model import find_model
+from common.weights.demo_model import find_model
 from deploy import child
 from deploy.embedded_redis import EmbeddedRedis
-from edge_agent.ends import ModelEnds, load_ends
+from edge_agent.text.ends import ModelEnds, load_ends
 
 torch.set_num_threads(1)
 logging.set_verbosity_error()

@@ -36,8 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FORKED = {"ask", "calibrate", "chaos", "demo", "eval", "image", "status", "up", "worker"}
 PRELOADED = (
     "torch", "diffusers", "constriction", "cryptography.hazmat.primitives.ciphers.aead",
-    "cloud_worker.worker", "cloud_worker.image_service", "cloud_worker.text_service",
-    "edge_agent.images", "edge_agent.generation", "edge_agent.perplexity",
+    "cloud_worker.loop.worker", "cloud_worker.image.service", "cloud_worker.text.service",
+    "edge_agent.image.maker", "edge_agent.text.generation", "edge_agent.text.perplexity",
     "transformers.models.llama.modeling_llama", "transformers.models.clip.modeling_clip",
 )  # fmt: skip
 HIGH_FD = 500  # above every number that a command asks for

@@ -23,7 +23,7 @@ import msgpack
 import zmq
 
 from common.errors import ProtocolError
-from common.messages import (
+from common.protocol.messages import (
     KINDS,
     CodecNames,
     Count,
@@ -44,9 +44,9 @@ from common.messages import (
     TensorParts,
     Text,
 )  # fmt: skip
+from common.protocol.sockets import Context, Socket
+from common.protocol.wire import check_frames, decode_header, encode_header
 from common.settings import MAX_FRAMES
-from common.sockets import Context, Socket
-from common.wire import check_frames, decode_header, encode_header
 from deploy.child import Child, midspan_command
 from deploy.pool import LocalPool, PoolSettings
 

@@ -14,11 +14,11 @@ from pools import PROMPTS, generate
 from safetensors.torch import load_file, save_file
 
 from common.errors import ProcessFailed, StepRefused
-from common.messages import Dispatch, Opening, Part, Step
-from common.wire import encode_header
+from common.protocol.messages import Dispatch, Opening, Part, Step
+from common.protocol.wire import encode_header
 from deploy.pool import LocalPool, PoolSettings
-from edge_agent.ends import ModelEnds
-from edge_agent.tokenizer import TextTokenizer
+from edge_agent.text.ends import ModelEnds
+from edge_agent.text.tokenizer import TextTokenizer
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from msgspec import structs
 from broker.actions import Action, Answer, AskStep, Cancel, Dispatched, Forget, Refuse, TellBusy
 from broker.peer import Peer
 from broker.state import BrokerState
-from common.messages import (
+from common.protocol.messages import (
     Announce,
     AskAgain,
     ImageOpening,

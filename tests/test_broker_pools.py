@@ -14,7 +14,7 @@ from msgspec import structs
 from broker.actions import Action, Answer, Cancel, Dispatched, Refuse
 from broker.peer import Peer
 from broker.state import BrokerState
-from common.messages import (
+from common.protocol.messages import (
     Alive,
     Announce,
     Opening,

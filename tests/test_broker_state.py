@@ -20,7 +20,7 @@ from broker.actions import (
 )
 from broker.peer import Peer
 from broker.state import BrokerState
-from common.messages import (
+from common.protocol.messages import (
     Alive,
     Announce,
     NeedRows,

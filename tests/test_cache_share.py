@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from pools import PROMPTS
 
-from common.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
+from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
 from deploy.pool import LocalPool, PoolSettings
-from edge_agent.client import BrokerClient
-from edge_agent.ends import ModelEnds
-from edge_agent.sampler import SamplingSettings
-from edge_agent.session import Session, uniform_settings
-from edge_agent.tokenizer import TextTokenizer
+from edge_agent.engine.client import BrokerClient
+from edge_agent.text.ends import ModelEnds
+from edge_agent.text.sampler import SamplingSettings
+from edge_agent.text.session import Session, uniform_settings
+from edge_agent.text.tokenizer import TextTokenizer
 
 CACHE_MB = 2
 

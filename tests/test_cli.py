@@ -19,9 +19,9 @@ from transformers import LlamaConfig
 from common.errors import BrokerUnavailable
 from deploy.child import Child, midspan_command
 from deploy.pool import LocalPool, PoolSettings
-from edge_agent.ends import ModelEnds
-from edge_agent.session import Session
-from edge_agent.tokenizer import TextTokenizer
+from edge_agent.text.ends import ModelEnds
+from edge_agent.text.session import Session
+from edge_agent.text.tokenizer import TextTokenizer
 
 
 @pytest.fixture(scope="module")

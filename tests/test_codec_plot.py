@@ -11,7 +11,7 @@ import matplotlib as mpl
 import pytest
 from matplotlib import pyplot as plt
 
-from deploy.evaluate import Measurement, draw_rate_distortion, find_frontier
+from evaluation.command import Measurement, draw_rate_distortion, find_frontier
 
 MEASURED = Path(__file__).resolve().parent.parent / "docs" / "codecs" / "stories-llama.csv"
 

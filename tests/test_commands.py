@@ -14,9 +14,9 @@ import pytest
 import redis
 from forks import error_line, run_midspan
 
-from common.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
-from common.listeners import name_listener
+from common.console.listeners import name_listener
 from common.settings import WORKER_ENDPOINT
+from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
 from deploy.child import Child, midspan_command
 from deploy.embedded_redis import EmbeddedRedis, choose_port
 from deploy.hints import DEFAULT_REDIS, suggest_ask, suggest_worker

@@ -18,15 +18,15 @@ import zmq
 from pools import PROMPTS, generate
 
 from broker.connections import MB, Connection, ConnectionLimits, Connections, find_excess
-from common.keys import BROKER, ClientKeys, create_key, ensure_member
-from common.sockets import connect_dealer
+from chaos.raw_peers import RawPeer, large_worker, make_step
+from chaos.thin_link import ThinLink
+from common.protocol.sockets import connect_dealer
+from common.security.keys import BROKER, ClientKeys, create_key, ensure_member
 from deploy.child import Child, midspan_command
 from deploy.pool import LocalPool, PoolSettings
-from deploy.raw_peers import RawPeer, large_worker, make_step
-from deploy.thin_link import ThinLink
-from edge_agent.client import BrokerClient
-from edge_agent.ends import ModelEnds
-from edge_agent.tokenizer import TextTokenizer
+from edge_agent.engine.client import BrokerClient
+from edge_agent.text.ends import ModelEnds
+from edge_agent.text.tokenizer import TextTokenizer
 
 LIMITS = ConnectionLimits()
 ENDED_WITHIN_S = 2.0  # a handshake may take 3 s: what ends before was ended by us

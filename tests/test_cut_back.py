@@ -9,11 +9,11 @@ import torch
 from pools import GREEDY, PROMPTS, reference_tokens
 
 from deploy.pool import LocalPool, PoolSettings
-from edge_agent.client import BrokerClient
-from edge_agent.ends import ModelEnds
-from edge_agent.replay_log import ReplayLog
-from edge_agent.session import Session, uniform_settings
-from edge_agent.tokenizer import TextTokenizer
+from edge_agent.engine.client import BrokerClient
+from edge_agent.text.ends import ModelEnds
+from edge_agent.text.replay_log import ReplayLog
+from edge_agent.text.session import Session, uniform_settings
+from edge_agent.text.tokenizer import TextTokenizer
 
 COUNT = 16
 

@@ -16,17 +16,17 @@ from pools import PROMPTS, generate
 from random_models import save_random_model
 from transformers import LlamaConfig
 
-from common.checkpoint import Checkpoint
 from common.codecs.calibration import load_calibration
 from common.errors import StepRefused
+from common.weights.checkpoint import Checkpoint
 from deploy.pool import LocalPool, PoolSettings
-from deploy.texts import read_tokens
-from edge_agent.client import BrokerClient
-from edge_agent.ends import ModelEnds, load_ends
-from edge_agent.perplexity import PerplexityMeter, Window, sliding_windows
-from edge_agent.sampler import SamplingSettings
-from edge_agent.session import Session, uniform_settings
-from edge_agent.tokenizer import TextTokenizer
+from edge_agent.engine.client import BrokerClient
+from edge_agent.text.ends import ModelEnds, load_ends
+from edge_agent.text.perplexity import PerplexityMeter, Window, sliding_windows
+from edge_agent.text.sampler import SamplingSettings
+from edge_agent.text.session import Session, uniform_settings
+from edge_agent.text.tokenizer import TextTokenizer
+from evaluation.texts import read_tokens
 
 
 def test_windows_score_every_token_but_the_first_once() -> None:

@@ -12,11 +12,11 @@ import redis
 import torch
 from pools import PROMPTS, generate, generate_together, reference_tokens
 
-from cloud_worker.redis_store import record_key
+from cloud_worker.state.redis_store import record_key
 from deploy.pool import LocalPool, PoolSettings
-from edge_agent.ends import ModelEnds
-from edge_agent.session import Session
-from edge_agent.tokenizer import TextTokenizer
+from edge_agent.text.ends import ModelEnds
+from edge_agent.text.session import Session
+from edge_agent.text.tokenizer import TextTokenizer
 
 NEW_TOKENS = 64
 HARM_AT = 30  # tokens

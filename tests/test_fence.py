@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 import pytest
 
-from cloud_worker import redis_store
-from cloud_worker.redis_store import RedisKvStore, read_script
-from cloud_worker.store import Commit, Load, Loaded, StoreEvent
+from cloud_worker.state import redis_store
+from cloud_worker.state.redis_store import RedisKvStore, read_script
+from cloud_worker.state.store import Commit, Load, Loaded, StoreEvent
 from deploy.embedded_redis import EmbeddedRedis
 
 ROW_BYTES = 64

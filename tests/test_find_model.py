@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from common.demo_model import DEMO_TEXT_MODEL, find_model
+from common.console.outputs import check_writable
 from common.errors import CheckpointError, SettingsError
-from common.outputs import check_writable
+from common.weights.demo_model import DEMO_TEXT_MODEL, find_model
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from fuzzing import fuzz_decoder, fuzz_endpoint, fuzz_worker, memory_kb
 from pools import PROMPTS, generate
 
 from deploy.pool import LocalPool, PoolSettings
-from edge_agent.ends import ModelEnds
-from edge_agent.tokenizer import TextTokenizer
+from edge_agent.text.ends import ModelEnds
+from edge_agent.text.tokenizer import TextTokenizer
 
 GROWTH_KB = 40_000  # what bursts of messages take in buffers comes and goes
 

@@ -9,11 +9,11 @@ import torch
 from pools import GREEDY, PROMPTS, generate, generate_together, reference_tokens
 
 from deploy.pool import LocalPool, PoolSettings
-from edge_agent.ends import ModelEnds
-from edge_agent.generation import start_generation
-from edge_agent.sampler import SamplingSettings
-from edge_agent.session import Session
-from edge_agent.tokenizer import TextTokenizer
+from edge_agent.text.ends import ModelEnds
+from edge_agent.text.generation import start_generation
+from edge_agent.text.sampler import SamplingSettings
+from edge_agent.text.session import Session
+from edge_agent.text.tokenizer import TextTokenizer
 
 NEW_TOKENS = 64
 

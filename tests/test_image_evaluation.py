@@ -11,7 +11,7 @@ import pytest
 from forks import run_midspan
 from PIL import Image
 
-from deploy.image_metrics import psnr, ssim, vif
+from evaluation.image_metrics import psnr, ssim, vif
 
 
 def make_picture() -> Image.Image:

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from common.codecs.lambda_split import LambdaSplitCodec
-from common.errors import NonFiniteError, ProtocolError, SettingsError
-from common.image_tensors import (
+from common.diffusion.tensors import (
     check_image_codec,
     decode_tensor,
     encode_tensor,
@@ -16,6 +15,7 @@ from common.image_tensors import (
     to_blob,
     unpack_tensors,
 )
+from common.errors import NonFiniteError, ProtocolError, SettingsError
 
 SHAPE = (2, 4, 6, 10)
 

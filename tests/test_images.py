@@ -29,16 +29,16 @@ from pools import PROMPTS, generate
 from test_unet import NARROW
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from common.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
+from common.diffusion.schedulers import SCHEDULERS, make_scheduler, read_scheduler_config
 from common.errors import NoWorker, SettingsError, StepRefused
-from common.image_schedulers import SCHEDULERS, make_scheduler, read_scheduler_config
-from common.messages import ImageOpening, ImageStep, TensorPart
+from common.protocol.messages import ImageOpening, ImageStep, TensorPart
+from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
 from deploy.cli import midspan
 from deploy.pool import LocalPool, PoolSettings
-from edge_agent.client import BrokerClient
-from edge_agent.ends import ModelEnds
-from edge_agent.images import ImageMaker, ImageSettings, Progress
-from edge_agent.tokenizer import TextTokenizer
+from edge_agent.engine.client import BrokerClient
+from edge_agent.image.maker import ImageMaker, ImageSettings, Progress
+from edge_agent.text.ends import ModelEnds
+from edge_agent.text.tokenizer import TextTokenizer
 
 PROMPT = "a red house on a green hill under a blue sky with the sun"
 STEPS = 8

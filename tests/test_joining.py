@@ -13,9 +13,9 @@ import zmq
 from forks import error_line
 
 from common.errors import ProcessFailed
-from common.messages import Alive
-from common.sockets import Context, connect_dealer
-from common.wire import encode_header
+from common.protocol.messages import Alive
+from common.protocol.sockets import Context, connect_dealer
+from common.protocol.wire import encode_header
 from deploy.child import Child, midspan_command
 from deploy.pool import LocalPool, PoolSettings
 

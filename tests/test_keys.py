@@ -11,9 +11,9 @@ import pytest
 import zmq
 from click.testing import CliRunner
 
-from cloud_worker.row_seals import Checksum, ForgedRows, KvCipher, RowSeal
+from cloud_worker.state.row_seals import Checksum, ForgedRows, KvCipher, RowSeal
 from common.errors import ProtocolError, SettingsError
-from common.keys import (
+from common.security.keys import (
     KeyPair,
     authorize,
     create_key,
@@ -23,7 +23,7 @@ from common.keys import (
     read_pair,
     read_public,
 )
-from common.sealing import draw_key, open_sealed, seal
+from common.security.sealing import draw_key, open_sealed, seal
 from deploy.cli import midspan
 
 

@@ -14,15 +14,15 @@ import torch
 from random_models import save_random_model
 from test_span_model import CONFIGS
 
-import common.model_files
-from common.checkpoint import Checkpoint
+import common.weights.model_files
+from common.diffusion.schedulers import read_scheduler_config
+from common.diffusion.unet import check_sdxl_directory
 from common.errors import CheckpointError, MidspanError
-from common.image_schedulers import read_scheduler_config
-from common.span_loading import load_span, read_config
-from common.spans import Span
-from common.unet import check_sdxl_directory
-from edge_agent.ends import load_ends
-from edge_agent.tokenizer import TextTokenizer
+from common.spans.cut import Span
+from common.weights.checkpoint import Checkpoint
+from common.weights.loading import load_span, read_config
+from edge_agent.text.ends import load_ends
+from edge_agent.text.tokenizer import TextTokenizer
 
 LOADERS: dict[str, Callable[[Path], object]] = {
     "ends": load_ends,
@@ -190,7 +190,7 @@ def test_malformed_json_is_refused_in_one_sentence(
 
 
 def test_json_of_any_size_is_not_read(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common.model_files, "MAX_JSON_BYTES", 10)
+    monkeypatch.setattr(common.weights.model_files, "MAX_JSON_BYTES", 10)
     with pytest.raises(CheckpointError, match=r"has \d+ bytes; at most 10 are read"):
         Checkpoint(directory)
 

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 from test_images import EXACT, WAYS, difference
 
-from common.demo_model import DEMO_IMAGE_MODEL, find_model
-from deploy.bad_peers import IMAGE_LIES, LyingWorker
+from chaos.bad_peers import IMAGE_LIES, LyingWorker
+from common.weights.demo_model import DEMO_IMAGE_MODEL, find_model
 from deploy.pool import LocalPool, PoolSettings
-from edge_agent.images import ImageMaker, ImageSettings
-from edge_agent.remote_unet import ImageStats
+from edge_agent.image.maker import ImageMaker, ImageSettings
+from edge_agent.image.remote_unet import ImageStats
 
 STEPS = 3
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from pools import PROMPTS, generate, generate_together, reference_tokens
 
-from deploy.bad_peers import LyingWorker, abandon, flood
+from chaos.bad_peers import LyingWorker, abandon, flood
 from deploy.pool import LocalPool, PoolSettings
-from edge_agent.ends import ModelEnds
-from edge_agent.session import Session
-from edge_agent.tokenizer import TextTokenizer
+from edge_agent.text.ends import ModelEnds
+from edge_agent.text.session import Session
+from edge_agent.text.tokenizer import TextTokenizer
 
 NEW_TOKENS = 12
 

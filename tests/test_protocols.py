@@ -12,12 +12,12 @@ import pytest
 import zmq
 
 from common.errors import BrokerUnavailable, ProcessFailed
-from common.messages import Joined, OtherProtocol
-from common.sockets import Context, connect_dealer
-from common.wire import decode_header, encode_header
+from common.protocol.messages import Joined, OtherProtocol
+from common.protocol.sockets import Context, connect_dealer
+from common.protocol.wire import decode_header, encode_header
 from deploy.child import Child, midspan_command
 from deploy.pool import LocalPool, PoolSettings
-from edge_agent.client import BrokerClient
+from edge_agent.engine.client import BrokerClient
 
 BOTH = "protocol 1 and the broker speaks protocol 2"
 SESSION = b"s" * 16

@@ -9,9 +9,9 @@ import torch
 from pools import PROMPTS, generate_together, reference_tokens
 
 from deploy.pool import LocalPool, PoolSettings
-from edge_agent.ends import ModelEnds
-from edge_agent.session import Session
-from edge_agent.tokenizer import TextTokenizer
+from edge_agent.text.ends import ModelEnds
+from edge_agent.text.session import Session
+from edge_agent.text.tokenizer import TextTokenizer
 
 
 def test_half_of_the_workers_leave_and_sixteen_sessions_notice_nothing(

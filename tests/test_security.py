@@ -17,19 +17,10 @@ import zmq
 from forks import run_midspan
 from pools import PROMPTS, generate
 
-from cloud_worker.redis_store import RedisKvStore, record_key
-from cloud_worker.store import COUNTED_BYTES, Commit, CommitFailed, Committed, Load, Loaded
+from cloud_worker.state.redis_store import RedisKvStore, record_key
+from cloud_worker.state.store import COUNTED_BYTES, Commit, CommitFailed, Committed, Load, Loaded
 from common.errors import BrokerUnavailable, StepRefused
-from common.keys import (
-    BROKER,
-    ClientKeys,
-    KeyPair,
-    authorize,
-    create_key,
-    ensure_member,
-    read_public,
-)
-from common.messages import (
+from common.protocol.messages import (
     Announce,
     EndSession,
     NotJoined,
@@ -39,16 +30,25 @@ from common.messages import (
     Step,
     StepReply,
 )
-from common.sockets import connect_dealer
-from common.wire import decode_header, encode_header
+from common.protocol.sockets import connect_dealer
+from common.protocol.wire import decode_header, encode_header
+from common.security.keys import (
+    BROKER,
+    ClientKeys,
+    KeyPair,
+    authorize,
+    create_key,
+    ensure_member,
+    read_public,
+)
 from deploy.child import Child, midspan_command
 from deploy.embedded_redis import EmbeddedRedis
 from deploy.pool import LocalPool, PoolSettings
-from edge_agent.client import BrokerClient
-from edge_agent.ends import ModelEnds
-from edge_agent.sampler import SamplingSettings
-from edge_agent.session import Session, uniform_settings
-from edge_agent.tokenizer import TextTokenizer
+from edge_agent.engine.client import BrokerClient
+from edge_agent.text.ends import ModelEnds
+from edge_agent.text.sampler import SamplingSettings
+from edge_agent.text.session import Session, uniform_settings
+from edge_agent.text.tokenizer import TextTokenizer
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ import pytest
 import torch
 from pools import PROMPTS, reference_tokens
 
+from chaos.thin_link import ThinLink
 from deploy.pool import LocalPool, PoolSettings
-from deploy.thin_link import ThinLink
-from edge_agent.client import BrokerClient
-from edge_agent.ends import ModelEnds
-from edge_agent.sampler import SamplingSettings
-from edge_agent.session import Session, uniform_settings
-from edge_agent.tokenizer import TextTokenizer
+from edge_agent.engine.client import BrokerClient
+from edge_agent.text.ends import ModelEnds
+from edge_agent.text.sampler import SamplingSettings
+from edge_agent.text.session import Session, uniform_settings
+from edge_agent.text.tokenizer import TextTokenizer
 
 HEADERS = 3000  # bytes of headers, handshakes and questions, beside the bodies
 NEW_TOKENS = 3

@@ -16,14 +16,14 @@ from pools import PROMPTS, generate, reference_tokens
 from test_images import EXACT, WAYS, difference
 from test_store_away import RedisOnPort
 
-from cloud_worker.redis_store import LOAD_LIMIT_S, record_key
-from common.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
+from chaos.thin_link import ThinLink
+from cloud_worker.state.redis_store import LOAD_LIMIT_S, record_key
+from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
 from deploy.pool import LocalPool, PoolSettings
-from deploy.thin_link import ThinLink
-from edge_agent.ends import ModelEnds
-from edge_agent.images import ImageMaker, Progress
-from edge_agent.session import Session
-from edge_agent.tokenizer import TextTokenizer
+from edge_agent.image.maker import ImageMaker, Progress
+from edge_agent.text.ends import ModelEnds
+from edge_agent.text.session import Session
+from edge_agent.text.tokenizer import TextTokenizer
 
 ROW_BYTES = 2048 + 8  # of the demo model's KV, with its checksum
 NEW_TOKENS = 8

@@ -27,12 +27,12 @@ from transformers import (
     T5Config,
 )
 
-from common.attention import Segment
-from common.checkpoint import Checkpoint
 from common.errors import CheckpointError
-from common.span_loading import load_span, read_config
-from common.span_model import SpanModel
-from common.spans import Span
+from common.spans.attention import Segment
+from common.spans.cut import Span
+from common.spans.span_model import SpanModel
+from common.weights.checkpoint import Checkpoint
+from common.weights.loading import load_span, read_config
 
 SIZE = {
     "vocab_size": 99,

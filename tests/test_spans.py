@@ -3,7 +3,7 @@
 import pytest
 
 from common.errors import SettingsError
-from common.spans import Cut, Span, default_cut, parse_cut, parse_span
+from common.spans.cut import Cut, Span, default_cut, parse_cut, parse_span
 
 
 def test_a_cut_makes_head_middle_and_tail() -> None:

@@ -12,14 +12,14 @@ import pytest
 import torch
 from pools import PROMPTS, generate, reference_tokens
 
-from cloud_worker.redis_store import RedisKvStore
-from cloud_worker.store import Commit, Committed, StoreEvent
+from chaos.thin_link import ThinLink
+from cloud_worker.state.redis_store import RedisKvStore
+from cloud_worker.state.store import Commit, Committed, StoreEvent
 from deploy.child import Child
 from deploy.embedded_redis import find_redis_server
 from deploy.pool import LocalPool, PoolSettings
-from deploy.thin_link import ThinLink
-from edge_agent.ends import ModelEnds
-from edge_agent.tokenizer import TextTokenizer
+from edge_agent.text.ends import ModelEnds
+from edge_agent.text.tokenizer import TextTokenizer
 
 
 def poll_until(store: RedisKvStore, count: int, timeout_s: float = 30.0) -> list[StoreEvent]:

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import pytest
 import redis
 
-from cloud_worker.memory_store import MemoryKvStore
-from cloud_worker.redis_store import RedisKvStore, chunk_key, record_key
-from cloud_worker.store import (
+from cloud_worker.state.memory_store import MemoryKvStore
+from cloud_worker.state.redis_store import RedisKvStore, chunk_key, record_key
+from cloud_worker.state.store import (
     CHUNK_BYTES,
     Commit,
     CommitFailed,

@@ -14,10 +14,10 @@ import time
 import pytest
 import redis
 
-from cloud_worker import redis_store
-from cloud_worker.redis_store import RedisKvStore, chunk_key, read_script
-from cloud_worker.row_seals import Checksum, ForgedRows, KvCipher, RowSeal
-from cloud_worker.store import (
+from cloud_worker.state import redis_store
+from cloud_worker.state.redis_store import RedisKvStore, chunk_key, read_script
+from cloud_worker.state.row_seals import Checksum, ForgedRows, KvCipher, RowSeal
+from cloud_worker.state.store import (
     Commit,
     CommitRefused,
     Committed,

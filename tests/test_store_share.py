@@ -13,15 +13,15 @@ import torch
 from pools import PROMPTS, reference_tokens
 from test_store_contract import load_of, read, run_commit
 
-from cloud_worker.memory_store import MemoryKvStore
-from cloud_worker.redis_store import RedisKvStore, record_key
-from cloud_worker.store import COUNTED_BYTES, Commit, CommitRefused, Committed, KvStore
+from cloud_worker.state.memory_store import MemoryKvStore
+from cloud_worker.state.redis_store import RedisKvStore, record_key
+from cloud_worker.state.store import COUNTED_BYTES, Commit, CommitRefused, Committed, KvStore
 from deploy.embedded_redis import EmbeddedRedis
 from deploy.pool import LocalPool, PoolSettings
-from edge_agent.ends import ModelEnds
-from edge_agent.sampler import SamplingSettings
-from edge_agent.session import Session, uniform_settings
-from edge_agent.tokenizer import TextTokenizer
+from edge_agent.text.ends import ModelEnds
+from edge_agent.text.sampler import SamplingSettings
+from edge_agent.text.session import Session, uniform_settings
+from edge_agent.text.tokenizer import TextTokenizer
 
 ROW = COUNTED_BYTES // 4
 SHARE = 3 * COUNTED_BYTES

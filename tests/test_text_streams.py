@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import CheckpointError, SettingsError
-from common.messages import Part
-from edge_agent.replay_log import ReplayLog, parts_of
-from edge_agent.stop_strings import StopStrings
-from edge_agent.tokenizer import TextStream, TextTokenizer
+from common.protocol.messages import Part
+from edge_agent.text.replay_log import ReplayLog, parts_of
+from edge_agent.text.stop_strings import StopStrings
+from edge_agent.text.tokenizer import TextStream, TextTokenizer
 
 
 @pytest.fixture(scope="module")

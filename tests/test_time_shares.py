@@ -6,9 +6,9 @@ import dataclasses
 
 from msgspec import structs
 
-from cloud_worker.batcher import Batcher, Task
-from cloud_worker.time_shares import RETURN_S, TimeShares
-from common.messages import Opening, Part, Step
+from cloud_worker.loop.batcher import Batcher, Task
+from cloud_worker.loop.time_shares import RETURN_S, TimeShares
+from common.protocol.messages import Opening, Part, Step
 
 TEXT_S, IMAGE_S, THINKING_S = 0.004, 0.080, 0.008
 

@@ -20,9 +20,8 @@ import zstandard
 from pools import PROMPTS, generate, reference_tokens
 
 from common.codecs.codec import COMPRESSED, make_codec
-from common.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
 from common.errors import StepRefused
-from common.messages import (
+from common.protocol.messages import (
     AnyOpening,
     AnyStep,
     ImageOpening,
@@ -32,10 +31,11 @@ from common.messages import (
     Step,
     TensorPart,
 )
-from common.wire import encode_header
+from common.protocol.wire import encode_header
+from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
 from deploy.pool import LocalPool, PoolSettings
-from edge_agent.ends import ModelEnds
-from edge_agent.tokenizer import TextTokenizer
+from edge_agent.text.ends import ModelEnds
+from edge_agent.text.tokenizer import TextTokenizer
 
 CODECS = ["fp16+zstd", "int1:tensor+zstd", "fp32+zstd"]
 FLOATS, BITS, EXACT = range(3)

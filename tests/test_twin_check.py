@@ -28,18 +28,17 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from cloud_worker.memory_store import MemoryKvStore
 from cloud_worker.serving import ServingSettings, load_text_service
-from cloud_worker.session_cache import CacheBudget
-from common import twin_check
-from common.attention import Segment
-from common.checkpoint import Checkpoint
+from cloud_worker.state.memory_store import MemoryKvStore
+from cloud_worker.state.session_cache import CacheBudget
 from common.errors import CheckpointError
-from common.span_loading import load_span, read_config
-from common.spans import Span
-from common.twin_check import TOLERANCE, check_twin
-from common.twin_config import keep_layers, narrow, pick_layers
-from edge_agent.ends import load_ends
+from common.spans.attention import Segment
+from common.spans.cut import Span, twin_check
+from common.spans.twin_check import TOLERANCE, check_twin
+from common.spans.twin_config import keep_layers, narrow, pick_layers
+from common.weights.checkpoint import Checkpoint
+from common.weights.loading import load_span, read_config
+from edge_agent.text.ends import load_ends
 
 LLAMA = CONFIGS["llama"]
 DIFF_LLAMA = DiffLlamaConfig(**GATED)
@@ -203,7 +202,7 @@ def test_a_source_that_changed_is_judged_anew(
 ) -> None:
     source = tmp_path / "twin_check.py"
     source.write_text("one")
-    monkeypatch.setattr(twin_check, "__file__", str(source))
+    monkeypatch.setattr(twin_check, "SOURCES", [tmp_path])
     judged = count_judgements(monkeypatch)
     check_twin(LLAMA, tmp_path / "cache")
     source.write_text("other")

@@ -10,10 +10,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from common.checkpoint import Checkpoint
-from common.demo_model import DEMO_IMAGE_MODEL, find_model
-from common.errors import CheckpointError
-from common.unet import (
+from common.diffusion.unet import (
     INNER,
     OUTER,
     WHOLE,
@@ -23,6 +20,9 @@ from common.unet import (
     load_unet,
     open_unet,
 )
+from common.errors import CheckpointError
+from common.weights.checkpoint import Checkpoint
+from common.weights.demo_model import DEMO_IMAGE_MODEL, find_model
 
 SDXL_BASE = Path(__file__).parents[2] / "shared" / "data" / "sdxl-base-config" / "unet"
 # SDXL base's own blocks and depths, about a tenth as wide

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from common.errors import ProtocolError
-from common.messages import (
+from common.protocol.messages import (
     KINDS,
     Announce,
     CodecNames,
@@ -31,8 +31,8 @@ from common.messages import (
     TensorParts,
     Text,
 )  # fmt: skip
+from common.protocol.wire import check_frames, decode_header, encode_header
 from common.settings import MAX_FRAMES, MAX_HEADER_BYTES
-from common.wire import check_frames, decode_header, encode_header
 
 STEP = Step(b"s" * 16, 0, 0, 7, 11, [Part(0, 1, 130)], 1, 0, 60000)
 NAMES = list(Step.__struct_fields__)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from msgspec import structs
 
-from cloud_worker.batcher import Batcher, Task
-from cloud_worker.session_cache import CacheBudget
-from cloud_worker.warm_cache import WarmCache
-from common.kv_rows import KvRows, make_layout
-from common.messages import Opening, Part, Step
+from cloud_worker.loop.batcher import Batcher, Task
+from cloud_worker.state.session_cache import CacheBudget
+from cloud_worker.text.warm_cache import WarmCache
+from common.protocol.messages import Opening, Part, Step
+from common.spans.kv_rows import KvRows, make_layout
 
 LAYOUT = make_layout([((2, 4), (2, 4)), ((1, 8), (1, 8))], torch.float32)
 OPENING = Opening("m", "0-2", 8, ["fp32"], "")

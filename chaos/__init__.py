@@ -1,0 +1,1 @@
+"""Breaks pools on purpose."""

@@ -1,0 +1,233 @@
+"""`midspan chaos`: break a real pool on a seeded schedule and compare every token.
+
+Sessions generate over and over while workers are killed, paused and drained, links to them are cut,
+slow, double, reorder or garble what they carry, the broker is restarted, and Redis is emptied,
+filled up, paused and restarted. Every answer is compared with that of an undisturbed run of the
+same prompt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from chaos.saboteur import HarmedPool, Saboteur
+from common.console.option_types import COUNT, FiniteRange
+from common.console.tables import format_table
+from common.errors import BrokerUnavailable, MidspanError
+from deploy.pool import LocalPool, PoolSettings
+
+if TYPE_CHECKING:
+    from edge_agent.text.ends import ModelEnds
+    from edge_agent.text.stats import GenerationStats
+
+PROMPTS = (
+    "Once upon a time, there was a brave fox named Mia.",
+    "One rainy day, a bear named Tom",
+    "Long ago, near a quiet forest, there lived a kind owl named Ella.",
+    "There once was a shy duck named Max who loved the lake.",
+)
+EDIT = " But then a little mouse came by."
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of all sessions. Threads add to it under its lock."""
+
+    sessions_completed: int = 0
+    sessions_failed: int = 0
+    tokens: int = 0
+    tokens_different: int = 0
+    tokens_lost: int = 0
+    tokens_doubled: int = 0
+    rows_replayed: int = 0
+    answers_unusable: int = 0
+    bytes_pulled: int = 0
+    longest_stall_s: float = 0.0
+    faults: Counter[str] = field(default_factory=Counter)
+    errors: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, got: list[int], want: list[int], stall_s: float, stats: GenerationStats) -> None:
+        """Count one finished answer."""
+        with self.lock:
+            self.sessions_completed += 1
+            self.tokens += len(got)
+            self.tokens_different += sum(a != b for a, b in zip(got, want, strict=False))
+            self.tokens_lost += max(0, len(want) - len(got))
+            self.tokens_doubled += max(0, len(got) - len(want))
+            self.rows_replayed += stats.rows_replayed
+            self.answers_unusable += stats.answers_unusable
+            self.longest_stall_s = max(self.longest_stall_s, stall_s)
+
+    def add_failure(self, error: MidspanError) -> None:
+        with self.lock:
+            self.sessions_failed += 1
+            self.errors.append(str(error))
+
+    def to_json(self) -> dict[str, Any]:
+        names = [n for n in self.__slots__ if n not in ("lock", "faults", "errors")]
+        numbers = {name: getattr(self, name) for name in names}
+        numbers["longest_stall_s"] = round(self.longest_stall_s, 2)
+        return numbers | {"faults": dict(self.faults), "errors": self.errors[:10]}
+
+
+class PullLedger:
+    """What workers have pulled from the store, as far as they lived to tell."""
+
+    def __init__(self) -> None:
+        self._by_worker: dict[str, int] = {}
+
+    def read(self, pool: LocalPool) -> None:
+        client = pool.connect()
+        with contextlib.suppress(BrokerUnavailable):
+            for worker in client.status(timeout_s=1.0)["workers"]:
+                pulled = worker["stats"].get("bytes_pulled", 0)
+                self._by_worker[worker["worker_id"]] = pulled
+        client.close()
+
+    @property
+    def bytes_pulled(self) -> int:
+        return sum(self._by_worker.values())
+
+
+@click.command()
+@click.option("--sessions", default=16, show_default=True, type=click.IntRange(1, 1000))
+@click.option("--workers", default=4, show_default=True, type=click.IntRange(1, 1000))
+@click.option(
+    "--duration",
+    "duration_s",
+    default=60.0,
+    show_default=True,
+    type=FiniteRange(0, 1e7),
+    help="Seconds.",
+)
+@click.option(
+    "--every",
+    "every_s",
+    default=2.0,
+    show_default=True,
+    type=FiniteRange(0.01, 1e7),
+    help="Seconds between faults, on average.",
+)
+@click.option(
+    "--tokens", default=60, show_default=True, type=COUNT, help="Of one answer; a session has two."
+)
+@click.option("--seed", default=1, show_default=True)
+@click.option("--model", help="Hugging Face directory.  [default: the demo model]")
+@click.option("--cut", help="As A:B.  [default: middle half]")
+@click.option("--codec", default="fp32", show_default=True)
+@click.option("--json", "as_json", is_flag=True)
+def chaos(
+    sessions: int,
+    workers: int,
+    duration_s: float,
+    every_s: float,
+    tokens: int,
+    seed: int,
+    model: str | None,
+    cut: str | None,
+    codec: str,
+    as_json: bool,
+) -> None:
+    """Break a pool on purpose, on a seeded schedule, and compare every token.
+
+    Exits with 1 if a session failed or a token differs from an undisturbed run.
+    """
+    from common.console.processes import set_up_torch
+    from common.weights.demo_model import find_model
+    from edge_agent.text.ends import load_ends
+    from edge_agent.text.tokenizer import TextTokenizer
+
+    set_up_torch(threads=1)
+    directory = find_model(model)
+    ends, tokenizer = load_ends(directory, cut), TextTokenizer(directory)
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    settings = PoolSettings(workers=workers, model=str(directory), span=str(ends.cut.middle))
+    with HarmedPool(settings, seed) as pool:
+        edit = tokenizer.encode(EDIT)[1:]
+        wanted = [_converse(pool, ends, prompt, edit, tokens, codec)[0] for prompt in prompts]
+        outcome = Outcome()
+        stop_at = time.monotonic() + duration_s
+
+        def keep_generating(index: int) -> None:
+            turn = index
+            while time.monotonic() < stop_at:
+                which = turn % len(prompts)
+                try:
+                    answer = _converse(pool, ends, prompts[which], edit, tokens, codec)
+                except MidspanError as error:
+                    outcome.add_failure(error)
+                else:
+                    outcome.add(answer[0], wanted[which], *answer[1:])
+                turn += 1
+
+        threads = [threading.Thread(target=keep_generating, args=(i,)) for i in range(sessions)]
+        for thread in threads:
+            thread.start()
+        rng = random.Random(seed)
+        saboteur, ledger = Saboteur(pool, rng), PullLedger()
+        next_at = time.monotonic() + every_s
+        while next_at < stop_at:
+            time.sleep(max(0.0, next_at - time.monotonic()))
+            next_at += every_s * rng.uniform(0.5, 1.5)
+            ledger.read(pool)
+            outcome.faults[saboteur.do_harm()] += 1
+            pool.heal()  # a worker cannot start while Redis is away; as a supervisor would
+        for thread in threads:
+            thread.join()
+        ledger.read(pool)
+        outcome.bytes_pulled = ledger.bytes_pulled
+    result = outcome.to_json()
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        faults = result.pop("faults")
+        if not result["errors"]:
+            del result["errors"]
+        rows = [(name.replace("_", " "), value) for name, value in result.items()]
+        rows += [(f"fault: {name}", count) for name, count in sorted(faults.items())]
+        click.echo(format_table(("what", "how many"), rows))
+    wrong = outcome.tokens_different + outcome.tokens_lost + outcome.tokens_doubled
+    if outcome.sessions_failed or wrong:
+        raise MidspanError("the pool did not keep its promise")
+
+
+def _converse(
+    pool: LocalPool,
+    ends: ModelEnds,
+    prompt_ids: list[int],
+    edit_ids: list[int],
+    count: int,
+    codec: str,
+) -> tuple[list[int], float, GenerationStats]:
+    """An answer, then another to a prompt that keeps half of the first and goes on otherwise.
+
+    So every session is cut back once. Returns the tokens of both, the longest wait for one of
+    them in seconds, and what they cost.
+    """
+    from edge_agent.text.sampler import SamplingSettings
+    from edge_agent.text.session import Session, uniform_settings
+
+    client = pool.connect()
+    session = Session(ends, client, uniform_settings(codec))
+    tokens: list[int] = []
+    stall_s, last_at = 0.0, time.monotonic()
+    try:
+        for turn in range(2):
+            asked = prompt_ids if turn == 0 else prompt_ids + tokens[: count // 2] + edit_ids
+            for token in session.generate(asked, count, SamplingSettings(), keep_open=turn == 0):
+                tokens.append(token)
+                now = time.monotonic()
+                stall_s, last_at = max(stall_s, now - last_at), now
+    finally:
+        client.close()
+    return tokens, stall_s, session.stats

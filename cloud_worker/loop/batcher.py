@@ -1,0 +1,127 @@
+"""Which of the steps that are ready go into the next batch. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from itertools import zip_longest
+
+from common.protocol.messages import AnyOpening, AnyStep, Opening, Step, StepKey
+
+
+@dataclass(slots=True)
+class Task:
+    """A step at a worker."""
+
+    step: AnyStep
+    opening: AnyOpening
+    body: bytes
+    attempt: int
+    source: int  # index of the broker it came from
+    broker_queue_us: int
+    arrived_at: float
+    owner: str = ""  # the edge's public key
+    edge: int = 0  # the broker's number for it
+    precision: str = ""  # in which the session was begun, if somebody knows
+
+    @property
+    def text_step(self) -> Step:
+        assert isinstance(self.step, Step)
+        return self.step
+
+    @property
+    def text_opening(self) -> Opening:
+        assert isinstance(self.opening, Opening)
+        return self.opening
+
+    @property
+    def session_key(self) -> bytes:
+        """Names the session here and in the store: two edges that choose one id share nothing.
+
+        In the store it is also the right to touch the session, see cloud_worker/state/store.py.
+        """
+        return make_session_key(self.step.session_id, self.owner)
+
+    @property
+    def account(self) -> str:
+        """The edge whose share of the store the session takes: its key, else a number for it."""
+        return self.owner or str(self.edge)
+
+
+def make_session_key(session_id: bytes, owner: str) -> bytes:
+    """An edge's session: its id, then the edge's key."""
+    return session_id + owner.encode()
+
+
+class Batcher:
+    """Edges in turn, up to `max_rows` rows and `max_steps` steps in a batch.
+
+    Of one edge's steps the first that came goes first. A step with more rows than that has a batch
+    of its own. A session is in a batch at most once: its second step needs the first one's KV.
+    """
+
+    def __init__(self, max_rows: int, max_steps: int) -> None:
+        self._max_rows = max_rows
+        self._max_steps = max_steps
+        self._ready: deque[Task] = deque()
+        self._last_edge = 0
+
+    def __len__(self) -> int:
+        return len(self._ready)
+
+    def add(self, task: Task) -> None:
+        self._ready.append(task)
+
+    def renew(self, task: Task) -> bool:
+        """Put a step that was sent again in its own place. False if it is not here."""
+        for index, known in enumerate(self._ready):
+            if known.session_key == task.session_key and known.step.key == task.step.key:
+                self._ready[index] = task
+                return True
+        return False
+
+    def drop_session(self, session_key: bytes) -> list[Task]:
+        """Take out what is ready of a session: it is over, or a newer step has come."""
+        dropped = [t for t in self._ready if t.session_key == session_key]
+        if dropped:
+            self._ready = deque(t for t in self._ready if t.session_key != session_key)
+        return dropped
+
+    def drop_step(self, session_key: bytes, key: StepKey) -> None:
+        """Forget one step."""
+        self._ready = deque(
+            t for t in self._ready if t.session_key != session_key or t.step.key != key
+        )
+
+    def session_keys(self) -> set[bytes]:
+        """Whose steps are ready: their KV must stay."""
+        return {task.session_key for task in self._ready}
+
+    def pick(self) -> list[Task]:
+        """Take the next batch out of what is ready."""
+        batch: list[Task] = []
+        left: deque[Task] = deque()
+        sessions: set[bytes] = set()
+        rows = 0
+        for task in self._in_turn():
+            fits = not batch or rows + task.text_step.rows <= self._max_rows
+            if fits and len(batch) < self._max_steps and task.session_key not in sessions:
+                batch.append(task)
+                sessions.add(task.session_key)
+                rows += task.text_step.rows
+            else:
+                left.append(task)
+        self._ready = left
+        if batch:
+            self._last_edge = batch[-1].edge
+        return batch
+
+    def _in_turn(self) -> list[Task]:
+        """What is ready, one step of each edge after another, beginning behind the last served."""
+        by_edge: dict[int, deque[Task]] = {}
+        for task in self._ready:
+            by_edge.setdefault(task.edge, deque()).append(task)
+        if len(by_edge) < 2:
+            return list(self._ready)
+        edges = sorted(by_edge, key=lambda edge: (edge <= self._last_edge, edge))
+        return [task for turn in zip_longest(*(by_edge[e] for e in edges)) for task in turn if task]

@@ -1,0 +1,409 @@
+"""The worker's loop: take steps, hand them to their services, let those compute, answer, commit.
+
+One thread does everything but heartbeats; it polls the brokers' sockets and the store's. A reply
+is sent before its state is committed, and a store that does not answer holds nothing up but
+takeovers, which then ask the edge for what is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import secrets
+import socket as host_info
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import zmq
+
+from cloud_worker.loop.batcher import Task, make_session_key
+from cloud_worker.loop.heartbeat import UNSENT_LIMIT, Heartbeat
+from cloud_worker.loop.outbox import Outbox, StepService
+from cloud_worker.loop.time_shares import TimeShares
+from cloud_worker.state.store import KvStore
+from common.console.log_limit import LogLimit
+from common.errors import ProtocolError, SettingsError, StoreUnavailable
+from common.protocol.messages import (
+    Alive,
+    Announce,
+    CancelStep,
+    Dispatch,
+    Drain,
+    DrainAccepted,
+    EndSession,
+    ImageOpening,
+    ImageStep,
+    Joined,
+    Leave,
+    Message,
+    NeedRows,
+    NeedTensors,
+    NotJoined,
+    Opening,
+    Step,
+    StepDropped,
+    StepFailed,
+    StepKey,
+    StepReply,
+)
+from common.protocol.sockets import Context, connect_dealer, has_message, receive_frames
+from common.protocol.wire import check_frames, decode_header, encode_header, is_of_other_protocol
+from common.security.keys import ClientKeys
+from common.settings import HEARTBEAT_S
+
+log = logging.getLogger("midspan.worker")
+
+IDLE_POLL_S = 0.1
+HELD_BACK_POLL_S = 0.005
+DRAIN_LIMIT_S = 10.0
+TIDY_S = 1.0  # how often commits that failed are tried again
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """What the command line decides about a worker, whatever it serves."""
+
+    brokers: Sequence[str]
+    capacity: int = 64  # steps that a broker may have in flight here
+    heartbeat_s: float = HEARTBEAT_S
+    keys: ClientKeys | None = None
+
+
+# sessions that are set up alike open with the same bytes
+decode_opening = functools.lru_cache(maxsize=64)(decode_header)
+
+
+class Worker:
+    """Serves parts of models until it is told to drain."""
+
+    def __init__(
+        self,
+        store: KvStore,
+        make_services: Callable[[Outbox], Sequence[StepService]],
+        settings: WorkerSettings,
+        worker_id: str = "",
+        on_ready: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`on_ready` is told the address of each broker that has taken the announcement."""
+        self.worker_id = worker_id or f"w-{uuid.uuid4().hex[:8]}"
+        self._store = store
+        self._settings = settings
+        self._services = {(s.service.model, s.service.part): s for s in make_services(self)}
+        self._shares = TimeShares({s.kind for s in self._services.values()})
+        self._pulse = secrets.token_bytes(16)
+        self._inbox: deque[tuple[int, list[bytes]]] = deque()  # read, not handled yet
+        self._cancelled: set[StepKey] = set()
+        self._held_back = False
+        self._drain_requested = False
+        self._on_ready = on_ready
+        self._joined: set[int] = set()  # brokers that have taken the announcement
+        self._refusal: SettingsError | None = None
+        self._drain_accepted: set[int] = set()
+        self._tidy_at = 0.0
+        self._announce_at = 0.0
+        self._unsent = [0] * len(settings.brokers)  # announcements in a row, by broker
+        self._failed = 0
+        self._complaints = LogLimit(log)
+        self._bad_messages = 0
+        self._context: Context = zmq.Context()
+        self._sockets = [
+            connect_dealer(self._context, broker, settings.keys) for broker in settings.brokers
+        ]
+        self._poller = zmq.Poller()
+        for socket in self._sockets:
+            self._poller.register(socket, zmq.POLLIN)
+        self._polled_store_fd: int | None = None
+        self._heartbeat = Heartbeat(
+            self._context, settings.brokers, Alive(self.worker_id, self._pulse),
+            settings.heartbeat_s, settings.keys,
+        )  # fmt: skip
+
+    @property
+    def serving(self) -> str:
+        """What is served, for people."""
+        services = (service.service for service in self._services.values())
+        return ", ".join(f"{service.name} {service.part}" for service in services)
+
+    def _describe(self) -> Announce:
+        stats: Counter[str] = Counter(failed=self._failed, bad_messages=self._bad_messages)
+        for service in self._services.values():
+            stats.update(service.stats)
+            stats["warm_bytes"] += service.warm_bytes()
+        return Announce(
+            worker_id=self.worker_id,
+            services=[service.service for service in self._services.values()],
+            capacity=self._settings.capacity,
+            heartbeat_ms=round(self._settings.heartbeat_s * 1000),
+            ready=not self._drain_requested,
+            pid=os.getpid(),
+            host=host_info.gethostname(),
+            stats={
+                **stats,
+                "store_up": self._store.is_up(),
+                "store_id": self._store.identity,
+                "store_policy": self._store.eviction_policy,
+            },
+            pulse=self._pulse,
+        )
+
+    def request_drain(self) -> None:
+        """Finish and commit what is here, then make `run` return. For signal handlers."""
+        self._drain_requested = True
+
+    def run(self) -> None:
+        """Prove to be able to serve, then announce and serve until drained.
+
+        Raises MidspanError if this worker cannot compute, or a broker's address is not for workers.
+        """
+        for service in self._services.values():
+            self._prove_ready(service)
+        self._heartbeat.start()
+        try:
+            while not self._drain_requested:
+                self._turn(IDLE_POLL_S)
+                if self._refusal is not None:
+                    raise self._refusal
+            self._drain()
+        finally:
+            self._heartbeat.stop()
+            for index in range(len(self._sockets)):
+                self._send(index, Leave(self.worker_id))
+            self._store.close()
+            self._context.destroy(linger=1000)
+
+    def _prove_ready(self, service: StepService) -> None:
+        """A worker that a broker hears of has computed a step, stored what it left and read that.
+
+        It serves without a store that does not do that, which may be full or paused: sessions are
+        then recomputed from their edges. Its announcements say so.
+        """
+        try:
+            service.check_ready(lambda: self._drain_requested)
+        except StoreUnavailable as error:
+            log.warning("serving without a store: %s", error)
+
+    def _drain(self) -> None:
+        """Go on until nothing more can come and all that is here is answered and committed."""
+        log.info("draining")
+        self._announce_at = 0.0
+        give_up_at = time.monotonic() + DRAIN_LIMIT_S
+        while time.monotonic() < give_up_at:
+            self._turn(0.01)
+            gone = {index for index, count in enumerate(self._unsent) if count > 2}
+            accepted = self._joined <= self._drain_accepted | gone
+            if accepted and all(service.is_settled() for service in self._services.values()):
+                return
+        log.warning("gave up draining after %s s", DRAIN_LIMIT_S)
+
+    # --- the loop
+
+    def _turn(self, wait_s: float) -> None:
+        now = time.monotonic()
+        if now >= self._announce_at:
+            self._announce_at = now + self._settings.heartbeat_s
+            self._announce()
+        services = self._services.values()
+        if any(service.has_batch() for service in services):
+            wait_s = HELD_BACK_POLL_S if self._held_back else 0.0
+        self._wait(wait_s)
+        self._receive()
+        for event in self._store.poll():
+            for service in services:
+                self._guard(service.on_store_event, event)
+        self._run_next()
+        now = time.monotonic()
+        if now >= self._tidy_at:
+            self._tidy_at = now + TIDY_S
+            for service in services:
+                service.tidy()
+
+    def _run_next(self) -> None:
+        """Compute a batch of each service of the kind of work whose turn it is."""
+        ready = [service for service in self._services.values() if service.has_batch()]
+        begun_at = time.monotonic()
+        kind = self._shares.pick({service.kind for service in ready}, begun_at)
+        self._held_back = bool(ready) and kind is None
+        if kind is None:
+            return
+        for service in ready:
+            if service.kind == kind:
+                self._guard(service.run_batch)
+        ended_at = time.monotonic()
+        self._shares.charge(kind, ended_at - begun_at, ended_at)
+
+    def _guard(self, work: Callable[..., None], *arguments: object) -> None:
+        """Whatever a step or the store brings about, a worker lives on; edges ask again."""
+        try:
+            work(*arguments)
+        except Exception:
+            log.exception("a service failed")
+
+    def _announce(self) -> None:
+        """Tell all brokers what there is here, over the connections that take the steps."""
+        for index in range(len(self._sockets)):
+            if self._send(index, self._describe()):
+                self._unsent[index] = 0
+            else:
+                self._unsent[index] += 1
+                self._connect_anew(index)
+            if self._drain_requested and index not in self._drain_accepted:
+                self._send(index, Drain(self.worker_id))
+
+    def _connect_anew(self, index: int) -> None:
+        """ZeroMQ gives a broker up that has refused our key once; we do not."""
+        if self._unsent[index] % UNSENT_LIMIT:
+            return
+        endpoint = self._settings.brokers[index]
+        if self._unsent[index] == UNSENT_LIMIT:
+            log.warning(
+                "the broker at %s is not there, or refuses this worker's key (admit it there with "
+                "`midspan keys authorize --as worker`); trying again", endpoint,
+            )  # fmt: skip
+        with contextlib.suppress(zmq.ZMQError):
+            self._sockets[index].disconnect(endpoint)
+        self._sockets[index].connect(endpoint)
+
+    def _send(self, index: int, message: Message, *bodies: bytes) -> bool:
+        """To one broker. What cannot be sent now is dropped: the edge will ask again."""
+        try:
+            self._sockets[index].send_multipart([encode_header(message), *bodies], zmq.NOBLOCK)
+        except zmq.Again:
+            log.debug("no broker takes a %s", message.kind)
+            return False
+        return True
+
+    def _wait(self, wait_s: float) -> None:
+        store_fd = self._store.fileno()
+        if store_fd != self._polled_store_fd:  # the store has connected anew
+            if self._polled_store_fd is not None:
+                self._poller.unregister(self._polled_store_fd)
+            if store_fd is not None:
+                self._poller.register(store_fd, zmq.POLLIN)
+            self._polled_store_fd = store_fd
+        if store_fd is not None:
+            waits_to_send = zmq.POLLOUT if self._store.is_sending() else 0
+            self._poller.modify(store_fd, zmq.POLLIN | waits_to_send)
+        self._poller.poll(round(wait_s * 1000))
+
+    def _receive(self) -> None:
+        for source, frames in self._read_sockets():
+            self._inbox.append((source, frames))
+        while self._inbox:
+            source, frames = self._inbox.popleft()
+            try:
+                check_frames(frames)
+                self._on_message(source, decode_header(frames[0]), frames)
+            except ProtocolError as error:
+                self._bad_messages += 1
+                self._complaints.warning("dropped a message: %s", error)
+                if source not in self._joined and is_of_other_protocol(frames[0]):
+                    broker = self._settings.brokers[source]
+                    self._refusal = SettingsError(f"the broker at {broker} says: {error}")
+
+    def _read_sockets(self) -> Iterator[tuple[int, list[bytes]]]:
+        for source, socket in enumerate(self._sockets):
+            while has_message(socket):
+                yield source, receive_frames(socket)
+
+    def _on_message(self, source: int, message: Message, frames: list[bytes]) -> None:
+        if isinstance(message, Dispatch):
+            self._on_dispatch(source, message, frames)
+        elif isinstance(message, EndSession):
+            for service in self._services.values():
+                service.on_end(make_session_key(message.session_id, message.owner))
+        elif isinstance(message, CancelStep):
+            self._cancelled.discard(message.key)
+            for service in self._services.values():
+                service.on_cancel(make_session_key(message.session_id, message.owner), message.key)
+            self._send(source, StepDropped(*message.key, message.attempt, self.worker_id))
+        elif isinstance(message, DrainAccepted):
+            self._drain_accepted.add(source)
+        elif isinstance(message, Joined):
+            if source not in self._joined:
+                self._joined.add(source)
+                self._on_ready(self._settings.brokers[source])
+        elif isinstance(message, NotJoined):
+            self._on_not_joined(source, message)
+        else:
+            raise ProtocolError(f"a broker may not send {message.kind!r}")
+
+    def _on_not_joined(self, source: int, message: NotJoined) -> None:
+        broker = self._settings.brokers[source]
+        if message.is_final and source not in self._joined:
+            self._refusal = SettingsError(f"--broker {broker}: {message.reason}")
+        else:  # what is in the way may go
+            self._complaints.warning(
+                "the broker at %s does not take this worker: %s", broker, message.reason
+            )
+
+    def _on_dispatch(self, source: int, dispatch: Dispatch, frames: list[bytes]) -> None:
+        if len(frames) != 4:
+            raise ProtocolError(f"dispatch has {len(frames) - 1} further frames; expected 3")
+        step = decode_header(frames[1])
+        if not isinstance(step, Step | ImageStep):
+            raise ProtocolError(f"dispatch carries {step.kind!r}; expected a step")
+        try:
+            opening = _read_opening(step, frames[3])
+        except ProtocolError as error:  # whoever can be answered is
+            self._fail(source, step.key, dispatch.attempt, str(error))
+            return
+        task = Task(
+            step, opening, frames[2], dispatch.attempt, source, dispatch.queue_us,
+            time.monotonic(), dispatch.owner, dispatch.edge,
+            opening.precision or dispatch.precision,
+        )  # fmt: skip
+        service = self._services.get((opening.model, opening.part))
+        if service is None:
+            self.fail(task, f"step is for {opening.model} {opening.part}, not for this worker")
+            return
+        try:
+            service.on_step(task)
+        except Exception as error:  # a step must never end a worker
+            log.exception("a step could not be taken")
+            self.fail(task, f"{type(error).__name__}: {error}")
+
+    # --- the services' outbox
+
+    def answer(
+        self, task: Task, message: StepReply | NeedRows | NeedTensors, *bodies: bytes
+    ) -> None:
+        """Answer a step to the broker that it came from."""
+        self._send(task.source, message, *bodies)
+
+    def fail(self, task: Task, reason: str) -> None:
+        """Say that a step could not be computed here."""
+        self._fail(task.source, task.step.key, task.attempt, reason)
+
+    def _fail(self, source: int, key: StepKey, attempt: int, reason: str) -> None:
+        self._failed += 1
+        self._complaints.warning("step failed: %s", reason)
+        self._send(source, StepFailed(*key, attempt, self.worker_id, reason[:1000]))
+
+    def drop(self, task: Task) -> None:
+        """Say that a step is not computed here: nobody waits for it."""
+        self._send(task.source, StepDropped(*task.step.key, task.attempt, self.worker_id))
+
+    def is_cancelled(self, task: Task) -> bool:
+        """Whether a broker has cancelled a step since this worker began to compute."""
+        for source, frames in self._read_sockets():
+            self._inbox.append((source, frames))
+            with contextlib.suppress(ProtocolError):
+                message = decode_header(frames[0])
+                if isinstance(message, CancelStep):
+                    self._cancelled.add(message.key)
+        return task.step.key in self._cancelled
+
+
+def _read_opening(step: Step | ImageStep, frame: bytes) -> Opening | ImageOpening:
+    """The opening of a step's session. Raises ProtocolError if it is not of the step's kind."""
+    opening = decode_opening(frame)
+    if isinstance(step, Step) and isinstance(opening, Opening):
+        return opening
+    if isinstance(step, ImageStep) and isinstance(opening, ImageOpening):
+        return opening
+    raise ProtocolError(f"dispatch carries {step.kind!r} and {opening.kind!r}")

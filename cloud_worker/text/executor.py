@@ -1,0 +1,119 @@
+"""Compute a batch of steps: decode the boundary rows, run the span, encode the answers."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cloud_worker.loop.batcher import Task
+from cloud_worker.text.warm_cache import WarmSession
+from common.codecs.calibration import Calibration
+from common.codecs.codec import Codec, make_codec
+from common.codecs.spec import parse_codec
+from common.errors import ProtocolError
+from common.spans.attention import Segment
+from common.spans.span_model import SpanModel
+
+log = logging.getLogger("midspan.worker")
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What became of a step: the body of its reply, or why it failed."""
+
+    body: bytes = b""
+    failure: str = ""
+
+
+class TextExecutor:
+    """Runs the middle layers of one model for steps of several sessions at once."""
+
+    def __init__(
+        self, model: SpanModel, context: int | None, calibration: Calibration | None = None
+    ) -> None:
+        self.model = model
+        self._context = context
+        self._calibration = calibration
+        self._codec = functools.lru_cache(maxsize=64)(self._make_codec)
+
+    def _make_codec(self, name: str, direction: str) -> Codec:
+        return make_codec(name, direction, self._calibration)
+
+    def check(self, task: Task) -> None:
+        """Raise a MidspanError if a step cannot be computed, whoever tries."""
+        step, opening = task.text_step, task.text_opening
+        if opening.hidden != self.model.hidden:
+            raise ProtocolError(
+                f"session has hidden {opening.hidden}; the model has {self.model.hidden}"
+            )
+        if step.rows < 1 or step.reply_rows > step.rows:
+            raise ProtocolError(f"step wants {step.reply_rows} of its {step.rows} rows back")
+        if self._context is not None and step.end > self._context:
+            raise ProtocolError(f"step ends at row {step.end}; the context has {self._context}")
+        self._check_calibration(task)
+        if max(step.reply_codec, *(part.codec for part in step.parts)) >= len(opening.codecs):
+            raise ProtocolError(f"step names a codec beyond the {len(opening.codecs)} it opened")
+        self._codec(opening.codecs[step.reply_codec], "down")
+        for part in step.parts:
+            codec = self._codec(opening.codecs[part.codec], "up")
+            codec.check_body(part.body_bytes, part.rows, opening.hidden)
+        announced = sum(part.body_bytes for part in step.parts)
+        if len(task.body) != announced:
+            raise ProtocolError(f"body has {len(task.body)} bytes; its parts need {announced}")
+
+    def _check_calibration(self, task: Task) -> None:
+        ours = self._calibration.fingerprint if self._calibration else "none"
+        theirs = task.text_opening.calibration
+        if theirs and theirs != ours:
+            raise ProtocolError(
+                f"the edge has calibration {theirs} and this worker {ours}; "
+                "give both the same --calibration"
+            )
+        if not theirs and any(parse_codec(n).needs_calibration for n in task.text_opening.codecs):
+            raise ProtocolError("the session names a calibrated codec but no calibration")
+
+    def run(self, batch: Sequence[tuple[Task, WarmSession]]) -> list[Computed]:
+        """Compute all steps in one pass. If that fails, each on its own, to find the culprit."""
+        try:
+            return self._run_together(batch)
+        except Exception as error:  # whatever a peer's numbers do, the worker lives on
+            log.debug("a batch of %d failed", len(batch), exc_info=True)
+            for task, session in batch:
+                session.cut_back(task.text_step.position)
+            if len(batch) == 1:
+                return [Computed(failure=f"{type(error).__name__}: {str(error)[:500]}")]
+            return [computed for pair in batch for computed in self.run([pair])]
+
+    def _run_together(self, batch: Sequence[tuple[Task, WarmSession]]) -> list[Computed]:
+        uplinks = [self._decode(task) for task, _ in batch]
+        segments = [
+            Segment(session.kv, task.text_step.position, task.text_step.rows)
+            for task, session in batch
+        ]
+        rows = uplinks[0] if len(uplinks) == 1 else torch.cat(uplinks)
+        results = self.model.run(rows.to(self.model.device, self.model.dtype), segments)
+        computed = []
+        at = 0
+        for (task, _), uplink in zip(batch, uplinks, strict=True):
+            at += task.text_step.rows
+            wanted = task.text_step.reply_rows
+            codec = self._codec(task.text_opening.codecs[task.text_step.reply_codec], "down")
+            down = results[at - wanted : at]
+            computed.append(Computed(codec.encode(down, uplink[len(uplink) - wanted :])))
+        return computed
+
+    def _decode(self, task: Task) -> Tensor:
+        """The boundary rows of a step, float32 (T, D)."""
+        decoded = []
+        at = 0
+        for part in task.text_step.parts:
+            codec = self._codec(task.text_opening.codecs[part.codec], "up")
+            body = task.body[at : at + part.body_bytes]
+            decoded.append(codec.decode(body, part.rows, task.text_opening.hidden))
+            at += part.body_bytes
+        return decoded[0] if len(decoded) == 1 else torch.cat(decoded)

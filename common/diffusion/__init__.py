@@ -1,0 +1,1 @@
+"""SDXL's UNet in parts, its tensors and schedulers."""

@@ -1,0 +1,1 @@
+"""A model cut into head, middle and tail."""

@@ -1,0 +1,141 @@
+"""Attention over rows of several sessions in one forward pass.
+
+The rows of a batch lie one after another on the token axis of a batch of one; linear layers and
+norms see them all at once, attention is computed per session on that session's own KV rows. No
+padding, ragged lengths cost nothing, and a session's attention does not depend on its neighbours.
+
+It plugs into transformers' attention interface under the name `midspan`; because no mask function
+is registered under that name, the library builds no masks and leaves causality to us. The
+arithmetic is the library's own `sdpa_attention_forward`.
+
+Letters: T tokens, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from common.spans.kv_rows import KvRows
+
+ATTENTION_NAME = "midspan"
+# what models hand to every attention function; others would be ignored, and results be wrong
+KNOWN_ARGUMENTS = {
+    "dropout", "scaling", "is_causal", "softcap", "position_ids", "use_cache", "output_attentions",
+    "output_hidden_states", "output_router_logits", "return_dict", "cache_position",
+    "logits_to_keep",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The rows start..start+rows of one session within a batch."""
+
+    kv: KvRows
+    start: int
+    rows: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.rows
+
+
+class PackedCache:
+    """Stands in for transformers' Cache while one batch goes through one span."""
+
+    is_compileable = False
+
+    def __init__(self, segments: list[Segment]) -> None:
+        self.segments = segments
+        self.layer = 0
+        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+        for segment in segments:
+            segment.kv.reserve(segment.end)
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values, shape (1, H, sum of T, D), of one layer.
+
+        Returns what the session has of that layer when there is one segment; with several the
+        attention function reads each session's own.
+        """
+        self.layer = layer_idx
+        if len(self.segments) == 1:
+            segment = self.segments[0]
+            segment.kv.write_layer(layer_idx, segment.start, keys, values)
+            return segment.kv.read_layer(layer_idx, segment.end)
+        at = 0
+        for segment in self.segments:
+            part = slice(at, at + segment.rows)
+            segment.kv.write_layer(layer_idx, segment.start, keys[:, :, part], values[:, :, part])
+            at += segment.rows
+        return keys, values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.segments[0].start
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.segments[0].start
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.segments[0].start + query_length, 0
+
+    def mask(self, segment: Segment, window: int | None, like: Tensor) -> Tensor | None:
+        """Which keys each row may see, bool (1, 1, T, end), or None if plain causality says it."""
+        if segment.rows == 1 or (segment.start == 0 and (window is None or segment.end <= window)):
+            return None
+        key = (segment.start, segment.rows, window)
+        if key not in self._masks:
+            queries = torch.arange(segment.start, segment.end, device=like.device)[:, None]
+            keys = torch.arange(segment.end, device=like.device)[None, :]
+            seen = keys <= queries
+            if window is not None:
+                seen &= keys > queries - window
+            self._masks[key] = seen[None, None]
+        return self._masks[key]
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packed: PackedCache | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of a batch's rows, query (1, H, sum of T, D); returns (1, sum of T, H, D).
+
+    `sliding_window` is the number of keys a row sees, itself included (Mistral, Qwen2).
+    """
+    unknown = {name for name, value in kwargs.items() if value is not None} - KNOWN_ARGUMENTS
+    if unknown:
+        raise ValueError(f"it uses {', '.join(sorted(unknown))}, which midspan does not know")
+    if packed is None:
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return output, None
+    outputs = []
+    at = 0
+    for segment in packed.segments:
+        part = query[:, :, at : at + segment.rows]
+        first = 0
+        if segment.rows == 1 and sliding_window is not None:
+            first = max(0, segment.end - sliding_window)
+        keys, values = segment.kv.read_layer(packed.layer, segment.end, first)
+        mask = packed.mask(segment, sliding_window, query)
+        output, _ = sdpa_attention_forward(module, part, keys, values, mask, **kwargs)
+        outputs.append(output)
+        at += segment.rows
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None
+
+
+def register_attention() -> None:
+    """Make `midspan` known to transformers. Calling it again changes nothing."""
+    AttentionInterface.register(ATTENTION_NAME, packed_attention)

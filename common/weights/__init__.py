@@ -1,0 +1,1 @@
+"""Checkpoints of any origin, read within themselves."""

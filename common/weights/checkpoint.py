@@ -1,0 +1,208 @@
+"""Read a Hugging Face model directory: its configuration, its tensors by name, its fingerprint.
+
+One file or several with an index. Tensors are read by name from safetensors, so a span costs the
+memory and the disk reads of that span alone. Older .bin and .pth files are read with torch's loader
+for weights only, which runs no code of theirs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from common.errors import CheckpointError
+from common.weights.model_files import check_place, check_plain_file, check_plain_files, read_json
+from common.weights.torch_file import TorchFile
+
+# what a configuration says about files and tools rather than about the model
+VOLATILE_KEYS = {
+    "_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures",
+    "_diffusers_version",
+}  # fmt: skip
+SAMPLE_VALUES = 64  # per tensor, in the fingerprint
+ALIGNMENT = 64  # bytes, a vector register
+HUGE_PAGE = 2 << 20
+
+
+class Checkpoint:
+    """An open model directory. Raises CheckpointError when it is not one.
+
+    `stem` is what the names of its weight files begin with, `config_key` is in its configuration
+    if it is of the kind expected.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        stem: str = "model",
+        config_key: str = "model_type",
+        name: str = "",
+    ) -> None:
+        self.directory = Path(directory)
+        self.name = name or self.directory.resolve().name
+        self._stem = stem
+        self._config_key = config_key
+        self.config_json = self._read_config()
+        self._open_files: dict[str, Any] = {}
+        self._cache: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._file_of = self._map_tensors()
+
+    @property
+    def tensor_names(self) -> list[str]:
+        return sorted(self._file_of)
+
+    def _read_config(self) -> dict[str, Any]:
+        if not self.directory.is_dir():
+            raise CheckpointError(f"model {str(self.directory)!r} is not a directory")
+        check_plain_files(self.directory)
+        path = self.directory / "config.json"
+        config = read_json(path, "a Hugging Face model directory has one")
+        if self._config_key not in config:
+            raise CheckpointError(
+                f"{path} names no {self._config_key}, so it describes no model of this kind"
+            )
+        return config
+
+    @property
+    def opened_files(self) -> list[str]:
+        return sorted(self._open_files)
+
+    def read_optional_json(self, file_name: str) -> dict[str, Any]:
+        """A JSON file of the directory, or an empty map if there is none."""
+        path = self.directory / file_name
+        return read_json(path) if path.exists() else {}
+
+    def _map_tensors(self) -> dict[str, str]:
+        """Tensor name -> file name."""
+        for single_file in self._candidates():
+            index = self.directory / f"{single_file}.index.json"
+            if index.exists():
+                return self._read_index(index)
+            if (self.directory / single_file).exists():
+                return dict.fromkeys(self._open(single_file).keys(), single_file)
+        raise CheckpointError(f"{self.directory} has none of {', '.join(self._candidates())}")
+
+    def _candidates(self) -> list[str]:
+        """Names of the weights' file, best first; each may have an index instead."""
+        older = "pytorch_model" if self._stem == "model" else self._stem
+        return [
+            f"{self._stem}.safetensors", f"{self._stem}.fp16.safetensors", f"{older}.bin",
+            f"{older}.pth",
+        ]  # fmt: skip
+
+    def _read_index(self, index: Path) -> dict[str, str]:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index} has no weight_map")
+        for file_name in weight_map.values():
+            check_place(index, file_name)
+        missing = {f for f in weight_map.values() if not (self.directory / f).exists()}
+        if missing:
+            raise CheckpointError(f"{index} names files that are not there: {sorted(missing)}")
+        return weight_map
+
+    def _open(self, file_name: str) -> Any:
+        if file_name not in self._open_files:
+            path = self.directory / file_name
+            check_plain_file(path)
+            if path.suffix != ".safetensors":
+                self._open_files[file_name] = TorchFile(path)
+                return self._open_files[file_name]
+            try:
+                self._open_files[file_name] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{path} is not a readable safetensors file: {error}"
+                ) from error
+        return self._open_files[file_name]
+
+    def read(self, tensor_names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The named tensors, converted to `dtype`, one after another in one block of memory.
+
+        One aligned block in huge pages, where the system has them, is read several percent faster
+        than scattered tensors; and tensors at odd file offsets would make the kernels add in
+        another order and change the last bits of results. A tensor that was read before is shared.
+        """
+        new = [n for n in dict.fromkeys(tensor_names) if (n, dtype) not in self._cache]
+        shapes = {name: self._slice(name).get_shape() for name in new}
+        sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+        block = _allocate(sum(_round_up(size) for size in sizes.values()))
+        at = 0
+        for name in new:
+            tensor = block[at : at + sizes[name]].view(dtype).view(shapes[name])
+            try:
+                tensor.copy_(self._open(self._file_of[name]).get_tensor(name))
+            except SafetensorError as error:
+                raise CheckpointError(f"{self.directory}: {name}: {error}") from error
+            self._cache[name, dtype] = tensor
+            at += _round_up(sizes[name])
+        return {name: self._cache[name, dtype] for name in tensor_names}
+
+    def shape(self, tensor_name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
+        return tuple(self._slice(tensor_name).get_shape())
+
+    def _slice(self, tensor_name: str) -> Any:
+        file_name = self._file_of[tensor_name]
+        try:
+            return self._open(file_name).get_slice(tensor_name)
+        except (SafetensorError, KeyError) as error:
+            raise CheckpointError(
+                f"{self.directory / file_name} has no tensor {tensor_name}, as its index has it"
+            ) from error
+
+    def close(self) -> None:
+        """Forget files and tensors; tensors already handed out stay valid."""
+        self._cache.clear()
+        self._open_files.clear()
+
+    def fingerprint(self) -> str:
+        """16 hex digits that differ when the configuration or the weights do.
+
+        Covers the configuration and of every tensor its name, dtype, shape and 64 values spread
+        over it, so it does not depend on how the tensors are spread over files, and is quick for
+        a model of any size.
+        """
+        digest = hashlib.sha256()
+        config = {k: v for k, v in self.config_json.items() if k not in VOLATILE_KEYS}
+        digest.update(json.dumps(config, sort_keys=True).encode())
+        for name in self.tensor_names:
+            view = self._slice(name)
+            shape = view.get_shape()
+            digest.update(f"{name} {view.get_dtype()} {shape}".encode())
+            digest.update(_sample(view, shape))
+        return digest.hexdigest()[:16]
+
+
+def _round_up(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _allocate(size: int) -> Tensor:
+    """Zeroed bytes that begin at a multiple of 2 MB, in huge pages if the system gives them."""
+    area = mmap.mmap(-1, size + HUGE_PAGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        area.madvise(mmap.MADV_HUGEPAGE)
+    block = torch.frombuffer(area, dtype=torch.uint8)
+    start = -block.data_ptr() % HUGE_PAGE
+    return block[start : start + size]
+
+
+def _sample(view: Any, shape: list[int]) -> bytes:
+    """Up to 64 values of a tensor: the beginning of up to 4 of its rows."""
+    if not shape or 0 in shape:
+        return b""
+    rows = sorted({shape[0] * part // 4 for part in range(4)})
+    per_row = SAMPLE_VALUES // len(rows)
+    picked = [view[row : row + 1].flatten()[:per_row] for row in rows]
+    sample = torch.cat(picked).contiguous()
+    return sample.view(torch.uint8).numpy().tobytes()

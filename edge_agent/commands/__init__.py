@@ -1,0 +1,1 @@
+"""What `midspan ask` and `midspan image` do."""

@@ -1,0 +1,1 @@
+"""How an edge has its steps computed."""

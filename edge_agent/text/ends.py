@@ -1,0 +1,100 @@
+"""The two ends of a model on the device: embeddings and head layers, tail layers and LM head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.errors import CheckpointError
+from common.spans.attention import Segment
+from common.spans.cut import Cut, parse_cut
+from common.spans.kv_rows import KvRows
+from common.spans.span_model import SpanModel
+from common.spans.twin_check import check_twin
+from common.weights.checkpoint import Checkpoint
+from common.weights.loading import context_length, load_span, parse_dtype, read_config
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEnds:
+    """Head and tail of one model, and what is known about the whole."""
+
+    name: str
+    directory: Path
+    fingerprint: str
+    cut: Cut
+    hidden: int
+    context: int | None
+    eos_ids: frozenset[int]
+    head: SpanModel
+    tail: SpanModel
+
+    def new_caches(self) -> EndCaches:
+        return EndCaches(self.head.new_kv(), self.tail.new_kv())
+
+    def run_head(self, token_ids: Sequence[int], caches: EndCaches) -> Tensor:
+        """Token ids (T,) to boundary rows (T, D), appended to the head's KV."""
+        segment = Segment(caches.head, caches.head.length, len(token_ids))
+        return self.head.embed_and_run(torch.tensor(token_ids), segment)
+
+    def run_tail(self, rows: Tensor, caches: EndCaches) -> Tensor:
+        """Boundary rows (T, D) from the workers to the logits after the last, (vocabulary,)."""
+        segment = Segment(caches.tail, caches.tail.length, rows.shape[0])
+        return self.tail.logits(rows.to(self.tail.dtype), segment)[-1].float()
+
+    def score_tail(self, rows: Tensor, caches: EndCaches) -> Tensor:
+        """Boundary rows (T, D) to the logits after each of them, (T, vocabulary)."""
+        segment = Segment(caches.tail, caches.tail.length, rows.shape[0])
+        return self.tail.logits(rows.to(self.tail.dtype), segment, last=rows.shape[0]).float()
+
+
+@dataclass(slots=True)
+class EndCaches:
+    """The KV of one session in head and tail."""
+
+    head: KvRows
+    tail: KvRows
+
+
+def load_ends(directory: str | Path, cut: str | None = None, dtype: str = "float32") -> ModelEnds:
+    """Load head and tail from a Hugging Face directory; `cut` as `A:B`.
+
+    Raises CheckpointError for a directory that cannot be used, SettingsError for a bad cut.
+    """
+    checkpoint = Checkpoint(directory)
+    config = read_config(checkpoint)
+    num_layers = config.num_hidden_layers
+    parsed = parse_cut(cut, num_layers)
+    torch_dtype = parse_dtype(dtype)
+    check_twin(config)
+    ends = ModelEnds(
+        name=checkpoint.name,
+        directory=checkpoint.directory,
+        fingerprint=checkpoint.fingerprint(),
+        cut=parsed,
+        hidden=config.hidden_size,
+        context=context_length(config),
+        eos_ids=_read_eos_ids(checkpoint, config.eos_token_id),
+        head=load_span(checkpoint, parsed.head(), torch_dtype, part="head"),
+        tail=load_span(checkpoint, parsed.tail(num_layers), torch_dtype, part="tail"),
+    )
+    checkpoint.close()
+    return ends
+
+
+def _read_eos_ids(checkpoint: Checkpoint, from_config: int | list[int] | None) -> frozenset[int]:
+    """End-of-sequence tokens: the generation configuration's where there is one."""
+    eos = from_config
+    generation = checkpoint.read_optional_json("generation_config.json")
+    if generation.get("eos_token_id") is not None:
+        eos = generation["eos_token_id"]
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(isinstance(item, int) for item in ids):
+        raise CheckpointError(
+            f"{checkpoint.directory}: eos_token_id is {str(eos)[:40]}; expected numbers of tokens"
+        )
+    return frozenset(ids)

@@ -1,0 +1,1 @@
+"""Measures quality against bytes."""

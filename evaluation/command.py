@@ -1,0 +1,275 @@
+"""`midspan eval codec`: quality against bytes, over the real path and counted at the socket."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from common.console.outputs import check_writable
+from common.console.tables import format_table
+from evaluation.images import image_command
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from edge_agent.text.ends import ModelEnds
+
+DEFAULT_CODECS = ("fp16", "int8", "int6", "int5", "int4", "compact", "smallest")
+BASELINE = "fp32"
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One codec at one cut. Its fields are the columns of table and CSV."""
+
+    codec: str
+    cut: str
+    window_tokens: int
+    wire_bits_per_value: float
+    perplexity: float
+    loss_percent: float
+
+
+@click.group("eval")
+def evaluate() -> None:
+    """Measure quality against cost."""
+
+
+evaluate.add_command(image_command)
+
+
+@evaluate.command()
+@click.argument("model")
+@click.option("--text", type=click.Path(path_type=Path), required=True, help="Text to score.")
+@click.option("--codec", "codecs", multiple=True, help="Repeat for several.")
+@click.option("--cut", "cuts", multiple=True, help="As A:B; repeat for several.")
+@click.option(
+    "--calibration", type=click.Path(path_type=Path),
+    help="For calibrated codecs.  [default: the one in the model directory]",
+)  # fmt: skip
+@click.option("--window", type=click.IntRange(min=2), help="Tokens.  [default: the context]")
+@click.option("--stride", type=click.IntRange(min=1), help="Tokens.  [default: half a window]")
+@click.option("--tokens", type=click.IntRange(min=2), help="Score the first N only.")
+@click.option("--documents", is_flag=True, help="Blank lines in the text separate documents.")
+@click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write a CSV file.")
+@click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Write a PNG.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def codec(
+    model: str,
+    text: Path,
+    codecs: tuple[str, ...],
+    cuts: tuple[str, ...],
+    calibration: Path | None,
+    window: int | None,
+    stride: int | None,
+    tokens: int | None,
+    documents: bool,
+    csv_path: Path | None,
+    plot_path: Path | None,
+    as_json: bool,
+) -> None:
+    """Perplexity of MODEL on a text against bits on the wire, for each codec and cut.
+
+    Starts a broker and a worker for every cut and sends each window through them, so the bits are
+    those that the edge's socket counted, headers included, up and down over all values.
+    loss_percent is the rise of perplexity over that with fp32.
+    """
+    from common.codecs.spec import parse_codec
+    from common.console.processes import set_up_torch
+    from common.weights.demo_model import find_model
+    from edge_agent.text.ends import load_ends
+    from edge_agent.text.tokenizer import TextTokenizer
+    from evaluation.texts import read_tokens
+
+    names = list(dict.fromkeys([BASELINE, *(codecs or DEFAULT_CODECS)]))
+    for name in names:
+        for direction in name.split(","):
+            parse_codec(direction)
+    check_writable(csv_path, plot_path)
+    if plot_path is not None:
+        _require_matplotlib()
+    set_up_torch(threads=1)
+    directory = find_model(model)
+    ids = read_tokens(text, TextTokenizer(directory), documents, tokens)
+    measured: list[Measurement] = []
+    for cut_text in cuts or (None,):
+        ends = load_ends(directory, cut_text)
+        length = min(window or ends.context or 1024, ends.context or 1 << 30, len(ids))
+        measured += measure_codecs(
+            ends, names, ids, length, stride or max(1, length // 2), calibration
+        )
+    rows = [tuple(asdict(m).values()) for m in measured]
+    headers = list(Measurement.__slots__)
+    if csv_path is not None:
+        with csv_path.open("w", newline="") as file:
+            csv.writer(file).writerows([headers, *rows])
+    if plot_path is not None:
+        plot_rate_distortion(measured, plot_path)
+    click.echo(
+        json.dumps([asdict(m) for m in measured]) if as_json else format_table(headers, rows)
+    )
+
+
+def measure_codecs(
+    ends: ModelEnds,
+    names: list[str],
+    token_ids: list[int],
+    window: int,
+    stride: int,
+    calibration_directory: Path | None,
+) -> list[Measurement]:
+    """All codecs at one cut; the first one is the baseline of the loss."""
+    from deploy.pool import LocalPool, PoolSettings
+    from edge_agent.commands.codec_options import find_calibration, read_codec_options
+    from edge_agent.engine.client import BrokerClient
+    from edge_agent.text.perplexity import PerplexityMeter, sliding_windows
+    from edge_agent.text.session import Session
+
+    calibration = find_calibration(ends, calibration_directory)
+    windows = list(sliding_windows(len(token_ids), window, stride))
+    settings = [read_codec_options(name, None, None) for name in names]
+    client = BrokerClient(["tcp://127.0.0.1:1"])
+    for setting in settings:
+        Session(ends, client, setting, calibration)  # refuses what is missing before we start
+    client.close()
+    options = ["--calibration", str(calibration_directory)] if calibration_directory else []
+    pool_settings = PoolSettings(
+        workers=1, model=str(ends.directory), span=str(ends.cut.middle), worker_options=options
+    )
+    measured: list[Measurement] = []
+    work = list(zip(names, settings, strict=True))
+    with (
+        LocalPool(pool_settings) as pool,
+        click.progressbar(
+            length=len(work) * len(windows), label=f"cut {ends.cut}",
+            file=sys.stderr,
+        ) as bar,
+    ):  # fmt: skip
+        for name, setting in work:
+            client = pool.connect()
+            meter = PerplexityMeter()
+            values = 0
+            for part in windows:
+                ids = token_ids[part.begin : part.end]
+                meter.add(Session(ends, client, setting, calibration).score(ids), ids, part.scored)
+                values += 2 * len(ids) * ends.hidden
+                bar.update(1)
+            bits = (client.bytes_up + client.bytes_down) * 8 / values
+            client.close()
+            base = measured[0].perplexity if measured else meter.perplexity
+            loss = (meter.perplexity / base - 1) * 100 + 0.0
+            measured.append(
+                Measurement(
+                    name, str(ends.cut), window, round(bits, 3), round(meter.perplexity, 5),
+                    round(loss, 3),
+                )
+            )  # fmt: skip
+    return measured
+
+
+def _require_matplotlib() -> Any:
+    from common.errors import SettingsError
+
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise SettingsError("--plot needs matplotlib: pip install 'midspan[plot]'") from error
+    mpl.use("Agg")
+    return mpl
+
+
+def find_frontier(points: Sequence[Measurement]) -> list[Measurement]:
+    """Those that no other beats in bits without losing more, by rising bits."""
+    best: list[Measurement] = []
+    for point in sorted(points, key=lambda m: (m.wire_bits_per_value, m.loss_percent)):
+        if not best or point.loss_percent < best[-1].loss_percent:
+            best.append(point)
+    return best
+
+
+def plot_rate_distortion(measured: list[Measurement], path: Path) -> None:
+    """Write `draw_rate_distortion` as a PNG."""
+    _require_matplotlib()
+    from matplotlib import pyplot as plt
+
+    figure = draw_rate_distortion(measured)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def draw_rate_distortion(measured: list[Measurement]) -> Figure:
+    """Loss against bits: numbered points, the names beside them, and each cut's Pareto frontier."""
+    from matplotlib import pyplot as plt
+
+    names = [name for name in dict.fromkeys(m.codec for m in measured) if name != BASELINE]
+    figure, axes = plt.subplots(figsize=(11, 6))
+    for cut in dict.fromkeys(m.cut for m in measured):
+        _draw_cut(axes, cut, [m for m in measured if m.cut == cut and m.codec != BASELINE], names)
+    axes.axhline(0, color="gray", linewidth=0.5)
+    axes.set_yscale("symlog", linthresh=0.1)
+    lowest = min(m.loss_percent for m in measured)
+    highest = max(m.loss_percent for m in measured)
+    axes.set_ylim(min(1.5 * lowest, -0.02), max(4 * highest, 0.1))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("bits on the wire per value, headers and scales included")
+    axes.set_ylabel("rise of perplexity over fp32, %")
+    axes.legend()
+    legend = "\n".join(f"{number:2}  {name}" for number, name in enumerate(names, start=1))
+    axes.text(1.02, 1, legend, transform=axes.transAxes, va="top", fontsize=8, family="monospace")
+    return figure
+
+
+def _draw_cut(axes: Any, cut: str, points: list[Measurement], names: list[str]) -> None:
+    """One cut's points, the numbers of those that lie together in one label, and its frontier."""
+    frontier = find_frontier(points)
+    (line,) = axes.plot(
+        [m.wire_bits_per_value for m in frontier], [m.loss_percent for m in frontier],
+        "-", linewidth=1, alpha=0.6, label=f"cut {cut}: no other is smaller and loses less",
+    )  # fmt: skip
+    axes.plot(
+        [m.wire_bits_per_value for m in points], [m.loss_percent for m in points],
+        "o", markersize=4, color=line.get_color(),
+    )  # fmt: skip
+    axes.set_yscale("symlog", linthresh=0.1)
+    for numbers, bits, loss in gather_labels(points, names):
+        axes.annotate(numbers, (bits, loss), fontsize=7, xytext=(4, 4), textcoords="offset points")
+
+
+def gather_labels(
+    points: Sequence[Measurement], names: list[str]
+) -> list[tuple[str, float, float]]:
+    """Labels and where they go: points that would lie on each other's label share one."""
+    groups: list[list[Measurement]] = []
+    for point in sorted(points, key=lambda m: (m.wire_bits_per_value, m.loss_percent)):
+        for group in groups:
+            if _are_close(group[0], point):
+                group.append(point)
+                break
+        else:
+            groups.append([point])
+    return [
+        (
+            ", ".join(str(number) for number in sorted(names.index(m.codec) + 1 for m in group)),
+            max(m.wire_bits_per_value for m in group),
+            max(m.loss_percent for m in group),
+        )
+        for group in groups
+    ]
+
+
+def _are_close(a: Measurement, b: Measurement) -> bool:
+    """Within the size of a label, on an axis that is linear up to 0.1% and logarithmic beyond."""
+
+    def height(loss: float) -> float:
+        return math.copysign(min(abs(loss), 0.1) * 10 + math.log10(max(abs(loss), 0.1) * 10), loss)
+
+    near = abs(a.wire_bits_per_value - b.wire_bits_per_value) < 0.3
+    return near and abs(height(a.loss_percent) - height(b.loss_percent)) < 0.2

@@ -22,7 +22,8 @@ from deploy.pool import LocalPool, PoolSettings
 from edge_agent.image.maker import ImageMaker, ImageSettings
 from edge_agent.text.ends import load_ends
 from edge_agent.text.sampler import SamplingSettings
-from edge_agent.text.session import Session, uniform_settings
+from edge_agent.text.session import Session
+from edge_agent.text.text_session import uniform_settings
 from edge_agent.text.tokenizer import TextTokenizer
 
 SAMPLE_S = 5.0

@@ -215,7 +215,8 @@ def _converse(
     them in seconds, and what they cost.
     """
     from edge_agent.text.sampler import SamplingSettings
-    from edge_agent.text.session import Session, uniform_settings
+    from edge_agent.text.session import Session
+    from edge_agent.text.text_session import uniform_settings
 
     client = pool.connect()
     session = Session(ends, client, uniform_settings(codec))

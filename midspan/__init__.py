@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from edge_agent.text.ends import load_ends
     from edge_agent.text.generation import start_generation
     from edge_agent.text.sampler import SamplingSettings
-    from edge_agent.text.session import Session, SessionSettings, uniform_settings
+    from edge_agent.text.session import Session
+    from edge_agent.text.text_session import SessionSettings, uniform_settings
     from edge_agent.text.tokenizer import TextTokenizer
 
 __all__ = [
@@ -46,12 +47,12 @@ HOMES = {
     "PoolSettings": "deploy.pool",
     "SamplingSettings": "edge_agent.text.sampler",
     "Session": "edge_agent.text.session",
-    "SessionSettings": "edge_agent.text.session",
+    "SessionSettings": "edge_agent.text.text_session",
     "TextTokenizer": "edge_agent.text.tokenizer",
     "find_model": "common.weights.demo_model",
     "load_ends": "edge_agent.text.ends",
     "start_generation": "edge_agent.text.generation",
-    "uniform_settings": "edge_agent.text.session",
+    "uniform_settings": "edge_agent.text.text_session",
 }
 PACKAGES = (
     "broker", "chaos", "cloud_worker", "common", "deploy", "edge_agent", "evaluation",

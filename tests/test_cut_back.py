@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from pools import GREEDY, PROMPTS, reference_tokens
 
+from common.codecs.codec import Codec
+from common.protocol.messages import Step, StepReply
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.engine.client import BrokerClient
+from edge_agent.engine.exchange import Answered, Ask
 from edge_agent.text.ends import ModelEnds
-from edge_agent.text.replay_log import ReplayLog
-from edge_agent.text.session import Session, uniform_settings
+from edge_agent.text.session import Session
+from edge_agent.text.text_session import TextSession, uniform_settings
 from edge_agent.text.tokenizer import TextTokenizer
+from edge_agent.text.work import RunHead, RunTail
 
 COUNT = 16
 
@@ -64,7 +69,7 @@ def test_a_longer_prompt_goes_on_from_the_last_answer(
     assert answer(session, longer, 4) == reference(whole_model, tokenizer, longer, 4)
     rows_sent = (client.bytes_up - uplink) / (4 * demo_ends.hidden)
     assert rows_sent < len(longer) - len(ids) - len(first) + 8  # only what is new
-    assert session._generation == 0
+    assert session.generation == 0
 
 
 def test_an_edited_prompt_cuts_the_session_back(
@@ -79,7 +84,7 @@ def test_an_edited_prompt_cuts_the_session_back(
     for turn, words in enumerate((" But then it rained.", " A bear came by.", " Tom was sad.")):
         edited = ids + first[: 10 - 3 * turn] + tokenizer.encode(words)[1:]
         assert answer(session, edited) == reference(whole_model, tokenizer, edited)
-        assert session._generation == turn + 1
+        assert session.generation == turn + 1
     session.end()
 
 
@@ -119,43 +124,56 @@ def test_another_worker_takes_over_after_a_cut_back(
     pool.wait_for_workers(2)
 
 
+def drive(ends: ModelEnds, session: TextSession, prompt_ids: list[int], count: int) -> list[Step]:
+    """Have an answer made by a pool that answers with zeros; the steps that were asked for."""
+    steps: list[Step] = []
+    working = session.answer(prompt_ids, count, GREEDY)
+    result: Any = None
+    for _ in range(1000):
+        try:
+            work = working.send(result)
+        except StopIteration:
+            return steps
+        match work:
+            case RunHead(token_ids, caches):
+                (result,) = ends.run_heads([(token_ids, caches)])
+            case RunTail(rows, caches):
+                (result,) = ends.run_tails([(rows, caches)])
+            case Ask(step):
+                assert isinstance(step, Step)
+                steps.append(step)
+                reply = StepReply(*step.key, 1, step.reply_rows, 0, "w1", 0, 0)
+                result = Answered(reply, bytes(step.reply_rows * ends.hidden * 4), 0, 0, 0)
+            case _:
+                result = None
+    raise AssertionError("it does not end")
+
+
 def test_two_cuts_without_a_step_between_are_one_generation(demo_ends: ModelEnds) -> None:
-    client = BrokerClient(["tcp://127.0.0.1:1"])
-    session = Session(demo_ends, client, uniform_settings("fp32"))
-    session._log = log_of(4, 1, 1, 1)
-    session._token_ids = list(range(7))
-    session._sent_generation = 0
-    for cache in (session._caches.head, session._caches.tail):
-        cache.reserve(7)
-        cache.length = 7
+    session = TextSession(demo_ends, uniform_settings("fp32"))
+    ids = [1, 5, 6, 7]
+    drive(demo_ends, session, ids, 4)  # the log has pieces of 4, 1, 1 and 1 rows
     assert session.cut_back(6) == 6
     assert session.cut_back(5) == 5
-    assert (session._generation, session._fork) == (1, 5)
-    session._sent_generation = 1
+    (step, *_) = drive(demo_ends, session, [*ids, 9, 10], 1)
+    assert (step.generation, step.fork, step.position) == (1, 4, 4)
     assert session.cut_back(2) == 0  # rows that were encoded together go together
-    assert (session._generation, session._fork) == (2, 0)
-    client.close()
-
-
-def log_of(*pieces: int) -> ReplayLog:
-    log = ReplayLog()
-    for rows in pieces:
-        log.append(rows, 0, b"")
-    return log
+    (step,) = drive(demo_ends, session, [1, 5, 8], 1)
+    assert (step.generation, step.fork, step.position) == (2, 0, 0)
 
 
 def test_a_session_can_be_used_again_after_an_error_in_the_head(
+    monkeypatch: pytest.MonkeyPatch,
     client: BrokerClient,
     demo_ends: ModelEnds,
     tokenizer: TextTokenizer,
     whole_model: torch.nn.Module,
 ) -> None:
     session = Session(demo_ends, client, uniform_settings("fp32"))
-    good_codecs = session._up
-    session._up = [None]  # type: ignore[list-item]
-    with pytest.raises(AttributeError):
-        answer(session, tokenizer.encode(PROMPTS[3]))
-    session._up = good_codecs
+    with monkeypatch.context() as broken:  # the head has run by then
+        broken.setattr(Codec, "encode", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            answer(session, tokenizer.encode(PROMPTS[3]))
     ids = tokenizer.encode(PROMPTS[0])
     assert answer(session, ids) == reference(whole_model, tokenizer, ids)
     session.end()

@@ -368,8 +368,12 @@ def test_a_pool_without_the_image_model_says_what_it_serves(directory: Path) -> 
         ({}, {"keeps_latents": True}, "scheduler '' is unknown"),
         ({}, {"keeps_latents": True, "scheduler": "foo 0123"}, "scheduler 'foo' is unknown"),
         ({"shape": [1, 4, 16, 2000]}, {}, "sample has sides"),
-        ({"name": "prompt_embeds", "shape": [2, 5000, 128]}, {}, "has 5000 tokens"),
-        ({}, {"timesteps": [1.0] * 1001}, "bad timesteps: expected at most 1000 numbers"),
+        (
+            {"name": "prompt_embeds", "shape": [2, 5000, 128]},
+            {},
+            "prompt_embeds has shape",
+        ),
+        ({}, {"timesteps": [1.0] * 1001}, "bad timesteps: Expected `array` of length <= 1000"),
     ],
 )
 def test_steps_that_cannot_be_computed_are_refused_and_the_worker_lives_on(

@@ -92,7 +92,7 @@ class Cut:
     def run(self, ids: torch.Tensor, start: int, end: int) -> torch.Tensor:
         head, middle, tail = self.parts
         segments = [Segment(kv, start, end - start) for kv in self.kv]
-        rows = head.embed_and_run(ids[start:end], segments[0])
+        rows = head.embed_and_run(ids[start:end], [segments[0]])
         return tail.logits(middle.run(rows, [segments[1]]), segments[2])[-1]
 
 
@@ -226,7 +226,7 @@ def test_every_layer_can_be_in_the_middle(ids: torch.Tensor, tmp_path: Path) -> 
     head = load_span(checkpoint, Span(0, 0), part="head")
     middle = load_span(checkpoint, Span(0, 6))
     tail = load_span(checkpoint, Span(6, 6), part="tail")
-    rows = head.embed_and_run(ids[:PROMPT], Segment(head.new_kv(), 0, PROMPT))
+    rows = head.embed_and_run(ids[:PROMPT], [Segment(head.new_kv(), 0, PROMPT)])
     rows = middle.run(rows, [Segment(middle.new_kv(), 0, PROMPT)])
     logits = tail.logits(rows, Segment(tail.new_kv(), 0, PROMPT))
     assert torch.equal(logits[-1], run_whole(directory, CONFIGS["llama"], ids)[0])
@@ -321,7 +321,9 @@ def test_older_weight_files_are_read_without_running_their_code(
         head = load_span(older, Span(0, 2), part="head")
         want = load_span(checkpoint, Span(0, 2), part="head")
         ids = torch.tensor([1, 2, 3])
-        assert torch.equal(*(m.embed_and_run(ids, Segment(m.new_kv(), 0, 3)) for m in (head, want)))
+        assert torch.equal(
+            *(m.embed_and_run(ids, [Segment(m.new_kv(), 0, 3)]) for m in (head, want))
+        )
         path.unlink()
 
     class Evil:

@@ -84,7 +84,7 @@ def compare_cut_and_whole(config: PretrainedConfig, directory: Path, cut: Span) 
     worst = 0.0
     for start, end in [(0, PROMPT), *((at, at + 1) for at in range(PROMPT, LENGTH))]:
         segments = [Segment(kv, start, end - start) for kv in caches]
-        rows = parts[1].run(parts[0].embed_and_run(ids[start:end], segments[0]), [segments[1]])
+        rows = parts[1].run(parts[0].embed_and_run(ids[start:end], [segments[0]]), [segments[1]])
         got = parts[2].logits(rows, segments[2], last=end - start)
         want = whole(ids[None, start:end], past_key_values=whole_cache).logits[0]
         worst = max(worst, float((got - want).abs().max() / want.abs().max()))

@@ -50,10 +50,18 @@ class SpanModel:
         return KvRows(self.layout, self.device)
 
     @torch.inference_mode()
-    def embed_and_run(self, token_ids: Tensor, segment: Segment) -> Tensor:
-        """Head only: token ids (T,) to boundary rows (T, D)."""
+    def embed_and_run(self, token_ids: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """Head only: token ids (sum of T,) of sessions, one after another, to rows (…, D)."""
         assert self._embedding is not None, "only the head holds the embeddings"
-        return self._run({"input_ids": token_ids[None]}, [segment])
+        token_ids = token_ids.to(self.device)
+        if self.packs_sessions or len(segments) == 1:
+            return self._run({"input_ids": token_ids[None]}, list(segments))
+        parts = torch.split(token_ids, [segment.rows for segment in segments])
+        outputs = [
+            self._run({"input_ids": part[None]}, [segment])
+            for part, segment in zip(parts, segments, strict=True)
+        ]
+        return torch.cat(outputs)
 
     @torch.inference_mode()
     def run(self, rows: Tensor, segments: Sequence[Segment]) -> Tensor:
@@ -69,6 +77,27 @@ class SpanModel:
             for part, segment in zip(parts, segments, strict=True)
         ]
         return torch.cat(outputs)
+
+    @torch.inference_mode()
+    def last_logits(self, rows: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """Tail only: rows of sessions (sum of T, D) to the logits after each one's last, (n, V)."""
+        if len(segments) == 1:
+            return self.logits(rows, segments[0])
+        if not self.packs_sessions:
+            parts = torch.split(rows, [segment.rows for segment in segments])
+            pairs = zip(parts, segments, strict=True)
+            return torch.cat([self.logits(part, segment) for part, segment in pairs])
+        assert self._causal_lm is not None, "only the tail holds the LM head"
+        counts = torch.tensor([segment.rows for segment in segments], device=self.device)
+        output = self._causal_lm(
+            inputs_embeds=rows[None].to(self.device),
+            logits_to_keep=counts.cumsum(0) - 1,
+            **self._arguments(list(segments)),
+        )
+        for segment in segments:
+            segment.kv.length = segment.end
+        logits: Tensor = output.logits[0]
+        return logits
 
     @torch.inference_mode()
     def logits(self, rows: Tensor, segment: Segment, last: int = 1) -> Tensor:

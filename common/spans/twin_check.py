@@ -197,7 +197,7 @@ class _Parts:
         logits, start = [], 0
         for piece in torch.split(ids, list(pieces)):
             segments = [Segment(kv, start, len(piece)) for kv in caches]
-            rows = middle.run(head.embed_and_run(piece, segments[0]), [segments[1]])
+            rows = middle.run(head.embed_and_run(piece, [segments[0]]), [segments[1]])
             logits.append(tail.logits(rows, segments[2], last=len(piece)))
             start += len(piece)
         return torch.cat(logits)
@@ -205,7 +205,7 @@ class _Parts:
     def _run_beside_another(self, ids: Tensor) -> Tensor:
         """The middle computes the end of the text in one batch with the beginning of another."""
         head, middle, tail = self._parts
-        rows = head.embed_and_run(ids, Segment(head.new_kv(), 0, LENGTH))
+        rows = head.embed_and_run(ids, [Segment(head.new_kv(), 0, LENGTH)])
         ours, other = middle.new_kv(), middle.new_kv()
         early = middle.run(rows[:PROMPT], [Segment(ours, 0, PROMPT)])
         both = torch.cat([rows[3:9], rows[PROMPT:]])

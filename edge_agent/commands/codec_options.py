@@ -17,7 +17,7 @@ from common.errors import SettingsError
 if TYPE_CHECKING:
     from common.codecs.calibration import Calibration
     from edge_agent.text.ends import ModelEnds
-    from edge_agent.text.session import SessionSettings
+    from edge_agent.text.text_session import SessionSettings
 
 
 def codec_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,7 +43,7 @@ def read_codec_options(
     codec: str, codec_prefill: str | None, codec_decode: str | None, **others: Any
 ) -> SessionSettings:
     """Session settings with these codecs. Raises SettingsError for a name that is not known."""
-    from edge_agent.text.session import SessionSettings
+    from edge_agent.text.text_session import SessionSettings
 
     prompt_up, prompt_down = _split(codec_prefill or codec)
     decode_up, decode_down = _split(codec_decode or codec)

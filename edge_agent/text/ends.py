@@ -36,20 +36,35 @@ class ModelEnds:
     def new_caches(self) -> EndCaches:
         return EndCaches(self.head.new_kv(), self.tail.new_kv())
 
-    def run_head(self, token_ids: Sequence[int], caches: EndCaches) -> Tensor:
-        """Token ids (T,) to boundary rows (T, D), appended to the head's KV."""
-        segment = Segment(caches.head, caches.head.length, len(token_ids))
-        return self.head.embed_and_run(torch.tensor(token_ids), segment)
+    def run_heads(self, batch: Sequence[tuple[Sequence[int], EndCaches]]) -> list[Tensor]:
+        """Token ids (T,) of some sessions to their boundary rows (T, D), appended to the KV."""
+        segments = [Segment(c.head, c.head.length, len(ids)) for ids, c in batch]
+        token_ids = torch.tensor([token for ids, _ in batch for token in ids])
+        rows = self.head.embed_and_run(token_ids, segments)
+        return list(torch.split(rows, [segment.rows for segment in segments]))
 
-    def run_tail(self, rows: Tensor, caches: EndCaches) -> Tensor:
-        """Boundary rows (T, D) from the workers to the logits after the last, (vocabulary,)."""
-        segment = Segment(caches.tail, caches.tail.length, rows.shape[0])
-        return self.tail.logits(rows.to(self.tail.dtype), segment)[-1].float()
+    def run_tails(self, batch: Sequence[tuple[Tensor, EndCaches]]) -> list[Scores]:
+        """Boundary rows (T, D) of some sessions to the scores after the last row of each."""
+        segments = [Segment(c.tail, c.tail.length, len(rows)) for rows, c in batch]
+        rows = batch[0][0] if len(batch) == 1 else torch.cat([rows for rows, _ in batch])
+        logits = self.tail.last_logits(rows.to(self.tail.dtype), segments).float()
+        finite = torch.isfinite(logits).all(-1).tolist()
+        best = logits.argmax(-1).tolist()
+        return [Scores(*scores) for scores in zip(logits, best, finite, strict=True)]
 
     def score_tail(self, rows: Tensor, caches: EndCaches) -> Tensor:
         """Boundary rows (T, D) to the logits after each of them, (T, vocabulary)."""
         segment = Segment(caches.tail, caches.tail.length, rows.shape[0])
         return self.tail.logits(rows.to(self.tail.dtype), segment, last=rows.shape[0]).float()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores:
+    """What the model says about the next token."""
+
+    logits: Tensor  # (vocabulary,), float32
+    best: int
+    are_finite: bool
 
 
 @dataclass(slots=True)

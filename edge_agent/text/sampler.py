@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from common.errors import NonFiniteError, SettingsError
+from edge_agent.text.ends import Scores
 
 # beyond these, logits of float32 become infinite or all the same
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-4, 1e4
@@ -70,6 +71,12 @@ class Sampler:
                 self._processors.append(TopKLogitsWarper(settings.top_k))
             if settings.top_p < 1:
                 self._processors.append(TopPLogitsWarper(settings.top_p))
+
+    def choose(self, scores: Scores, token_ids: list[int]) -> int:
+        """The next token after `token_ids`. Raises NonFiniteError."""
+        if self._greedy and not self._processors and scores.are_finite:
+            return scores.best
+        return self.pick(scores.logits, token_ids)
 
     def pick(self, logits: Tensor, token_ids: list[int]) -> int:
         """The next token after `token_ids`, given logits (vocabulary,). Raises NonFiniteError."""

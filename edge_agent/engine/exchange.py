@@ -1,0 +1,206 @@
+"""One step's life between an edge and its brokers: events in, frames out. No sockets, no clock.
+
+Nothing is lost by asking again, because every message is idempotent. A broker that has a step says
+so at once when it is asked again (StepPending), so silence means that the broker is gone, and the
+next one on the list is tried. Silence is measured by the link: what is on its way at 5 KB/s takes
+half a minute for a prompt, and a second copy behind the first would take another one. So a step is
+asked for again by its name only (AskAgain), unless its connection ended or the broker says that it
+does not have it.
+
+Times are in seconds, monotonic.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from common.errors import NoWorker, SettingsError, StepRefused
+from common.protocol.messages import (
+    AnyOpening,
+    AnyStep,
+    AskAgain,
+    Busy,
+    Message,
+    NeedOpening,
+    NeedRows,
+    NeedTensors,
+    StepKey,
+    StepPending,
+    StepReply,
+)
+from common.protocol.messages import StepRefused as StepRefusedMessage
+from common.protocol.sockets import wire_bytes
+from common.protocol.wire import encode_header
+from common.settings import MAX_BODY_BYTES
+
+ASK_AGAIN_S = 0.5  # a step that is not answered is sent again after this
+SILENCE_S = 1.5  # a broker that says nothing for this long is given up for the next
+NO_WORKER_RETRY_S = 0.25
+SLOWEST_LINK = 4000.0  # bytes per second that a link must carry
+RATE_FROM_BYTES = 4096  # smaller messages say nothing about the rate
+
+Answer = StepReply | NeedRows | NeedTensors
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A step to be computed. `reply_bytes` says about how much comes back.
+
+    The opening goes along unless the broker `is_known` to have it, and when it asks for it.
+    """
+
+    step: AnyStep
+    body: bytes
+    opening: AnyOpening
+    is_known: bool
+    wait_for_worker: bool
+    reply_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """An answer with its body, and what it cost to have it: bytes on the wire."""
+
+    answer: Answer
+    body: bytes
+    bytes_up: int
+    bytes_down: int
+    asked_again: int
+
+
+@dataclass(slots=True)
+class LinkRate:
+    """How fast the link to a broker is, as last seen."""
+
+    bytes_per_s: float | None = None
+
+    def travel_s(self, message_bytes: int) -> float:
+        """How long a message may be on its way; a fourth of the rate that was seen is allowed."""
+        return message_bytes / max(SLOWEST_LINK, (self.bytes_per_s or 0.0) / 4)
+
+    def learn(self, message_bytes: int, seconds: float) -> None:
+        """An answer came: so much went through since the step was sent, at least."""
+        if message_bytes < RATE_FROM_BYTES:
+            return
+        rate = message_bytes / max(1e-6, seconds)
+        self.bytes_per_s = rate if self.bytes_per_s is None else (self.bytes_per_s + rate) / 2
+
+
+class Exchange:
+    """Goes on until `hear` returns the answer or something raises. Not thread-safe.
+
+    Whoever drives it calls `check` in time for `due_at`, sends the frames that are `due`, and says
+    what became of that. Raises SettingsError on construction for a body that no broker takes.
+    """
+
+    def __init__(self, ask: Ask, timeout_s: float, rate: LinkRate, now: float) -> None:
+        if len(ask.body) > MAX_BODY_BYTES:
+            raise SettingsError(
+                f"a step has {len(ask.body):,} bytes and brokers take {MAX_BODY_BYTES:,}; make "
+                "fewer images at once, send shorter pieces of a prompt, or choose a smaller codec"
+            )
+        self._ask = ask
+        self.key: StepKey = ask.step.key
+        self._frames = [encode_header(ask.step), ask.body]
+        if not ask.is_known:
+            self._frames.append(encode_header(ask.opening))
+        self._rate = rate
+        self._travel_s = rate.travel_s(wire_bytes(self._frames) + ask.reply_bytes)
+        self._timeout_s = timeout_s
+        self._give_up_at = now + timeout_s + self._travel_s
+        self._send_at = now
+        self._since = now  # when something was last heard, or a broker came into use
+        self._pause_s = ASK_AGAIN_S
+        self._was_heard = False
+        self._is_sent = False  # to the broker in use, over a connection that lasts
+        self._sent_at: float | None = None
+        self._was_sent = False  # at all
+        self.asked_again = 0
+        self.bytes_up = self.bytes_down = 0
+
+    @property
+    def due_at(self) -> float:
+        """When to look at it again if nothing is heard."""
+        return min(self._send_at, self._give_up_at)
+
+    def check(self, now: float, broker: str) -> bool:
+        """Whether the broker in use is to be given up for the next. Raises when time is over.
+
+        StepRefused if the broker has the step all the same; BrokerGone if it was silent.
+        """
+        is_silent = now - self._since > SILENCE_S + (self._travel_s if self._is_sent else 0.0)
+        if now < self._give_up_at:
+            return is_silent and now >= self._send_at
+        if self._was_heard and not is_silent:
+            raise StepRefused(
+                f"the broker at {broker} has the step, but no worker answered it within "
+                f"{self._timeout_s:g} s; see `midspan status`"
+            )
+        raise BrokerGone(self._timeout_s)
+
+    def on_other_broker(self, now: float) -> None:
+        """Another broker is in use, or the same over a new connection."""
+        self._begin(now)
+        self._is_sent = False
+        self._send_at = now
+
+    def on_link_lost(self) -> None:
+        """The connection ended: what was in it is gone."""
+        self._is_sent = False
+
+    def due(self, now: float) -> list[bytes] | None:
+        """What to send now, if anything; say what became of it with `on_handed_over`."""
+        if now < self._send_at:
+            return None
+        return [encode_header(AskAgain(*self.key))] if self._is_sent else self._frames
+
+    def on_handed_over(self, frames: list[bytes], now: float) -> None:
+        """The frames are on their way."""
+        if not self._is_sent:
+            self._is_sent, self._sent_at = True, now
+        self.asked_again += self._was_sent
+        self._was_sent = True
+        self.bytes_up += wire_bytes(frames)
+        self._send_at = now + self._pause_s
+        self._pause_s *= 2  # what is asked goes through the same thin link
+
+    def on_not_handed_over(self, now: float, retry_s: float) -> None:
+        """There is no connection that takes anything."""
+        self._send_at = now + retry_s
+
+    def hear(self, message: Message, body: bytes, size: int, now: float) -> Answered | None:
+        """A message about this step came, of `size` bytes in all; the answer, if it is that.
+
+        Raises NoWorker unless one is to be waited for, and StepRefused.
+        """
+        self._begin(now)
+        self._was_heard = True
+        self.bytes_down += size
+        if self._sent_at is not None:
+            self._rate.learn(wire_bytes(self._frames) + len(body), now - self._sent_at)
+            self._sent_at = None
+        if isinstance(message, StepReply | NeedRows | NeedTensors):
+            return Answered(message, body, self.bytes_up, self.bytes_down, self.asked_again)
+        if isinstance(message, StepPending):
+            self._send_at = min(self._send_at, now + ASK_AGAIN_S)
+            return None
+        self._is_sent, self._send_at = False, now  # the broker does not have it
+        if isinstance(message, Busy):
+            self._send_at += message.retry_ms / 1000 * random.uniform(0.5, 1.5)
+        elif isinstance(message, NeedOpening):
+            self._frames = [*self._frames[:2], encode_header(self._ask.opening)]
+        elif isinstance(message, StepRefusedMessage):
+            if message.code != "no_worker":
+                raise StepRefused(message.reason)
+            if not self._ask.wait_for_worker:
+                raise NoWorker(message.reason)
+            self._send_at += NO_WORKER_RETRY_S
+        return None
+
+    def _begin(self, now: float) -> None:
+        self._since, self._pause_s = now, ASK_AGAIN_S
+
+
+class BrokerGone(Exception):
+    """No broker said anything about a step in all the time that it had, in seconds."""

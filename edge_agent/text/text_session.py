@@ -1,0 +1,345 @@
+"""One text session: a prompt goes through head, pool and tail, and comes out token by token.
+
+The session owns what nobody else needs to keep: the KV of head and tail, and the replay log of
+encoded boundary rows, from which the pool can have any KV computed again.
+
+A session that is kept open takes a next prompt: what it shares with the last one is not computed
+again. Where they part the session is cut back, which begins a new generation: rows of the old one
+that a slow worker still writes are refused, so that what was rolled back stays rolled back.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import Counter
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from msgspec import structs
+from torch import Tensor
+
+from common.codecs.calibration import Calibration
+from common.codecs.codec import make_codec
+from common.codecs.spec import DEFAULT_CODEC
+from common.errors import NonFiniteError, ProtocolError, SettingsError, StepRefused
+from common.protocol.messages import NeedRows, NeedTensors, Opening, Step, StepReply
+from common.security.sealing import draw_key, seal
+from common.settings import MAX_ATTEMPTS, PREFILL_ROWS
+from edge_agent.engine.exchange import Answered, Ask
+from edge_agent.text.ends import ModelEnds, Scores
+from edge_agent.text.replay_log import Encoded, ReplayLog, parts_of
+from edge_agent.text.sampler import Sampler, SamplingSettings
+from edge_agent.text.stats import GenerationStats
+from edge_agent.text.work import NewToken, RunHead, RunTail, Work, Working
+
+MOST_BYTES_PER_VALUE = 4  # of boundary rows, whatever the codec
+MAX_REPLAYS = 16  # in one step; every worker that dies on the way costs one or two
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSettings:
+    """How a session talks to the pool: codecs of prompt and decode steps, up and down."""
+
+    prompt_up: str = DEFAULT_CODEC
+    prompt_down: str = DEFAULT_CODEC
+    decode_up: str = DEFAULT_CODEC
+    decode_down: str = DEFAULT_CODEC
+    prefill_rows: int = PREFILL_ROWS
+    step_deadline_s: float = 60.0
+
+    @property
+    def codecs(self) -> list[str]:
+        """The names in use, each once."""
+        used = (self.prompt_up, self.prompt_down, self.decode_up, self.decode_down)
+        return list(dict.fromkeys(used))
+
+
+def uniform_settings(codec: str, **others: Any) -> SessionSettings:
+    """The same codec everywhere."""
+    return SessionSettings(codec, codec, codec, codec, **others)
+
+
+class TextSession:
+    """One conversation's state, and what it wants done next. No sockets; not thread-safe.
+
+    Raises SettingsError for a codec that cannot be used.
+    """
+
+    def __init__(
+        self,
+        ends: ModelEnds,
+        settings: SessionSettings | None = None,
+        calibration: Calibration | None = None,
+        pool_key: bytes | None = None,
+    ) -> None:
+        """With `pool_key`, the public half of the pool's, the session's KV is encrypted at rest.
+
+        The session's own key is drawn here and sealed for the workers; the broker cannot read it.
+        """
+        self.session_id = secrets.token_bytes(16)
+        self.stats = GenerationStats()
+        self._ends = ends
+        self._settings = settings or SessionSettings()
+        self._names = self._settings.codecs
+        self._up = [make_codec(name, "up", calibration) for name in self._names]
+        self._down = [make_codec(name, "down", calibration) for name in self._names]
+        needed = any(codec.spec.needs_calibration for codec in self._up)
+        self._opening = Opening(
+            ends.fingerprint, str(ends.cut.middle), ends.hidden, self._names,
+            calibration.fingerprint if calibration is not None and needed else "",
+            seal(draw_key(), pool_key) if pool_key is not None else b"",
+        )  # fmt: skip
+        self._caches = ends.new_caches()
+        self._log = ReplayLog()
+        self._token_ids: list[int] = []  # of the rows in the log
+        self._generation = 0
+        self._sent_generation = -1  # the newest that any step was sent in
+        self._fork = 0
+        self._step = 0
+        self._shun = ""  # the worker of an answer that could not be used
+        self._answered = False  # a worker has answered in this session
+        self.ended_by_itself = False  # with an end-of-sequence token
+        self.last_worker_id = ""
+
+    @property
+    def generation(self) -> int:
+        """How often it was cut back where rows had been sent."""
+        return self._generation
+
+    def answer(
+        self, prompt_ids: Sequence[int], max_new_tokens: int, sampling: SamplingSettings
+    ) -> Working:
+        """Give NewTokens until the end of the text, `max_new_tokens`, or the end of the context.
+
+        The session may be used again afterwards, also after an error. Raises SettingsError if the
+        prompt does not fit into the context, StepRefused when the pool cannot go on.
+        """
+        limit = self._check_length(len(prompt_ids), max_new_tokens)
+        sampler = Sampler(sampling)
+        token_ids = list(prompt_ids)
+        started_at = time.monotonic()
+        self.stats = GenerationStats(prompt_tokens=len(token_ids))
+        known = self.cut_back(self._shared_with(token_ids))
+        scores = yield from self._run(token_ids[known:], is_prompt=True)
+        for index in range(limit):
+            token = sampler.choose(scores, token_ids)
+            self.ended_by_itself = token in self._ends.eos_ids
+            self._count_token(index, started_at)
+            yield NewToken(token)
+            token_ids.append(token)
+            if self.ended_by_itself or index + 1 == limit:
+                return
+            scores = yield from self._run([token], is_prompt=False)
+
+    def middle_rows(self, token_ids: Sequence[int]) -> Generator[Work, Any, Tensor]:
+        """The pool's rows (T, D) for a text, as one prompt."""
+        rows, _, _ = yield from self._run_middle(token_ids, is_prompt=True)
+        return rows
+
+    def _shared_with(self, prompt_ids: Sequence[int]) -> int:
+        """How many rows of the session hold for a prompt; its last token is always run."""
+        pairs = zip(self._token_ids, prompt_ids[:-1], strict=False)
+        differing = (index for index, (old, new) in enumerate(pairs) if old != new)
+        return next(differing, min(len(self._token_ids), len(prompt_ids) - 1))
+
+    def cut_back(self, position: int) -> int:
+        """Forget all rows from `position` on; returns how many are left.
+
+        Rows that were encoded together go together, so those may be fewer than `position`.
+        """
+        position = min(position, self._caches.tail.length)
+        before = len(self._log)
+        left = self._log.cut_back(position)
+        # an error may have left more in head and tail than ever went into the log
+        self._caches.head.length = self._caches.tail.length = left
+        del self._token_ids[left:]
+        if left == before:
+            return left
+        if self._sent_generation == self._generation:
+            self._generation += 1
+            self._fork = left
+        self._fork = min(self._fork, left)
+        return left
+
+    def _count_token(self, index: int, started_at: float) -> None:
+        stats = self.stats
+        stats.new_tokens += 1
+        stats.total_s = time.monotonic() - started_at
+        if index == 0:
+            stats.first_token_s = stats.total_s
+            stats.prompt_bytes_up, stats.prompt_bytes_down = stats.bytes_up, stats.bytes_down
+
+    def _check_length(self, prompt_tokens: int, max_new_tokens: int) -> int:
+        """How many tokens may be generated."""
+        if max_new_tokens < 1:
+            raise SettingsError(f"the number of new tokens is {max_new_tokens}; expected 1 or more")
+        context = self._ends.context
+        if context is None:
+            return max_new_tokens
+        if prompt_tokens >= context:
+            raise SettingsError(
+                f"the prompt has {prompt_tokens} tokens; {self._ends.name} has a context of "
+                f"{context}, so at most {context - 1} leave room for an answer"
+            )
+        return min(max_new_tokens, context - prompt_tokens)
+
+    def score_tail(self, rows: Tensor) -> Tensor:
+        """Logits after every one of the pool's rows, (T, vocabulary)."""
+        return self._ends.score_tail(rows, self._caches)
+
+    def _run(self, token_ids: Sequence[int], is_prompt: bool) -> Generator[Work, Any, Scores]:
+        """Head, pool and tail for the next tokens; the scores after the last of them."""
+        rows, head_s, (pool_s, queue_s, middle_s) = yield from self._run_middle(
+            token_ids, is_prompt
+        )
+        back_at = time.monotonic()
+        scores: Scores = yield RunTail(rows, self._caches)
+        if not is_prompt:
+            self.stats.add_stage("head", head_s)
+            self.stats.add_stage("network", max(0.0, pool_s - queue_s - middle_s))
+            self.stats.add_stage("queue", queue_s)
+            self.stats.add_stage("middle", middle_s)
+            self.stats.add_stage("tail", time.monotonic() - back_at)
+        return scores
+
+    def _run_middle(
+        self, token_ids: Sequence[int], is_prompt: bool
+    ) -> Generator[Work, Any, tuple[Tensor, float, tuple[float, float, float]]]:
+        """Head and pool for the next tokens: rows (T, D), seconds in the head, and in the pool.
+
+        Those are: from sending to having the rows, of which in queues, of which in the middle.
+        """
+        head_at = time.monotonic()
+        self._token_ids += token_ids
+        boundary: Tensor = yield RunHead(token_ids, self._caches)
+        settings = self._settings
+        up = self._names.index(settings.prompt_up if is_prompt else settings.decode_up)
+        down = self._names.index(settings.prompt_down if is_prompt else settings.decode_down)
+        start = len(self._log)
+        for chunk in torch.split(boundary, settings.prefill_rows):
+            self._log.append(len(chunk), up, self._up[up].encode(chunk))
+        sent_at = time.monotonic()
+        rows, queue_s, middle_s = yield from self._compute_middle(start, len(self._log), down)
+        return rows, sent_at - head_at, (time.monotonic() - sent_at, queue_s, middle_s)
+
+    def _compute_middle(
+        self, start: int, end: int, down: int
+    ) -> Generator[Work, Any, tuple[Tensor, float, float]]:
+        """Have the pool compute rows start..end of the log, replaying earlier ones if it must.
+
+        Returns the rows (end - start, D) and the seconds spent in queues and in the middle layers.
+        """
+        parts: list[Tensor] = []
+        position, queue_s, middle_s, replays, unusable = start, 0.0, 0.0, 0, 0
+        askers: Counter[str] = Counter()  # workers that lacked rows in this step
+        while position < end:
+            pieces = self._log.read(position, self._settings.prefill_rows)
+            first, last = pieces[0].start, pieces[-1].end
+            reply_rows = max(0, last - max(position, start))
+            answered: Answered = yield self._ask(pieces, reply_rows, down)
+            self._count_answer(answered)
+            said, body = answered.answer, answered.body
+            try:
+                answer = _check_kind(said, first)
+                if isinstance(answer, StepReply):
+                    rows = self._decode(answer, body, pieces, reply_rows, down)
+            except (NonFiniteError, ProtocolError) as error:
+                unusable += 1
+                self.stats.answers_unusable += 1
+                self._shun = said.worker_id
+                if unusable >= MAX_ATTEMPTS:
+                    raise StepRefused(f"{unusable} answers could not be used: {error}") from error
+                continue
+            self._note_precision(answer.precision)
+            if isinstance(answer, NeedRows):
+                self.stats.rows_replayed += position - answer.have
+                received = max(0, answer.have - start)
+                parts = [torch.cat(parts)[:received]] if parts and received else []
+                position = answer.have
+                replays += 1
+                askers[answer.worker_id] += 1
+                if askers[answer.worker_id] > 1:  # it was given them, or says so to no end
+                    self._shun = answer.worker_id
+                if replays > MAX_REPLAYS:
+                    raise StepRefused(
+                        f"workers lost the session's KV {replays} times in one step; is their "
+                        "--cache-mb smaller than one session, and Redis down?"
+                    )
+                continue
+            if reply_rows:
+                parts.append(rows)
+                self.stats.tokens_by_worker[answer.worker_id] += reply_rows
+            self.stats.committed = answer.committed
+            self.last_worker_id = answer.worker_id
+            queue_s += answer.queue_us / 1e6
+            middle_s += answer.compute_us / 1e6
+            position = last
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)), queue_s, middle_s
+
+    def _note_precision(self, precision: str) -> None:
+        """The first answer settles it for the session; a broker that has forgotten is told."""
+        if precision and not self._opening.precision:
+            self._opening = structs.replace(self._opening, precision=precision)
+
+    def _count_answer(self, answered: Answered) -> None:
+        self._answered = True
+        self.stats.bytes_up += answered.bytes_up
+        self.stats.bytes_down += answered.bytes_down
+        self.stats.asked_again += answered.asked_again
+
+    def _ask(self, pieces: list[Encoded], reply_rows: int, down: int) -> Ask:
+        step = Step(
+            session_id=self.session_id,
+            generation=self._generation,
+            fork=self._fork,
+            step=self._step,
+            position=pieces[0].start,
+            parts=parts_of(pieces),
+            reply_rows=reply_rows,
+            reply_codec=down,
+            deadline_ms=round(self._settings.step_deadline_s * 1000),
+            shun=self._shun,
+        )
+        self._step += 1
+        self._shun = ""
+        self._sent_generation = self._generation
+        return Ask(
+            step,
+            pieces[0].body if len(pieces) == 1 else b"".join(piece.body for piece in pieces),
+            self._opening,
+            is_known=self._answered,
+            wait_for_worker=self._answered,
+            reply_bytes=reply_rows * self._ends.hidden * MOST_BYTES_PER_VALUE,
+        )
+
+    def _decode(
+        self, reply: StepReply, body: bytes, pieces: list[Encoded], rows: int, down: int
+    ) -> Tensor:
+        """A reply's rows (rows, D). Raises ProtocolError or NonFiniteError, naming the worker."""
+        if reply.rows != rows:
+            raise ProtocolError(f"worker {reply.worker_id} answered {reply.rows} rows of {rows}")
+        codec = self._down[down]
+        uplink = None
+        if codec.needs_uplink:
+            decoded = [self._up[p.codec].decode(p.body, p.rows, self._ends.hidden) for p in pieces]
+            uplink = torch.cat(decoded)[-reply.rows :]
+        dtype = self._ends.tail.dtype
+        try:
+            return codec.decode(body, reply.rows, self._ends.hidden, dtype, uplink)
+        except (NonFiniteError, ProtocolError) as error:
+            raise type(error)(f"worker {reply.worker_id} answered badly: {error}") from error
+
+
+def _check_kind(answer: StepReply | NeedRows | NeedTensors, first: int) -> StepReply | NeedRows:
+    """An answer that a step from row `first` on can have. Raises ProtocolError."""
+    if isinstance(answer, NeedTensors):
+        raise ProtocolError(f"worker {answer.worker_id} asks text for {answer.names}")
+    if isinstance(answer, NeedRows) and answer.have >= first:
+        raise ProtocolError(
+            f"worker {answer.worker_id} asks for rows from {answer.have} on, "
+            f"which a step at {first} has sent"
+        )
+    return answer

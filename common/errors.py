@@ -47,5 +47,13 @@ class StepRefused(MidspanError):
     """The pool gave a step up for good (three workers failed, or its deadline passed): stop."""
 
 
+class TooManySessions(MidspanError):
+    """An engine makes and keeps waiting all the answers that it may: try again later."""
+
+
+class EngineClosed(MidspanError):
+    """The engine was closed while, or before, it made an answer: stop."""
+
+
 class ProcessFailed(MidspanError):
     """A process that midspan started ended before it was ready. The message has its last words."""

@@ -1,0 +1,516 @@
+"""Many text sessions in one thread over one connection: heads and tails run in batches.
+
+The engine turns a crank: take all answers, run the tails of all sessions that have one in one
+batch, let them choose their tokens, run the heads in one batch, send. While some sessions are in
+the pool, others are computed here. Sessions (edge_agent/text/text_session.py) and exchanges
+(edge_agent/engine/exchange.py) are pure; this is where their sockets, clock and thread are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import heapq
+import itertools
+import logging
+import math
+import os
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq
+
+from common.codecs.calibration import Calibration
+from common.errors import BrokerUnavailable, EngineClosed, MidspanError, TooManySessions
+from common.protocol.messages import EndSession, StepKey
+from common.protocol.wire import encode_header
+from common.security.keys import ClientKeys
+from edge_agent.engine.exchange import Ask, BrokerGone, Exchange, LinkRate
+from edge_agent.engine.link import BrokerLink, key_of
+from edge_agent.text.ends import ModelEnds
+from edge_agent.text.sampler import SamplingSettings
+from edge_agent.text.stats import GenerationStats
+from edge_agent.text.text_session import SessionSettings, TextSession
+from edge_agent.text.work import NewToken, RunHead, RunTail, Work, Working
+
+log = logging.getLogger("midspan.edge")
+
+MAX_SESSIONS = 64  # computed at once
+MAX_WAITING = 1024  # accepted, and begun when another ends
+MAX_BATCH_ROWS = 512
+IDLE_POLL_S = 1.0
+RETRY_SEND_S = 0.02  # when there is no connection
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token, and what the step that it came from cost."""
+
+    token_id: int
+    worker_id: str
+    bytes_up: int  # of the answer so far
+    bytes_down: int
+    at_s: float  # since the answer was asked for
+
+
+class TokenStream:
+    """The tokens of one answer, as they come: iterate over it, in a thread or with `async for`.
+
+    Iterating raises what Session.generate raises. Stopping early needs `cancel`, or the answer is
+    computed to its end.
+    """
+
+    def __init__(self, engine: Engine, conversation: Conversation) -> None:
+        self._engine = engine
+        self.conversation = conversation
+        self._events: queue.SimpleQueue[Token | BaseException | None] = queue.SimpleQueue()
+        self._deliver: Callable[[Token | BaseException | None], object] = self._events.put
+        self._lock = threading.Lock()
+        self.stats = GenerationStats()  # complete when the stream has ended
+        self.ended_by_itself = False  # with an end-of-sequence token
+
+    def cancel(self) -> None:
+        """Stop the answer; the stream ends, and what the pool holds for it is given up."""
+        self._engine._command(lambda: self._engine._cancel(self))
+
+    def __iter__(self) -> Iterator[Token]:
+        while True:
+            event = self._events.get()
+            if event is None:
+                return
+            if isinstance(event, BaseException):
+                raise event
+            yield event
+
+    async def __aiter__(self) -> AsyncIterator[Token]:
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Token | BaseException | None] = asyncio.Queue()
+        with self._lock:  # what has come goes first
+            while True:
+                try:
+                    events.put_nowait(self._events.get_nowait())
+                except queue.Empty:
+                    break
+            self._deliver = lambda event: loop.call_soon_threadsafe(events.put_nowait, event)
+        while True:
+            event = await events.get()
+            if event is None:
+                return
+            if isinstance(event, BaseException):
+                raise event
+            yield event
+
+    def _put(self, event: Token | BaseException | None) -> None:
+        with self._lock, contextlib.suppress(RuntimeError):  # its event loop may be closed
+            self._deliver(event)
+
+
+class Conversation:
+    """A session that takes one prompt after another; what they share is computed once."""
+
+    def __init__(self, engine: Engine, text: TextSession) -> None:
+        self._engine = engine
+        self._text = text
+
+    @property
+    def session_id(self) -> bytes:
+        return self._text.session_id
+
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        max_new_tokens: int,
+        sampling: SamplingSettings | None = None,
+    ) -> TokenStream:
+        """Ask for an answer to a whole prompt, the earlier turns included. One at a time.
+
+        Raises TooManySessions when the engine takes no more now, EngineClosed.
+        """
+        return self._engine._submit(self, prompt_ids, max_new_tokens, sampling, ends=False)
+
+    def close(self) -> None:
+        """Tell the pool that it may forget the session."""
+        self._engine._command(lambda: self._engine._end_session(self.session_id))
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    """An answer that is being made."""
+
+    stream: TokenStream
+    text: TextSession
+    prompt_ids: Sequence[int]
+    max_new_tokens: int
+    sampling: SamplingSettings
+    ends_session: bool
+    working: Working | None = None
+    exchange: Exchange | None = None
+    asked_at: float = field(default_factory=time.monotonic)
+    is_over: bool = False
+
+
+class Engine:
+    """Answers prompts of one model, many at once. Its methods may be called from any thread.
+
+    Raises SettingsError for codecs that cannot be used, and what BrokerLink raises.
+    """
+
+    def __init__(
+        self,
+        ends: ModelEnds,
+        brokers: Sequence[str],
+        settings: SessionSettings | None = None,
+        *,
+        keys: ClientKeys | None = None,
+        timeout_s: float = 60.0,
+        calibration: Calibration | None = None,
+        pool_key: bytes | None = None,
+        max_sessions: int = MAX_SESSIONS,
+        max_waiting: int = MAX_WAITING,
+    ) -> None:
+        self._ends = ends
+        self._session_arguments = (settings, calibration, pool_key)
+        TextSession(ends, *self._session_arguments)  # complains now, if ever
+        self._timeout_s = timeout_s
+        self._max_sessions, self._max_waiting = max_sessions, max_waiting
+        self._link = BrokerLink(brokers, keys)
+        self._rate = LinkRate()
+        self._commands: deque[Callable[[], None]] = deque()
+        self._lock = threading.Lock()
+        self._closing = False
+        self._accepted = 0  # answers that are neither over nor refused
+        self._waiting: deque[_Running] = deque()
+        self._running: dict[TokenStream, _Running] = {}
+        self._by_key: dict[StepKey, _Running] = {}
+        self._due: list[tuple[float, int, _Running, Exchange]] = []
+        self._order = itertools.count()
+        self._heads: list[tuple[_Running, RunHead]] = []
+        self._tails: list[tuple[_Running, RunTail]] = []
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._thread = threading.Thread(target=self._run, name="midspan-engine", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        max_new_tokens: int,
+        sampling: SamplingSettings | None = None,
+    ) -> TokenStream:
+        """Ask for an answer in a session of its own.
+
+        Raises TooManySessions when no more are taken now, EngineClosed.
+        """
+        conversation = self.open()
+        return self._submit(conversation, prompt_ids, max_new_tokens, sampling, ends=True)
+
+    def open(self) -> Conversation:
+        """A session for several turns; `close` it."""
+        return Conversation(self, TextSession(self._ends, *self._session_arguments))
+
+    def close(self) -> None:
+        """End all answers, with EngineClosed, and the connection."""
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+        self._wake()
+        self._thread.join()
+
+    def _submit(
+        self,
+        conversation: Conversation,
+        prompt_ids: Sequence[int],
+        max_new_tokens: int,
+        sampling: SamplingSettings | None,
+        ends: bool,
+    ) -> TokenStream:
+        stream = TokenStream(self, conversation)
+        running = _Running(
+            stream, conversation._text, list(prompt_ids), max_new_tokens,
+            sampling or SamplingSettings(), ends,
+        )  # fmt: skip
+        with self._lock:
+            if self._closing:
+                raise EngineClosed("the engine is closed")
+            if self._accepted >= self._max_sessions + self._max_waiting:
+                raise TooManySessions(
+                    f"{self._accepted} answers are being made or waited for; try again later"
+                )
+            self._accepted += 1
+        self._command(lambda: self._waiting.append(running))
+        return stream
+
+    # --- from any thread to the engine's
+
+    def _command(self, command: Callable[[], None]) -> None:
+        self._commands.append(command)
+        self._wake()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            os.eventfd_write(self._wake_fd, 1)
+
+    # --- the engine's thread
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._wake_fd, zmq.POLLIN)
+        try:
+            while not self._closing:
+                self._take_commands()
+                self._begin_waiting()
+                self._receive()
+                self._compute()
+                self._look_after_exchanges()
+                if not (self._commands or self._heads or self._tails):
+                    self._wait(poller)
+        except Exception as error:
+            log.exception("the engine failed")
+            self._finish_all(error)
+        finally:
+            with self._lock:
+                self._closing = True
+            self._finish_all(EngineClosed("the engine is closed"))
+            self._link.close()
+            os.close(self._wake_fd)
+
+    def _wait(self, poller: zmq.Poller) -> None:
+        socket, events = self._link.socket, self._link.events
+        for each in (socket, events):
+            poller.register(each, zmq.POLLIN)
+        due_at = self._due[0][0] if self._due else time.monotonic() + IDLE_POLL_S
+        wait_s = max(0.0, min(due_at - time.monotonic(), IDLE_POLL_S))
+        poller.poll(math.ceil(wait_s * 1000))
+        for each in (socket, events):
+            poller.unregister(each)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake_fd)
+
+    def _take_commands(self) -> None:
+        while self._commands:
+            self._commands.popleft()()
+
+    def _begin_waiting(self) -> None:
+        while self._waiting and len(self._running) < self._max_sessions:
+            running = self._waiting.popleft()
+            self._running[running.stream] = running
+            running.working = running.text.answer(
+                running.prompt_ids, running.max_new_tokens, running.sampling
+            )
+            self._go_on(running, None)
+
+    def _receive(self) -> None:
+        try:
+            while (received := self._link.receive_now()) is not None:
+                message, body, size = received
+                running = self._by_key.get(key_of(message) or (b"", 0, 0))
+                if running is not None and running.exchange is not None:
+                    self._hear(running, running.exchange, message, body, size)
+        except BrokerUnavailable as error:  # it speaks another protocol
+            self._finish_all(error)
+
+    def _hear(
+        self, running: _Running, exchange: Exchange, message: Any, body: bytes, size: int
+    ) -> None:
+        try:
+            answered = exchange.hear(message, body, size, time.monotonic())
+        except MidspanError as error:
+            self._finish(running, error)
+            return
+        if answered is None:
+            self._plan(running, exchange)
+        else:
+            self._drop_exchange(running)
+            self._go_on(running, answered)
+
+    def _compute(self) -> None:
+        """Tails, then heads, of all who have come so far; what follows goes out at once."""
+        while self._tails or self._heads:
+            tails, self._tails = self._tails, []
+            self._run_batch(
+                [(running, work.caches, work.rows) for running, work in tails],
+                lambda batch: self._ends.run_tails([(rows, caches) for _, caches, rows in batch]),
+            )
+            heads, self._heads = self._heads, []
+            self._run_batch(
+                [(running, work.caches, work.token_ids) for running, work in heads],
+                lambda batch: self._ends.run_heads([(ids, caches) for _, caches, ids in batch]),
+            )
+
+    def _run_batch(
+        self,
+        batch: list[tuple[_Running, Any, Any]],
+        compute: Callable[[list[tuple[_Running, Any, Any]]], Sequence[Any]],
+    ) -> None:
+        """Compute for several sessions together; if that fails each alone, to find the culprit."""
+        for part in _split(batch):
+            lengths = [(caches, caches.head.length, caches.tail.length) for _, caches, _ in part]
+            try:
+                results = compute(part)
+            except Exception as error:  # whatever one session's numbers do, others go on
+                for caches, head, tail in lengths:
+                    caches.head.length, caches.tail.length = head, tail
+                if len(part) == 1:
+                    self._finish(part[0][0], error)
+                else:
+                    for each in part:
+                        self._run_batch([each], compute)
+                continue
+            for (running, _, _), result in zip(part, results, strict=True):
+                self._go_on(running, result)
+
+    def _go_on(self, running: _Running, result: Any) -> None:
+        """Let a session do what it can with a result, up to the next work that takes long."""
+        while not running.is_over:
+            assert running.working is not None
+            try:
+                work: Work = running.working.send(result)
+            except StopIteration:
+                self._finish(running, None)
+                return
+            except Exception as error:
+                self._finish(running, error)
+                return
+            if isinstance(work, RunHead):
+                self._heads.append((running, work))
+                return
+            if isinstance(work, RunTail):
+                self._tails.append((running, work))
+                return
+            if isinstance(work, Ask):
+                self._begin_exchange(running, work)
+                return
+            self._tell(running, work)
+            result = None
+
+    def _tell(self, running: _Running, new: NewToken) -> None:
+        stats, text = running.text.stats, running.text
+        at_s = time.monotonic() - running.asked_at
+        running.stream._put(
+            Token(new.token_id, text.last_worker_id, stats.bytes_up, stats.bytes_down, at_s)
+        )
+
+    # --- exchanges
+
+    def _begin_exchange(self, running: _Running, asked: Ask) -> None:
+        try:
+            exchange = Exchange(asked, self._timeout_s, self._rate, time.monotonic())
+        except MidspanError as error:
+            self._finish(running, error)
+            return
+        running.exchange = exchange
+        self._by_key[exchange.key] = running
+        self._send(exchange)
+        self._plan(running, exchange)
+
+    def _drop_exchange(self, running: _Running) -> None:
+        if running.exchange is not None:
+            self._by_key.pop(running.exchange.key, None)
+            running.exchange = None
+
+    def _plan(self, running: _Running, exchange: Exchange) -> None:
+        heapq.heappush(self._due, (exchange.due_at, next(self._order), running, exchange))
+
+    def _look_after_exchanges(self) -> None:
+        """Send what is due again, and go to the next broker when this one is silent."""
+        now = time.monotonic()
+        if self._link.has_lost_link():
+            for running in self._by_key.values():
+                if running.exchange is not None:
+                    running.exchange.on_link_lost()
+        while self._due and self._due[0][0] <= now:
+            _, _, running, exchange = heapq.heappop(self._due)
+            if running.exchange is not exchange or exchange.due_at > now:
+                continue  # it has been answered, or is planned for later
+            try:
+                is_given_up = exchange.check(now, self._link.broker)
+            except BrokerGone:
+                why = self._link.why_unavailable(self._timeout_s)
+                self._finish(running, BrokerUnavailable(why))
+                continue
+            except MidspanError as error:
+                self._finish(running, error)
+                continue
+            if is_given_up:
+                self._use_next_broker(now)
+            self._send(exchange)
+            self._plan(running, exchange)
+
+    def _use_next_broker(self, now: float) -> None:
+        self._link.use_next()
+        for running in self._by_key.values():
+            if running.exchange is not None:
+                running.exchange.on_other_broker(now)
+                self._plan(running, running.exchange)
+
+    def _send(self, exchange: Exchange) -> None:
+        now = time.monotonic()
+        frames = exchange.due(now)
+        if frames is None:
+            return
+        if self._link.send(frames, 0.0):
+            exchange.on_handed_over(frames, now)
+        else:
+            exchange.on_not_handed_over(now, RETRY_SEND_S)
+
+    def _end_session(self, session_id: bytes) -> None:
+        self._link.send([encode_header(EndSession(session_id))], 0.0)
+
+    # --- ends
+
+    def _cancel(self, stream: TokenStream) -> None:
+        running = self._running.get(stream)
+        if running is None:
+            running = next((each for each in self._waiting if each.stream is stream), None)
+            if running is None:
+                return  # it is over
+            self._waiting.remove(running)
+        self._finish(running, None)
+
+    def _finish(self, running: _Running, error: BaseException | None) -> None:
+        """An answer is over: it is complete, was cancelled, or failed."""
+        if running.is_over:
+            return
+        running.is_over = True
+        self._drop_exchange(running)
+        self._running.pop(running.stream, None)
+        if running.working is not None:
+            with contextlib.suppress(ValueError):  # it is what has called us
+                running.working.close()
+            if running.ends_session:
+                self._end_session(running.text.session_id)
+        running.stream.stats = running.text.stats
+        running.stream.ended_by_itself = running.text.ended_by_itself
+        with self._lock:
+            self._accepted -= 1
+        running.stream._put(error)
+
+    def _finish_all(self, error: BaseException) -> None:
+        for running in [*self._running.values(), *self._waiting]:
+            self._finish(running, error)
+        self._waiting.clear()
+
+
+def _split(batch: list[tuple[_Running, Any, Any]]) -> Iterator[list[tuple[_Running, Any, Any]]]:
+    """Parts of about MAX_BATCH_ROWS rows; whoever has more goes alone."""
+    part: list[tuple[_Running, Any, Any]] = []
+    rows = 0
+    for each in batch:
+        if part and rows + len(each[2]) > MAX_BATCH_ROWS:
+            yield part
+            part, rows = [], 0
+        part.append(each)
+        rows += len(each[2])
+    if part:
+        yield part

@@ -158,6 +158,9 @@ class ImageService:
     def has_batch(self) -> bool:
         return bool(self._ready)
 
+    def count_ready(self) -> int:
+        return len(self._ready)
+
     def is_settled(self) -> bool:
         return not self._ready and not self._waiting and self._blobs.is_settled()
 

@@ -61,6 +61,7 @@ log = logging.getLogger("midspan.worker")
 IDLE_POLL_S = 0.1
 HELD_BACK_POLL_S = 0.005
 DRAIN_LIMIT_S = 10.0
+GATHER_S = 0.0015  # for which the steps are waited for that were in a batch together before
 TIDY_S = 1.0  # how often commits that failed are tried again
 
 
@@ -99,6 +100,7 @@ class Worker:
         self._inbox: deque[tuple[int, list[bytes]]] = deque()  # read, not handled yet
         self._cancelled: set[StepKey] = set()
         self._held_back = False
+        self._last_batch = 0  # how many steps it had
         self._drain_requested = False
         self._on_ready = on_ready
         self._joined: set[int] = set()  # brokers that have taken the announcement
@@ -215,12 +217,23 @@ class Worker:
         for event in self._store.poll():
             for service in services:
                 self._guard(service.on_store_event, event)
+        self._gather()
         self._run_next()
         now = time.monotonic()
         if now >= self._tidy_at:
             self._tidy_at = now + TIDY_S
             for service in services:
                 service.tidy()
+
+    def _gather(self) -> None:
+        """Steps that were answered together are followed by others that come nearly together."""
+        until = time.monotonic() + GATHER_S
+        while 0 < self._count_ready() < self._last_batch and time.monotonic() < until:
+            self._poller.poll(1)
+            self._receive()
+
+    def _count_ready(self) -> int:
+        return sum(service.count_ready() for service in self._services.values())
 
     def _run_next(self) -> None:
         """Compute a batch of each service of the kind of work whose turn it is."""
@@ -230,9 +243,11 @@ class Worker:
         self._held_back = bool(ready) and kind is None
         if kind is None:
             return
+        before = self._count_ready()
         for service in ready:
             if service.kind == kind:
                 self._guard(service.run_batch)
+        self._last_batch = before - self._count_ready()
         ended_at = time.monotonic()
         self._shares.charge(kind, ended_at - begun_at, ended_at)
 

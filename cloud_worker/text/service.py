@@ -124,6 +124,9 @@ class TextService:
         for task in [*self._batcher.drop_session(session_key), *([loading] if loading else [])]:
             self._outbox.drop(task)
 
+    def count_ready(self) -> int:
+        return len(self._batcher)
+
     def run_batch(self) -> None:
         """Compute the next batch, if a step is ready."""
         batch = self._batcher.pick()

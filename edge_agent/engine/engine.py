@@ -45,6 +45,7 @@ MAX_WAITING = 1024  # accepted, and begun when another ends
 MAX_BATCH_ROWS = 512
 IDLE_POLL_S = 1.0
 RETRY_SEND_S = 0.02  # when there is no connection
+HOLD_PART = 0.5  # of the time that a batch takes, for which the others of it are waited for
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +192,8 @@ class Engine:
         self._order = itertools.count()
         self._heads: list[tuple[_Running, RunHead]] = []
         self._tails: list[tuple[_Running, RunTail]] = []
+        self._tails_since = 0.0
+        self._batch_s = 0.0  # that tails and heads take, lately
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._run, name="midspan-engine", daemon=True)
         self._thread.start()
@@ -271,9 +274,10 @@ class Engine:
                 self._take_commands()
                 self._begin_waiting()
                 self._receive()
-                self._compute()
+                if self._is_worth_computing():
+                    self._compute()
                 self._look_after_exchanges()
-                if not (self._commands or self._heads or self._tails):
+                if not self._commands:
                     self._wait(poller)
         except Exception as error:
             log.exception("the engine failed")
@@ -281,6 +285,7 @@ class Engine:
         finally:
             with self._lock:
                 self._closing = True
+            self._take_commands()  # what was asked for before it was closed
             self._finish_all(EngineClosed("the engine is closed"))
             self._link.close()
             os.close(self._wake_fd)
@@ -289,8 +294,11 @@ class Engine:
         socket, events = self._link.socket, self._link.events
         for each in (socket, events):
             poller.register(each, zmq.POLLIN)
-        due_at = self._due[0][0] if self._due else time.monotonic() + IDLE_POLL_S
-        wait_s = max(0.0, min(due_at - time.monotonic(), IDLE_POLL_S))
+        now = time.monotonic()
+        due_at = self._due[0][0] if self._due else now + IDLE_POLL_S
+        if self._tails or self._heads:
+            due_at = min(due_at, self._hold_until)
+        wait_s = max(0.0, min(due_at - now, IDLE_POLL_S))
         poller.poll(math.ceil(wait_s * 1000))
         for each in (socket, events):
             poller.unregister(each)
@@ -334,8 +342,22 @@ class Engine:
             self._drop_exchange(running)
             self._go_on(running, answered)
 
+    @property
+    def _hold_until(self) -> float:
+        return self._tails_since + HOLD_PART * self._batch_s
+
+    def _is_worth_computing(self) -> bool:
+        """Weights are read once for a batch, so those who are still in the pool are waited for.
+
+        Not for long: what comes later forms a group of its own, in the pool while this one is here.
+        """
+        if self._heads or not self._by_key:
+            return True
+        return bool(self._tails) and time.monotonic() >= self._hold_until
+
     def _compute(self) -> None:
         """Tails, then heads, of all who have come so far; what follows goes out at once."""
+        begun_at, had_tails = time.monotonic(), bool(self._tails)
         while self._tails or self._heads:
             tails, self._tails = self._tails, []
             self._run_batch(
@@ -347,6 +369,8 @@ class Engine:
                 [(running, work.caches, work.token_ids) for running, work in heads],
                 lambda batch: self._ends.run_heads([(ids, caches) for _, caches, ids in batch]),
             )
+        if had_tails:
+            self._batch_s += (time.monotonic() - begun_at - self._batch_s) / 8
 
     def _run_batch(
         self,
@@ -386,6 +410,8 @@ class Engine:
                 self._heads.append((running, work))
                 return
             if isinstance(work, RunTail):
+                if not self._tails:
+                    self._tails_since = time.monotonic()
                 self._tails.append((running, work))
                 return
             if isinstance(work, Ask):

@@ -26,7 +26,7 @@ from common.errors import BrokerUnavailable, MidspanError
 from deploy.pool import LocalPool, PoolSettings
 
 if TYPE_CHECKING:
-    from edge_agent.text.ends import ModelEnds
+    from edge_agent.engine.engine import Engine
     from edge_agent.text.stats import GenerationStats
 
 PROMPTS = (
@@ -56,7 +56,9 @@ class Outcome:
     errors: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, got: list[int], want: list[int], stall_s: float, stats: GenerationStats) -> None:
+    def add(
+        self, got: list[int], want: list[int], stall_s: float, costs: list[GenerationStats]
+    ) -> None:
         """Count one finished answer."""
         with self.lock:
             self.sessions_completed += 1
@@ -64,8 +66,8 @@ class Outcome:
             self.tokens_different += sum(a != b for a, b in zip(got, want, strict=False))
             self.tokens_lost += max(0, len(want) - len(got))
             self.tokens_doubled += max(0, len(got) - len(want))
-            self.rows_replayed += stats.rows_replayed
-            self.answers_unusable += stats.answers_unusable
+            self.rows_replayed += sum(stats.rows_replayed for stats in costs)
+            self.answers_unusable += sum(stats.answers_unusable for stats in costs)
             self.longest_stall_s = max(self.longest_stall_s, stall_s)
 
     def add_failure(self, error: MidspanError) -> None:
@@ -119,6 +121,9 @@ class PullLedger:
     help="Seconds between faults, on average.",
 )
 @click.option(
+    "--engines", default=1, show_default=True, type=COUNT, help="Edges that the sessions are of."
+)
+@click.option(
     "--tokens", default=60, show_default=True, type=COUNT, help="Of one answer; a session has two."
 )
 @click.option("--seed", default=1, show_default=True)
@@ -131,6 +136,7 @@ def chaos(
     workers: int,
     duration_s: float,
     every_s: float,
+    engines: int,
     tokens: int,
     seed: int,
     model: str | None,
@@ -144,7 +150,9 @@ def chaos(
     """
     from common.console.processes import set_up_torch
     from common.weights.demo_model import find_model
+    from edge_agent.engine.engine import Engine
     from edge_agent.text.ends import load_ends
+    from edge_agent.text.text_session import uniform_settings
     from edge_agent.text.tokenizer import TextTokenizer
 
     set_up_torch(threads=1)
@@ -152,9 +160,16 @@ def chaos(
     ends, tokenizer = load_ends(directory, cut), TextTokenizer(directory)
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
     settings = PoolSettings(workers=workers, model=str(directory), span=str(ends.cut.middle))
-    with HarmedPool(settings, seed) as pool:
+    with HarmedPool(settings, seed) as pool, contextlib.ExitStack() as stack:
         edit = tokenizer.encode(EDIT)[1:]
-        wanted = [_converse(pool, ends, prompt, edit, tokens, codec)[0] for prompt in prompts]
+        addresses = [pool.edge_address() for _ in range(engines)]
+        running = [
+            stack.enter_context(
+                Engine(ends, [address], uniform_settings(codec), max_sessions=sessions)
+            )
+            for address in addresses
+        ]
+        wanted = [_converse(running[0], prompt, edit, tokens)[0] for prompt in prompts]
         outcome = Outcome()
         stop_at = time.monotonic() + duration_s
 
@@ -163,7 +178,8 @@ def chaos(
             while time.monotonic() < stop_at:
                 which = turn % len(prompts)
                 try:
-                    answer = _converse(pool, ends, prompts[which], edit, tokens, codec)
+                    engine = running[index % engines]
+                    answer = _converse(engine, prompts[which], edit, tokens)
                 except MidspanError as error:
                     outcome.add_failure(error)
                 else:
@@ -202,33 +218,26 @@ def chaos(
 
 
 def _converse(
-    pool: LocalPool,
-    ends: ModelEnds,
-    prompt_ids: list[int],
-    edit_ids: list[int],
-    count: int,
-    codec: str,
-) -> tuple[list[int], float, GenerationStats]:
+    engine: Engine, prompt_ids: list[int], edit_ids: list[int], count: int
+) -> tuple[list[int], float, list[GenerationStats]]:
     """An answer, then another to a prompt that keeps half of the first and goes on otherwise.
 
     So every session is cut back once. Returns the tokens of both, the longest wait for one of
-    them in seconds, and what they cost.
+    them in seconds, and what each answer cost.
     """
-    from edge_agent.text.sampler import SamplingSettings
-    from edge_agent.text.session import Session
-    from edge_agent.text.text_session import uniform_settings
-
-    client = pool.connect()
-    session = Session(ends, client, uniform_settings(codec))
+    conversation = engine.open()
     tokens: list[int] = []
+    costs: list[GenerationStats] = []
     stall_s, last_at = 0.0, time.monotonic()
     try:
         for turn in range(2):
             asked = prompt_ids if turn == 0 else prompt_ids + tokens[: count // 2] + edit_ids
-            for token in session.generate(asked, count, SamplingSettings(), keep_open=turn == 0):
-                tokens.append(token)
+            stream = conversation.submit(asked, count)
+            for token in stream:
+                tokens.append(token.token_id)
                 now = time.monotonic()
                 stall_s, last_at = max(stall_s, now - last_at), now
+            costs.append(stream.stats)
     finally:
-        client.close()
-    return tokens, stall_s, session.stats
+        conversation.close()
+    return tokens, stall_s, costs

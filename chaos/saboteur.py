@@ -30,9 +30,13 @@ class HarmedPool(LocalPool):
         self.edge_link: ThinLink | None = None
 
     def connect(self, timeout_s: float = 60.0) -> BrokerClient:
+        return BrokerClient([self.edge_address()], timeout_s)
+
+    def edge_address(self) -> str:
+        """Where edges meet the link to the broker."""
         if self.edge_link is None:
             self.edge_link = ThinLink(self.edge_endpoint)
-        return BrokerClient([self.edge_link.endpoint], timeout_s)
+        return self.edge_link.endpoint
 
     def start_worker(self, endpoint: str | None = None) -> str:
         link = UnreliableLink(endpoint or self.worker_endpoint, self._seed)

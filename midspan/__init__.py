@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from common.weights.demo_model import find_model
     from deploy.pool import LocalPool, PoolSettings
     from edge_agent.engine.client import BrokerClient
+    from edge_agent.engine.engine import Conversation, Engine, Token, TokenStream
     from edge_agent.text.ends import load_ends
     from edge_agent.text.generation import start_generation
     from edge_agent.text.sampler import SamplingSettings
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BrokerClient",
+    "Conversation",
+    "Engine",
     "LocalPool",
     "MidspanError",
     "PoolSettings",
@@ -34,6 +37,8 @@ __all__ = [
     "Session",
     "SessionSettings",
     "TextTokenizer",
+    "Token",
+    "TokenStream",
     "find_model",
     "load_ends",
     "start_generation",
@@ -42,6 +47,8 @@ __all__ = [
 
 HOMES = {
     "BrokerClient": "edge_agent.engine.client",
+    "Conversation": "edge_agent.engine.engine",
+    "Engine": "edge_agent.engine.engine",
     "LocalPool": "deploy.pool",
     "MidspanError": "common.errors",
     "PoolSettings": "deploy.pool",
@@ -49,6 +56,8 @@ HOMES = {
     "Session": "edge_agent.text.session",
     "SessionSettings": "edge_agent.text.text_session",
     "TextTokenizer": "edge_agent.text.tokenizer",
+    "Token": "edge_agent.engine.engine",
+    "TokenStream": "edge_agent.engine.engine",
     "find_model": "common.weights.demo_model",
     "load_ends": "edge_agent.text.ends",
     "start_generation": "edge_agent.text.generation",

@@ -32,8 +32,9 @@ from cloud_worker.serving import ServingSettings, load_text_service
 from cloud_worker.state.memory_store import MemoryKvStore
 from cloud_worker.state.session_cache import CacheBudget
 from common.errors import CheckpointError
+from common.spans import twin_check
 from common.spans.attention import Segment
-from common.spans.cut import Span, twin_check
+from common.spans.cut import Span
 from common.spans.twin_check import TOLERANCE, check_twin
 from common.spans.twin_config import keep_layers, narrow, pick_layers
 from common.weights.checkpoint import Checkpoint

@@ -80,10 +80,13 @@ def test_a_lying_worker_changes_no_image(
     undisturbed, _ = make(pool, directory, settings)
     liar = start_liar(pool, lie)
     try:
-        images, stats = make(pool, directory, settings)
+        for _ in range(5):  # a liar that was late with its heartbeat comes second
+            images, stats = make(pool, directory, settings)
+            assert difference(images, undisturbed) == 0
+            if liar.lies:
+                break
     finally:
         liar.close()
-    assert difference(images, undisturbed) == 0
     assert liar.lies > 0
     assert stats.calls_by_worker == {"w1": STEPS}
     # what a worker may lack it is given once; that it lacks it again is a lie

@@ -159,7 +159,10 @@ def test_another_edges_session_is_neither_written_nor_ended_nor_read(
 
 
 def test_an_id_of_another_edge_opens_nothing_after_a_restart_of_the_broker(
-    pool: LocalPool, demo_ends: ModelEnds, prompt_ids: list[int]
+    pool: LocalPool,
+    demo_ends: ModelEnds,
+    prompt_ids: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The broker has forgotten whose the session is; workers and Redis know by the key."""
     thief = BrokerClient([pool.edge_endpoint], keys=member(pool, "thief"))
@@ -171,8 +174,10 @@ def test_an_id_of_another_edge_opens_nothing_after_a_restart_of_the_broker(
     pool.broker.kill()
     pool.start_broker()
     pool.wait_for_workers(2)
-    robber = Session(demo_ends, thief, uniform_settings("fp32"))
-    robber.session_id = victim.session_id
+    with monkeypatch.context() as stolen:
+        stolen.setattr(secrets, "token_bytes", lambda _: victim.session_id)
+        robber = Session(demo_ends, thief, uniform_settings("fp32"))
+    assert robber.session_id == victim.session_id
     robbed = robber.generate(prompt_ids, 3, SamplingSettings(), keep_open=True)
     assert list(robbed) == first  # its own, computed from nothing
     thief.close()

@@ -53,6 +53,8 @@ class TextExecutor:
             )
         if step.rows < 1 or step.reply_rows > step.rows:
             raise ProtocolError(f"step wants {step.reply_rows} of its {step.rows} rows back")
+        if step.tentative > step.rows:
+            raise ProtocolError(f"step calls {step.tentative} of its {step.rows} rows tentative")
         if self._context is not None and step.end > self._context:
             raise ProtocolError(f"step ends at row {step.end}; the context has {self._context}")
         self._check_calibration(task)

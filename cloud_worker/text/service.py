@@ -193,7 +193,7 @@ class TextService:
         if event.generation != session.generation:
             self._commit(session)
         elif isinstance(event, Committed):
-            session.committed = min(event.position, session.kv.length)
+            session.committed = min(event.position, session.final)
             self._commit(session)
         elif isinstance(event, CommitRefused):
             self._on_refused(event, session)
@@ -207,7 +207,7 @@ class TextService:
             session.pieces_of_step = None
             self._commit(session)
         elif event.code == "stale":
-            session.committed = session.kv.length  # another worker went on; the store has more
+            session.committed = session.final  # another worker went on; the store has more
         elif event.code == "over":
             self.stats["commits_over_share"] += 1
             session.commit_at = time.monotonic() + OVER_SHARE_S
@@ -223,6 +223,7 @@ class TextService:
             session.kv.write_bytes(event.start, plain)
             rows = len(plain) // self._row_bytes
             session.kv.length += rows
+            session.final = session.kv.length
             assert session.seal is not None
             holds = session.seal.outlives_generation or event.written_in == session.generation
             if holds and session.committed == event.start:
@@ -263,6 +264,7 @@ class TextService:
                 self._outbox.fail(task, computed.failure)
                 continue
             session.last_step = task.text_step.step
+            session.final = task.text_step.final
             self.stats["steps"] += 1
             self.stats["rows"] += task.text_step.rows
             self._reply(task, computed, session, started_at, done_at)
@@ -305,7 +307,7 @@ class TextService:
         start = session.committed
         row_bytes = self._stored_row_bytes(session)
         rows_per_chunk = chunk_rows(row_bytes)
-        end = min(session.kv.length, (start // rows_per_chunk + 1) * rows_per_chunk)
+        end = min(session.final, (start // rows_per_chunk + 1) * rows_per_chunk)
         session.commit_in_flight = True
         continues = session.pieces_of_step == session.last_step
         session.pieces_of_step = session.last_step

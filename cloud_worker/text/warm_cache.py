@@ -15,13 +15,18 @@ LARGE_REPLY_BYTES = 1 << 16
 
 @dataclass(slots=True)
 class WarmSession:
-    """One session's KV rows and how much of them is committed."""
+    """One session's KV rows, how many of them are final, and how much of those is committed.
+
+    Rows from `final` on are drafts. They are worth something to the very next step only, which says
+    by its position how many hold; whoever has missed a step does not know, and forgets them.
+    """
 
     session_key: bytes
     kv: KvRows
     generation: int
     fork: int
     last_step: int = 0
+    final: int = 0
     committed: int = 0
     commit_in_flight: bool = False
     pieces_of_step: int | None = None  # the step of which a first piece was committed
@@ -32,7 +37,7 @@ class WarmSession:
 
     @property
     def is_dirty(self) -> bool:
-        return self.committed < self.kv.length
+        return self.committed < self.final
 
     @property
     def size(self) -> int:
@@ -45,9 +50,10 @@ class WarmSession:
         if step.generation < self.generation:
             return False
         if step.generation == self.generation:
-            keep = step.position
+            is_next = step.step in (self.last_step, self.last_step + 1)
+            keep = step.position if is_next else min(step.position, self.final)
         elif step.generation == self.generation + 1:
-            keep = min(step.position, step.fork)
+            keep = min(step.position, step.fork, self.final)
         else:
             keep = 0
         outlives = self.seal is None or self.seal.outlives_generation
@@ -55,11 +61,13 @@ class WarmSession:
             self.committed = 0  # what is in the store is sealed for the old generation
         self.generation, self.fork = step.generation, step.fork
         self.cut_back(keep)
+        self.final = self.kv.length  # what lies below a step's position is no draft any more
         return True
 
     def cut_back(self, position: int) -> None:
         """Forget the rows from `position` on."""
         self.kv.length = min(self.kv.length, position)
+        self.final = min(self.final, position)
         self.committed = min(self.committed, position)
 
 

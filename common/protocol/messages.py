@@ -94,6 +94,12 @@ class Step(WireMessage, frozen=True, tag=f"step/{PROTOCOL}"):
     reply_codec: Count  # index into the opening's codecs
     deadline_ms: Count  # time left to the whole step when it was sent
     shun: Text = ""  # a worker whose answer could not be used: rather not that one
+    tentative: Count = 0  # how many of its last rows may be taken back: those below never change
+
+    @property
+    def final(self) -> int:
+        """Rows below this never change in this generation."""
+        return max(0, self.end - self.tentative)
 
     @property
     def rows(self) -> int:

@@ -77,6 +77,8 @@ class BrokerLink:
     def send(self, frames: list[bytes], timeout_s: float, socket: Socket | None = None) -> bool:
         """Hand frames to a connected broker; False when there is none in time."""
         socket = socket or self.socket
+        if socket.closed:
+            return False
         socket.setsockopt(zmq.SNDTIMEO, round(timeout_s * 1000))
         try:
             socket.send_multipart(frames)

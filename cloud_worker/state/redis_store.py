@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import select
 import socket
 import ssl
 import threading
@@ -34,9 +35,9 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
-import hiredis
 import redis
 
+from cloud_worker.state.answers import INCOMPLETE, AnswerReader, Refusal
 from cloud_worker.state.store import (
     Commit,
     CommitFailed,
@@ -44,6 +45,7 @@ from cloud_worker.state.store import (
     Committed,
     Load,
     Loaded,
+    Part,
     StoreEvent,
     chunk_rows,
     counted_bytes,
@@ -55,13 +57,14 @@ from common.settings import SESSION_TTL_S
 log = logging.getLogger("midspan.store")
 
 LOADS_IN_FLIGHT = 2
+LOAD_LINGER_S = 0.002  # how long a turn waits for more of a load that is coming in
+LOAD_GAP_MS = 1
 RECONNECT_S = 0.5
 PING_S = 1.0
 LOAD_LIMIT_S = 1.0  # what a load may take, and more as long as it is faster than
 LOAD_BYTES_PER_S = 16e6  # which is 120 rows of 128 KB (8 billion parameters): as edges replay them
 MAX_UNSENT_BYTES = 64 << 20
 NO_BOUND = 1 << 52
-READ_BYTES = 256 << 10
 SEND_BUFFER_BYTES = 128 << 10  # of the system: what is in there moves unseen
 SLOWEST_BYTES_PER_S = 100_000.0
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError)
@@ -76,7 +79,8 @@ class _Loading:
     next_row: int  # first row not asked for yet
     end: int  # shrinks to what turns out to be valid
     begun_at: float
-    parts: list[bytes] = field(default_factory=list)
+    parts: list[bytes] = field(default_factory=list)  # unless somebody takes them
+    loaded_bytes: int = 0
     in_flight: int = 0
     generation_seen: int | None = None
     finished: bool = False
@@ -84,8 +88,7 @@ class _Loading:
     @property
     def give_up_at(self) -> float:
         """When it is slower than its edge would be, unless another part comes."""
-        loaded_bytes = sum(len(part) for part in self.parts)
-        return self.begun_at + LOAD_LIMIT_S + loaded_bytes / LOAD_BYTES_PER_S
+        return self.begun_at + LOAD_LIMIT_S + self.loaded_bytes / LOAD_BYTES_PER_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +121,7 @@ class RedisKvStore:
         self._events: list[StoreEvent] = []
         self._pending: deque[_Pending] = deque()
         self._loads: list[_Loading] = []
-        self._answers = hiredis.Reader()  # of this connection: what has come, whole or in part
+        self._answers = AnswerReader()  # of this connection: what has come, whole or in part
         self._unsent: deque[memoryview] = deque()
         self._unsent_bytes = 0
         self._moved_at = time.monotonic()  # when bytes last went either way
@@ -194,7 +197,7 @@ class RedisKvStore:
                     raise redis.TimeoutError(f"no answer within {idle_s:.1f} s")
                 if not self._pending and idle_s > PING_S:
                     self._request(lambda answer: None, lambda reason: None, "PING")
-            except (redis.RedisError, hiredis.HiredisError, OSError) as error:
+            except (redis.RedisError, OSError) as error:
                 self._drop_connection(error)
         events, self._events = self._events, []
         return events
@@ -299,24 +302,35 @@ class RedisKvStore:
                     self._unsent.popleft()
 
     def _read_answers(self, connection: Any) -> None:
-        """Take what has come, and handle the answers that are whole."""
+        """Take what has come, and handle the answers that are whole.
+
+        While a load comes in it is waited for a little, as the server's next write is due: a turn
+        of the worker's loop for each would take longer than the bytes.
+        """
         link = connection._sock  # redis-py waits for the rest of an answer once it has begun
-        with contextlib.suppress(*WOULD_BLOCK):
-            while True:
-                piece = link.recv(READ_BYTES)
-                if not piece:
-                    raise redis.ConnectionError("the server ended the connection")
-                self._moved_at = time.monotonic()
-                self._answers.feed(piece)
-                self._handle_answers()
+        linger_until = 0.0
+        while True:
+            try:
+                received = self._answers.receive(link)
+            except WOULD_BLOCK:
+                if not self._loads or time.monotonic() >= linger_until:
+                    return
+                if not _is_readable(link, LOAD_GAP_MS):
+                    return
+                continue
+            if not received:
+                raise redis.ConnectionError("the server ended the connection")
+            self._moved_at = time.monotonic()
+            linger_until = linger_until or self._moved_at + LOAD_LINGER_S
+            self._handle_answers()
 
     def _handle_answers(self) -> None:
-        while self._pending and (answer := self._answers.gets()) is not False:
-            if isinstance(answer, hiredis.ReplyError):
-                if str(answer).startswith(CONNECT_ANEW):
-                    raise redis.ConnectionError(str(answer))
-                log.warning("Redis refused a command: %s", answer)
-                self._pending.popleft().on_failure(str(answer))
+        while self._pending and (answer := self._answers.next_answer()) is not INCOMPLETE:
+            if isinstance(answer, Refusal):
+                if answer.reason.startswith(CONNECT_ANEW):
+                    raise redis.ConnectionError(answer.reason)
+                log.warning("Redis refused a command: %s", answer.reason)
+                self._pending.popleft().on_failure(answer.reason)
             else:
                 self._pending.popleft().on_answer(answer)
 
@@ -351,13 +365,13 @@ class RedisKvStore:
     def _adopt_fresh_connection(self) -> None:
         if self._fresh is not None:
             self._connection, self._fresh, self._connecting = self._fresh, None, None
-            self._answers = hiredis.Reader()
+            self._answers = AnswerReader()
             log.warning("Redis at %s is back", _without_password(self.url))
 
     # --- answers
 
     def _on_committed(self, commit: Commit, answer: Any) -> None:
-        code, position = answer[0].decode(), int(answer[1])
+        code, position = str(answer[0], "ascii"), int(answer[1])
         if code == "committed":
             event: StoreEvent = Committed(commit.session_key, commit.generation, position)
         else:
@@ -391,7 +405,7 @@ class RedisKvStore:
         if loading.finished:
             return  # given up
         valid = 0
-        if answer and answer[0].decode() == load.shape:
+        if answer and bytes(answer[0]) == load.shape.encode():
             valid = usable_rows(answer[1], answer[2], load.generation, load.fork)
             if loading.generation_seen not in (None, answer[1]):
                 valid = 0  # the record changed hands between two parts
@@ -404,8 +418,18 @@ class RedisKvStore:
             if len(part) < usable * load.row_bytes:  # an evicted or foreign chunk
                 loading.end = start
             else:
-                loading.parts.append(part)
+                self._hand_over(loading, start, part)
         self._load_next_part(loading)
+
+    def _hand_over(self, loading: _Loading, start: int, rows: memoryview) -> None:
+        loading.loaded_bytes += len(rows)
+        take = loading.load.take
+        if take is None:
+            loading.parts.append(bytes(rows))
+            return
+        assert loading.generation_seen is not None
+        if not take(Part(start, rows, loading.end, loading.generation_seen)):
+            loading.end = start
 
     def _give_up_slow_loads(self) -> None:
         now = time.monotonic()
@@ -423,6 +447,12 @@ class RedisKvStore:
         self._events.append(
             Loaded(load.session_key, load.generation, load.start, rows, written_in, given_up)
         )
+
+
+def _is_readable(link: socket.socket, timeout_ms: int) -> bool:
+    poller = select.poll()
+    poller.register(link, select.POLLIN)
+    return bool(poller.poll(timeout_ms))
 
 
 def read_script(name: str) -> bytes:

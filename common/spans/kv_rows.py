@@ -9,12 +9,16 @@ Letters: T tokens, H heads, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 MIN_CAPACITY = 64  # rows
+ByteRows: TypeAlias = "np.ndarray[tuple[int, int], np.dtype[np.uint8]]"  # (rows, row bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +103,19 @@ class KvRows:
         rows = self.buffer[start:end].cpu().view(torch.uint8)
         return rows.numpy().tobytes()
 
-    def write_bytes(self, start: int, data: bytes) -> None:
-        """Put rows that came from the store at `start`; `data` must be whole rows."""
-        rows, rest = divmod(len(data), self.layout.row_bytes)
-        if rest:
-            raise ValueError(f"{len(data)} bytes are no whole rows of {self.layout.row_bytes}")
-        self.reserve(start + rows)
-        values = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(self.layout.dtype)
-        self.buffer[start : start + rows] = values.view(rows, -1)
+    def take_rows(self, start: int, count: int, read: Callable[[ByteRows], int]) -> int:
+        """Put rows that `read` brings at `start`; returns how many.
+
+        `read` gets room for `count` rows, uint8 (count, row bytes), and says how many it filled.
+        """
+        self.reserve(start + count)
+        rows = self.buffer[start : start + count].view(torch.uint8)
+        if rows.device.type == "cpu":
+            return read(rows.numpy())
+        landing = torch.empty(rows.shape, dtype=torch.uint8)
+        filled = read(landing.numpy())
+        rows[:filled] = landing[:filled].to(rows.device)
+        return filled
 
 
 def _slice(rows: Tensor, at: int, shape: tuple[int, int]) -> Tensor:

@@ -73,7 +73,8 @@ class TextService:
         self._row_bytes = layout.row_bytes
         self._shape = f"{service.model} {service.part} {layout.dtype} {self._row_bytes}"
         self._budget = budget
-        self._warm = WarmCache(executor.model.new_kv, budget, self._find_busy)
+        self._pool = executor.model.new_pool(budget.limit_bytes)
+        self._warm = WarmCache(lambda: executor.model.new_kv(self._pool), budget, self._find_busy)
         self._loading: dict[bytes, Task] = {}  # steps that wait for rows from the store
 
     # --- what the worker asks
@@ -106,6 +107,9 @@ class TextService:
         for session in self._warm:
             self._commit(session)
         self._budget.evict()
+        if self._pool is not None:  # what is ready for KV counts, too
+            others = self._budget.used_bytes() - self._warm.used_bytes()
+            self._pool.limit(max(0, self._budget.limit_bytes - others))
 
     def on_end(self, session_key: bytes) -> None:
         """A session is over. It may be one of another service."""

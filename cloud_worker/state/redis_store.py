@@ -30,7 +30,7 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
@@ -264,16 +264,53 @@ class RedisKvStore:
         name, *arguments = request
         self._request(on_answer, on_failure, "EVALSHA", self._sha[name], *arguments)
 
+    def _read_with_record(
+        self,
+        on_answer: Callable[[Any], None],
+        on_failure: Callable[[str], None],
+        session_key: bytes,
+        command: tuple[Any, ...],
+    ) -> None:
+        """A command and the session's record at the same instant: both their answers."""
+        self._adopt_fresh_connection()
+        if self._connection is None:
+            on_failure("Redis is not connected")
+            return
+
+        def on_both(answer: Any) -> None:
+            refused = [part for part in answer or [] if isinstance(part, Refusal)]
+            if refused:
+                self._on_refusal(refused[0], on_failure)
+            else:
+                on_answer(answer)
+
+        self._requests(
+            [("MULTI",), ("EVALSHA", self._sha["load"], 1, record_key(session_key), session_key),
+             command, ("EXEC",)],
+            on_both, on_failure,
+        )  # fmt: skip
+
     def _request(
         self, on_answer: Callable[[Any], None], on_failure: Callable[[str], None], *command: Any
     ) -> None:
+        self._requests([command], on_answer, on_failure)
+
+    def _requests(
+        self,
+        commands: Sequence[tuple[Any, ...]],
+        on_answer: Callable[[Any], None],
+        on_failure: Callable[[str], None],
+    ) -> None:
+        """Send commands together; what matters is the answer to the last."""
         connection = self._connection
         if not self._pending:
             self._moved_at = time.monotonic()
-        parts = connection.pack_command(*command)
+        parts = connection.pack_commands(commands)
         size = sum(len(part) for part in parts)
         self._unsent += [memoryview(part) for part in parts]
         self._unsent_bytes += size
+        ignored = _Pending(lambda answer: None, lambda reason: None, 0)
+        self._pending += [ignored] * (len(commands) - 1)
         self._pending.append(_Pending(on_answer, on_failure, size))
         try:
             self._flush(connection)
@@ -326,13 +363,17 @@ class RedisKvStore:
 
     def _handle_answers(self) -> None:
         while self._pending and (answer := self._answers.next_answer()) is not INCOMPLETE:
+            request = self._pending.popleft()
             if isinstance(answer, Refusal):
-                if answer.reason.startswith(CONNECT_ANEW):
-                    raise redis.ConnectionError(answer.reason)
-                log.warning("Redis refused a command: %s", answer.reason)
-                self._pending.popleft().on_failure(answer.reason)
+                self._on_refusal(answer, request.on_failure)
             else:
-                self._pending.popleft().on_answer(answer)
+                request.on_answer(answer)
+
+    def _on_refusal(self, refusal: Refusal, on_failure: Callable[[str], None]) -> None:
+        on_failure(refusal.reason)
+        if refusal.reason.startswith(CONNECT_ANEW):
+            raise redis.ConnectionError(refusal.reason)
+        log.warning("Redis refused a command: %s", refusal.reason)
 
     def _drop_connection(self, error: Exception) -> None:
         log.warning(
@@ -392,29 +433,31 @@ class RedisKvStore:
         start = loading.next_row
         loading.next_row += rows
         loading.in_flight += 1
-        self._send(
+        self._read_with_record(
             lambda answer: self._on_part(loading, start, rows, answer),
-            lambda reason: self._on_part(loading, start, rows, []),
-            "load", 2, record_key(load.session_key), chunk_key(load.session_key, chunk),
-            first * load.row_bytes, (first + rows) * load.row_bytes - 1, load.session_key,
+            lambda reason: self._on_part(loading, start, rows, None),
+            load.session_key,
+            ("GETRANGE", chunk_key(load.session_key, chunk),
+             first * load.row_bytes, (first + rows) * load.row_bytes - 1),
         )  # fmt: skip
 
-    def _on_part(self, loading: _Loading, start: int, rows: int, answer: list[Any]) -> None:
+    def _on_part(self, loading: _Loading, start: int, rows: int, answer: Any) -> None:
         load = loading.load
         loading.in_flight -= 1
         if loading.finished:
             return  # given up
         valid = 0
-        if answer and bytes(answer[0]) == load.shape.encode():
-            valid = usable_rows(answer[1], answer[2], load.generation, load.fork)
-            if loading.generation_seen not in (None, answer[1]):
+        record, chunk = answer if answer is not None else ([], None)
+        if record and bytes(record[0]) == load.shape.encode():
+            valid = usable_rows(record[1], record[2], load.generation, load.fork)
+            if loading.generation_seen not in (None, record[1]):
                 valid = 0  # the record changed hands between two parts
-            loading.generation_seen = answer[1]
+            loading.generation_seen = record[1]
         usable = min(rows, valid - start, loading.end - start)
         if usable < rows:
             loading.end = min(loading.end, start + max(0, usable))
         if usable > 0:
-            part = answer[3][: usable * load.row_bytes]
+            part = chunk[: usable * load.row_bytes]
             if len(part) < usable * load.row_bytes:  # an evicted or foreign chunk
                 loading.end = start
             else:

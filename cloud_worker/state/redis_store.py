@@ -453,9 +453,8 @@ class RedisKvStore:
             if loading.generation_seen not in (None, record[1]):
                 valid = 0  # the record changed hands between two parts
             loading.generation_seen = record[1]
-        usable = min(rows, valid - start, loading.end - start)
-        if usable < rows:
-            loading.end = min(loading.end, start + max(0, usable))
+        loading.end = min(loading.end, max(start, valid))
+        usable = min(rows, loading.end - start)
         if usable > 0:
             part = chunk[: usable * load.row_bytes]
             if len(part) < usable * load.row_bytes:  # an evicted or foreign chunk

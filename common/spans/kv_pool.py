@@ -119,6 +119,7 @@ class SlotPool:
             if keep < self._touched_bytes and hasattr(mmap, "MADV_DONTNEED"):
                 self._arena.madvise(mmap.MADV_DONTNEED, keep, self._touched_bytes - keep)
                 self._touched_bytes = keep
+            self._refill()
 
     # --- with the lock
 

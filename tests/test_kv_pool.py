@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import mmap
 import random
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from common.spans.kv_pool import SlotPool
+from common.spans.kv_pool import PIECE_BYTES, SlotPool
 from common.spans.kv_rows import MIN_CAPACITY, KvRows, make_layout, slot_bytes
 
 LAYOUT = make_layout([((2, 8), (2, 8))], torch.float32)
@@ -93,13 +95,23 @@ def test_a_full_pool_is_no_reason_to_refuse_a_session() -> None:
 
 def test_touched_memory_waits_for_the_next_session() -> None:
     pool = make_pool(100, reserve_slots=10)
-    wait_until(lambda: pool.touched_bytes >= 10 * SLOT)
-    slots = pool.take(10)
+
+    def wait_for(slots: int) -> None:
+        wait_until(lambda: not pool._refilling)
+        assert slots * SLOT <= pool.touched_bytes < slots * SLOT + PIECE_BYTES
+
+    wait_for(10)
+    slots = pool.take(60)
     assert slots is not None
-    wait_until(lambda: pool.touched_bytes >= 20 * SLOT)
+    wait_for(70)
     pool.give_back(slots)
-    assert pool.take(20) is not None
-    wait_until(lambda: pool.touched_bytes >= 30 * SLOT)
+    assert pool.take(65) is not None
+    wait_for(75)
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * mmap.PAGESIZE
 
 
 def test_memory_that_others_need_is_given_back_to_the_system() -> None:
@@ -113,7 +125,9 @@ def test_memory_that_others_need_is_given_back_to_the_system() -> None:
     assert more is not None
     pool.memory(more).fill_(9)
     pool.give_back(more)
+    before = resident_bytes()
     pool.limit(500 * SLOT)
+    assert before - resident_bytes() > 1800 * SLOT
     assert pool.touched_bytes == 1100 * SLOT  # of which all is in use or before that
     assert bool((pool.memory(kept) == 7).all())
     again = pool.take(2000)

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from cloud_worker.state.redis_store import RedisKvStore
-from cloud_worker.state.row_seals import Checksum, KvCipher, RowSeal
+from cloud_worker.state.row_seals import Checksum, KvCipher, RowSeal, unseal
 from cloud_worker.state.store import Commit, Load, Loaded, chunk_rows
 from deploy.embedded_redis import EmbeddedRedis
 
@@ -57,7 +57,7 @@ def measure(store: RedisKvStore, row_bytes: int, count: int, kind: str) -> tuple
     committed_at = time.perf_counter()
     store.begin_load(Load(key, "bench", 0, 0, 0, count, stored))
     loaded = wait(store)
-    back = seal.unseal(loaded, 0, row_bytes, 0) if seal is not None else loaded
+    back = unseal(seal, loaded, 0, row_bytes, 0) if seal is not None else loaded
     done_at = time.perf_counter()
     assert back == rows
     store.begin_delete(key)

@@ -16,7 +16,7 @@ import redis
 
 from cloud_worker.state import redis_store
 from cloud_worker.state.redis_store import RedisKvStore, chunk_key, read_script
-from cloud_worker.state.row_seals import Checksum, ForgedRows, KvCipher, RowSeal
+from cloud_worker.state.row_seals import Checksum, ForgedRows, KvCipher, RowSeal, unseal
 from cloud_worker.state.store import (
     Commit,
     CommitRefused,
@@ -104,7 +104,7 @@ class Model:
         event = wait(self.store)
         assert isinstance(event, Loaded)
         try:
-            loaded = self.seal.unseal(event.rows, 0, ROW, event.written_in)
+            loaded = unseal(self.seal, event.rows, 0, ROW, event.written_in)
         except ForgedRows as error:
             loaded = error.whole
         count = len(loaded) // ROW

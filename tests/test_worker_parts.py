@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from msgspec import structs
@@ -10,7 +11,7 @@ from cloud_worker.loop.batcher import Batcher, Task
 from cloud_worker.state.session_cache import CacheBudget
 from cloud_worker.text.warm_cache import WarmCache
 from common.protocol.messages import Opening, Part, Step
-from common.spans.kv_rows import KvRows, make_layout
+from common.spans.kv_rows import ByteRows, KvRows, make_layout
 
 LAYOUT = make_layout([((2, 4), (2, 4)), ((1, 8), (1, 8))], torch.float32)
 OPENING = Opening("m", "0-2", 8, ["fp32"], "")
@@ -112,10 +113,26 @@ def test_a_session_keeps_the_rows_that_are_valid_for_a_step(
 ) -> None:
     session = make_cache(1).open(STEP.session_id, STEP)
     session.kv.reserve(8)
-    session.kv.length = session.committed = 8
+    session.kv.length = session.committed = session.final = 8
     step = structs.replace(STEP, generation=generation, fork=fork, position=position)
     assert session.adjust_to(step)
     assert (session.kv.length, session.committed, session.generation) == (keeps, keeps, generation)
+
+
+@pytest.mark.parametrize(
+    ("number", "generation", "position", "keeps"),
+    [(4, 0, 7, 7), (4, 0, 4, 4), (3, 0, 7, 7), (5, 0, 7, 5), (5, 0, 4, 4), (4, 1, 7, 5)],
+)
+def test_drafts_are_worth_something_to_the_next_step_only(
+    number: int, generation: int, position: int, keeps: int
+) -> None:
+    session = make_cache(1).open(STEP.session_id, STEP)
+    session.kv.reserve(8)
+    session.kv.length, session.final, session.committed, session.last_step = 8, 5, 5, 3
+    step = structs.replace(STEP, step=number, generation=generation, fork=8, position=position)
+    assert session.adjust_to(step)
+    assert (session.kv.length, session.final) == (keeps, keeps)
+    assert session.committed == min(keeps, 5)
 
 
 def test_a_step_of_an_older_generation_is_out_of_date() -> None:
@@ -143,11 +160,12 @@ def test_kv_rows_go_out_as_bytes_and_come_back() -> None:
     kv, other = KvRows(LAYOUT), KvRows(LAYOUT)
     kv.reserve(6)
     kv.buffer.normal_()
-    other.write_bytes(0, kv.read_bytes(0, 2))
-    other.write_bytes(2, kv.read_bytes(2, 6))
+    for start, end in ((0, 2), (2, 6)):
+        rows = np.frombuffer(kv.read_bytes(start, end), np.uint8).reshape(end - start, -1)
+
+        def read(into: ByteRows, rows: ByteRows = rows) -> int:
+            into[:] = rows
+            return len(rows)
+
+        assert other.take_rows(start, end - start, read) == end - start
     assert torch.equal(other.buffer[:6], kv.buffer[:6])
-
-
-def test_bytes_that_are_no_whole_rows_are_refused() -> None:
-    with pytest.raises(ValueError, match="no whole rows"):
-        KvRows(LAYOUT).write_bytes(0, b"abc")

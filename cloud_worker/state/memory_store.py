@@ -10,6 +10,7 @@ from cloud_worker.state.store import (
     Committed,
     Load,
     Loaded,
+    Part,
     StoreEvent,
     counted_bytes,
     usable_rows,
@@ -97,6 +98,10 @@ class MemoryKvStore:
             end = min(valid, load.end)
             written_in = session.generation
             rows = bytes(session.rows[load.start * load.row_bytes : end * load.row_bytes])
+        if load.take is not None and rows:
+            end = load.start + len(rows) // load.row_bytes
+            load.take(Part(load.start, memoryview(rows), end, written_in))
+            rows = b""
         self._events.append(Loaded(load.session_key, load.generation, load.start, rows, written_in))
 
     def begin_delete(self, session_key: bytes) -> None:

@@ -24,19 +24,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import select
 import socket
 import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
-import hiredis
 import redis
 
+from cloud_worker.state.answers import INCOMPLETE, AnswerReader, Refusal
 from cloud_worker.state.store import (
     Commit,
     CommitFailed,
@@ -44,6 +45,7 @@ from cloud_worker.state.store import (
     Committed,
     Load,
     Loaded,
+    Part,
     StoreEvent,
     chunk_rows,
     counted_bytes,
@@ -55,13 +57,14 @@ from common.settings import SESSION_TTL_S
 log = logging.getLogger("midspan.store")
 
 LOADS_IN_FLIGHT = 2
+LOAD_LINGER_S = 0.002  # how long a turn waits for more of a load that is coming in
+LOAD_GAP_MS = 1
 RECONNECT_S = 0.5
 PING_S = 1.0
 LOAD_LIMIT_S = 1.0  # what a load may take, and more as long as it is faster than
 LOAD_BYTES_PER_S = 16e6  # which is 120 rows of 128 KB (8 billion parameters): as edges replay them
 MAX_UNSENT_BYTES = 64 << 20
 NO_BOUND = 1 << 52
-READ_BYTES = 256 << 10
 SEND_BUFFER_BYTES = 128 << 10  # of the system: what is in there moves unseen
 SLOWEST_BYTES_PER_S = 100_000.0
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError)
@@ -76,7 +79,8 @@ class _Loading:
     next_row: int  # first row not asked for yet
     end: int  # shrinks to what turns out to be valid
     begun_at: float
-    parts: list[bytes] = field(default_factory=list)
+    parts: list[bytes] = field(default_factory=list)  # unless somebody takes them
+    loaded_bytes: int = 0
     in_flight: int = 0
     generation_seen: int | None = None
     finished: bool = False
@@ -84,8 +88,7 @@ class _Loading:
     @property
     def give_up_at(self) -> float:
         """When it is slower than its edge would be, unless another part comes."""
-        loaded_bytes = sum(len(part) for part in self.parts)
-        return self.begun_at + LOAD_LIMIT_S + loaded_bytes / LOAD_BYTES_PER_S
+        return self.begun_at + LOAD_LIMIT_S + self.loaded_bytes / LOAD_BYTES_PER_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +121,7 @@ class RedisKvStore:
         self._events: list[StoreEvent] = []
         self._pending: deque[_Pending] = deque()
         self._loads: list[_Loading] = []
-        self._answers = hiredis.Reader()  # of this connection: what has come, whole or in part
+        self._answers = AnswerReader()  # of this connection: what has come, whole or in part
         self._unsent: deque[memoryview] = deque()
         self._unsent_bytes = 0
         self._moved_at = time.monotonic()  # when bytes last went either way
@@ -194,7 +197,7 @@ class RedisKvStore:
                     raise redis.TimeoutError(f"no answer within {idle_s:.1f} s")
                 if not self._pending and idle_s > PING_S:
                     self._request(lambda answer: None, lambda reason: None, "PING")
-            except (redis.RedisError, hiredis.HiredisError, OSError) as error:
+            except (redis.RedisError, OSError) as error:
                 self._drop_connection(error)
         events, self._events = self._events, []
         return events
@@ -261,16 +264,53 @@ class RedisKvStore:
         name, *arguments = request
         self._request(on_answer, on_failure, "EVALSHA", self._sha[name], *arguments)
 
+    def _read_with_record(
+        self,
+        on_answer: Callable[[Any], None],
+        on_failure: Callable[[str], None],
+        session_key: bytes,
+        command: tuple[Any, ...],
+    ) -> None:
+        """A command and the session's record at the same instant: both their answers."""
+        self._adopt_fresh_connection()
+        if self._connection is None:
+            on_failure("Redis is not connected")
+            return
+
+        def on_both(answer: Any) -> None:
+            refused = [part for part in answer or [] if isinstance(part, Refusal)]
+            if refused:
+                self._on_refusal(refused[0], on_failure)
+            else:
+                on_answer(answer)
+
+        self._requests(
+            [("MULTI",), ("EVALSHA", self._sha["load"], 1, record_key(session_key), session_key),
+             command, ("EXEC",)],
+            on_both, on_failure,
+        )  # fmt: skip
+
     def _request(
         self, on_answer: Callable[[Any], None], on_failure: Callable[[str], None], *command: Any
     ) -> None:
+        self._requests([command], on_answer, on_failure)
+
+    def _requests(
+        self,
+        commands: Sequence[tuple[Any, ...]],
+        on_answer: Callable[[Any], None],
+        on_failure: Callable[[str], None],
+    ) -> None:
+        """Send commands together; what matters is the answer to the last."""
         connection = self._connection
         if not self._pending:
             self._moved_at = time.monotonic()
-        parts = connection.pack_command(*command)
+        parts = connection.pack_commands(commands)
         size = sum(len(part) for part in parts)
         self._unsent += [memoryview(part) for part in parts]
         self._unsent_bytes += size
+        ignored = _Pending(lambda answer: None, lambda reason: None, 0)
+        self._pending += [ignored] * (len(commands) - 1)
         self._pending.append(_Pending(on_answer, on_failure, size))
         try:
             self._flush(connection)
@@ -299,26 +339,41 @@ class RedisKvStore:
                     self._unsent.popleft()
 
     def _read_answers(self, connection: Any) -> None:
-        """Take what has come, and handle the answers that are whole."""
+        """Take what has come, and handle the answers that are whole.
+
+        While a load comes in it is waited for a little, as the server's next write is due: a turn
+        of the worker's loop for each would take longer than the bytes.
+        """
         link = connection._sock  # redis-py waits for the rest of an answer once it has begun
-        with contextlib.suppress(*WOULD_BLOCK):
-            while True:
-                piece = link.recv(READ_BYTES)
-                if not piece:
-                    raise redis.ConnectionError("the server ended the connection")
-                self._moved_at = time.monotonic()
-                self._answers.feed(piece)
-                self._handle_answers()
+        linger_until = 0.0
+        while True:
+            try:
+                received = self._answers.receive(link)
+            except WOULD_BLOCK:
+                if not self._loads or time.monotonic() >= linger_until:
+                    return
+                if not _is_readable(link, LOAD_GAP_MS):
+                    return
+                continue
+            if not received:
+                raise redis.ConnectionError("the server ended the connection")
+            self._moved_at = time.monotonic()
+            linger_until = linger_until or self._moved_at + LOAD_LINGER_S
+            self._handle_answers()
 
     def _handle_answers(self) -> None:
-        while self._pending and (answer := self._answers.gets()) is not False:
-            if isinstance(answer, hiredis.ReplyError):
-                if str(answer).startswith(CONNECT_ANEW):
-                    raise redis.ConnectionError(str(answer))
-                log.warning("Redis refused a command: %s", answer)
-                self._pending.popleft().on_failure(str(answer))
+        while self._pending and (answer := self._answers.next_answer()) is not INCOMPLETE:
+            request = self._pending.popleft()
+            if isinstance(answer, Refusal):
+                self._on_refusal(answer, request.on_failure)
             else:
-                self._pending.popleft().on_answer(answer)
+                request.on_answer(answer)
+
+    def _on_refusal(self, refusal: Refusal, on_failure: Callable[[str], None]) -> None:
+        on_failure(refusal.reason)
+        if refusal.reason.startswith(CONNECT_ANEW):
+            raise redis.ConnectionError(refusal.reason)
+        log.warning("Redis refused a command: %s", refusal.reason)
 
     def _drop_connection(self, error: Exception) -> None:
         log.warning(
@@ -351,13 +406,13 @@ class RedisKvStore:
     def _adopt_fresh_connection(self) -> None:
         if self._fresh is not None:
             self._connection, self._fresh, self._connecting = self._fresh, None, None
-            self._answers = hiredis.Reader()
+            self._answers = AnswerReader()
             log.warning("Redis at %s is back", _without_password(self.url))
 
     # --- answers
 
     def _on_committed(self, commit: Commit, answer: Any) -> None:
-        code, position = answer[0].decode(), int(answer[1])
+        code, position = str(answer[0], "ascii"), int(answer[1])
         if code == "committed":
             event: StoreEvent = Committed(commit.session_key, commit.generation, position)
         else:
@@ -378,34 +433,45 @@ class RedisKvStore:
         start = loading.next_row
         loading.next_row += rows
         loading.in_flight += 1
-        self._send(
+        self._read_with_record(
             lambda answer: self._on_part(loading, start, rows, answer),
-            lambda reason: self._on_part(loading, start, rows, []),
-            "load", 2, record_key(load.session_key), chunk_key(load.session_key, chunk),
-            first * load.row_bytes, (first + rows) * load.row_bytes - 1, load.session_key,
+            lambda reason: self._on_part(loading, start, rows, None),
+            load.session_key,
+            ("GETRANGE", chunk_key(load.session_key, chunk),
+             first * load.row_bytes, (first + rows) * load.row_bytes - 1),
         )  # fmt: skip
 
-    def _on_part(self, loading: _Loading, start: int, rows: int, answer: list[Any]) -> None:
+    def _on_part(self, loading: _Loading, start: int, rows: int, answer: Any) -> None:
         load = loading.load
         loading.in_flight -= 1
         if loading.finished:
             return  # given up
         valid = 0
-        if answer and answer[0].decode() == load.shape:
-            valid = usable_rows(answer[1], answer[2], load.generation, load.fork)
-            if loading.generation_seen not in (None, answer[1]):
+        record, chunk = answer if answer is not None else ([], None)
+        if record and bytes(record[0]) == load.shape.encode():
+            valid = usable_rows(record[1], record[2], load.generation, load.fork)
+            if loading.generation_seen not in (None, record[1]):
                 valid = 0  # the record changed hands between two parts
-            loading.generation_seen = answer[1]
-        usable = min(rows, valid - start, loading.end - start)
-        if usable < rows:
-            loading.end = min(loading.end, start + max(0, usable))
+            loading.generation_seen = record[1]
+        loading.end = min(loading.end, max(start, valid))
+        usable = min(rows, loading.end - start)
         if usable > 0:
-            part = answer[3][: usable * load.row_bytes]
+            part = chunk[: usable * load.row_bytes]
             if len(part) < usable * load.row_bytes:  # an evicted or foreign chunk
                 loading.end = start
             else:
-                loading.parts.append(part)
+                self._hand_over(loading, start, part)
         self._load_next_part(loading)
+
+    def _hand_over(self, loading: _Loading, start: int, rows: memoryview) -> None:
+        loading.loaded_bytes += len(rows)
+        take = loading.load.take
+        if take is None:
+            loading.parts.append(bytes(rows))
+            return
+        assert loading.generation_seen is not None
+        if not take(Part(start, rows, loading.end, loading.generation_seen)):
+            loading.end = start
 
     def _give_up_slow_loads(self) -> None:
         now = time.monotonic()
@@ -423,6 +489,12 @@ class RedisKvStore:
         self._events.append(
             Loaded(load.session_key, load.generation, load.start, rows, written_in, given_up)
         )
+
+
+def _is_readable(link: socket.socket, timeout_ms: int) -> bool:
+    poller = select.poll()
+    poller.register(link, select.POLLIN)
+    return bool(poller.poll(timeout_ms))
 
 
 def read_script(name: str) -> bytes:

@@ -18,7 +18,7 @@ anew; checksummed rows below the fork stay as they are.
 from __future__ import annotations
 
 import os
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import xxhash
@@ -26,6 +26,9 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 NONCE_BYTES, TAG_BYTES, SUM_BYTES = 12, 16, 8
+
+
+ByteRows: TypeAlias = "np.ndarray[tuple[int, int], np.dtype[np.uint8]]"  # (rows, row bytes)
 
 
 class ForgedRows(Exception):
@@ -47,16 +50,28 @@ class RowSeal(Protocol):
         """Rows from position `start` on, each `row_bytes` long, to `overhead` more each."""
         ...
 
-    def unseal(self, stored: bytes, start: int, row_bytes: int, generation: int) -> bytes:
-        """The reverse, for rows that were sealed in `generation`. Raises ForgedRows."""
+    def open_rows(self, stored: memoryview, start: int, generation: int, into: ByteRows) -> int:
+        """The reverse, for rows that were sealed in `generation`: put them `into` their place.
+
+        As many as that has room for. Returns how many were right before the first that was not.
+        """
         ...
+
+
+def unseal(seal: RowSeal, stored: bytes, start: int, row_bytes: int, generation: int) -> bytes:
+    """Rows of `row_bytes` from position `start` on, as they were. Raises ForgedRows."""
+    rows = np.empty((len(stored) // (row_bytes + seal.overhead), row_bytes), np.uint8)
+    whole = seal.open_rows(memoryview(stored), start, generation, rows)
+    if whole < len(rows):
+        raise ForgedRows(start + whole, rows[:whole].tobytes())
+    return rows.tobytes()
 
 
 def unseal_blob(seal: RowSeal, stored: bytes, generation: int) -> bytes:
     """One row of whatever length, at position `generation`. Raises ForgedRows."""
     if len(stored) <= seal.overhead:
         raise ForgedRows(generation)
-    return seal.unseal(stored, generation, len(stored) - seal.overhead, 0)
+    return unseal(seal, stored, generation, len(stored) - seal.overhead, 0)
 
 
 class Checksum:
@@ -81,16 +96,19 @@ class Checksum:
         stored[:, row_bytes:] = np.frombuffer(sums, np.uint8).reshape(count, SUM_BYTES)
         return stored.tobytes()
 
-    def unseal(self, stored: bytes, start: int, row_bytes: int, generation: int) -> bytes:
-        view, size = memoryview(stored), row_bytes + SUM_BYTES
-        count = len(stored) // size
+    def open_rows(self, stored: memoryview, start: int, generation: int, into: ByteRows) -> int:
+        count, row_bytes = into.shape
+        size = row_bytes + SUM_BYTES
         table = np.frombuffer(stored, np.uint8, count * size).reshape(count, size)
-        for index in range(count):
-            at = index * size
-            row, checksum = view[at : at + row_bytes], view[at + row_bytes : at + size]
-            if self._sum(row, start + index) != checksum:
-                raise ForgedRows(start + index, table[:index, :row_bytes].tobytes())
-        return table[:, :row_bytes].tobytes()
+        sums = np.ascontiguousarray(table[:, row_bytes:]).view(">u8")[:, 0].tolist()
+        whole, seed, digest = 0, self._seed + start, xxhash.xxh3_64_intdigest
+        for checksum in sums:
+            at = whole * size
+            if digest(stored[at : at + row_bytes], (seed + whole) % 2**64) != checksum:
+                break
+            whole += 1
+        into[:whole] = table[:whole, :row_bytes]
+        return whole
 
     def _sum(self, row: memoryview, position: int) -> bytes:
         return xxhash.xxh3_64_digest(row, seed=(self._seed + position) % 2**64)
@@ -117,18 +135,18 @@ class KvCipher:
             parts += [nonce, self._aead.encrypt(nonce, row, self._bind(start + index, generation))]
         return b"".join(parts)
 
-    def unseal(self, stored: bytes, start: int, row_bytes: int, generation: int) -> bytes:
+    def open_rows(self, stored: memoryview, start: int, generation: int, into: ByteRows) -> int:
+        count, row_bytes = into.shape
         size = row_bytes + self.overhead
-        parts: list[bytes] = []
-        for index in range(len(stored) // size):
+        for index in range(count):
             at = index * size
             nonce, box = stored[at : at + NONCE_BYTES], stored[at + NONCE_BYTES : at + size]
             try:
                 row = self._aead.decrypt(nonce, box, self._bind(start + index, generation))
-            except InvalidTag as error:
-                raise ForgedRows(start + index, b"".join(parts)) from error
-            parts.append(row)
-        return b"".join(parts)
+            except InvalidTag:
+                return index
+            into[index] = np.frombuffer(row, np.uint8)
+        return count
 
     def _bind(self, position: int, generation: int) -> bytes:
         return self._session_key + generation.to_bytes(8, "little") + position.to_bytes(8, "little")

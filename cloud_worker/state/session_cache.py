@@ -46,9 +46,13 @@ class CacheBudget:
         """A cache is bounded together with the others from now on."""
         self._caches.append(cache)  # type: ignore[arg-type]  # of any sessions
 
+    def used_bytes(self) -> int:
+        """What all caches have."""
+        return sum(cache.used_bytes() for cache in self._caches)
+
     def evict(self, keep: Collection[bytes] = ()) -> int:
         """Drop sessions that are neither busy nor to be kept until the limits hold; how many."""
-        used = sum(cache.used_bytes() for cache in self._caches)
+        used = self.used_bytes()
         count = sum(len(cache) for cache in self._caches)
         dropped = 0
         if used <= self.limit_bytes and count <= MAX_SESSIONS:

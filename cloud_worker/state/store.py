@@ -26,8 +26,9 @@ boundary rows, so the result is the same, and a stored reply would double what e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 CHUNK_BYTES = 1 << 20
 COUNTED_BYTES = 64 << 10  # a session counts in these for its account: it is not asked at every step
@@ -52,8 +53,25 @@ class Commit:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Some rows of a load. `rows` is a view of memory that is used again after the call."""
+
+    start: int
+    rows: memoryview
+    end: int  # of all rows that the load can have, as far as is known
+    written_in: int  # the generation that the store names; not to be believed
+
+
+PartTaker: TypeAlias = Callable[[Part], bool]  # whether it wants those after it, too
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
-    """Read rows start..end, or as many of them as are valid for the generation."""
+    """Read rows start..end, or as many of them as are valid for the generation.
+
+    With `take` rows are handed over in order, as they come, from within `poll`; `Loaded` then
+    says that no more will, and has none.
+    """
 
     session_key: bytes
     shape: str
@@ -62,6 +80,7 @@ class Load:
     start: int
     end: int
     row_bytes: int
+    take: PartTaker | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from msgspec import structs
 from cloud_worker.loop.batcher import Batcher, Task
 from cloud_worker.loop.outbox import Outbox
 from cloud_worker.loop.precision import check_precision, tell_precision
-from cloud_worker.state.row_seals import Checksum, ForgedRows, KvCipher, RowSeal
+from cloud_worker.state.row_seals import Checksum, KvCipher, RowSeal
 from cloud_worker.state.session_cache import CacheBudget
 from cloud_worker.state.store import (
     Commit,
@@ -21,6 +21,7 @@ from cloud_worker.state.store import (
     KvStore,
     Load,
     Loaded,
+    Part,
     StoreEvent,
     chunk_rows,
 )
@@ -72,7 +73,8 @@ class TextService:
         self._row_bytes = layout.row_bytes
         self._shape = f"{service.model} {service.part} {layout.dtype} {self._row_bytes}"
         self._budget = budget
-        self._warm = WarmCache(executor.model.new_kv, budget, self._find_busy)
+        self._pool = executor.model.new_pool(budget.limit_bytes)
+        self._warm = WarmCache(lambda: executor.model.new_kv(self._pool), budget, self._find_busy)
         self._loading: dict[bytes, Task] = {}  # steps that wait for rows from the store
 
     # --- what the worker asks
@@ -105,6 +107,9 @@ class TextService:
         for session in self._warm:
             self._commit(session)
         self._budget.evict()
+        if self._pool is not None:  # what is ready for KV counts, too
+            others = self._budget.used_bytes() - self._warm.used_bytes()
+            self._pool.limit(max(0, self._budget.limit_bytes - others))
 
     def on_end(self, session_key: bytes) -> None:
         """A session is over. It may be one of another service."""
@@ -177,6 +182,7 @@ class TextService:
                 Load(
                     task.session_key, self._shape_of(session), step.generation, step.fork,
                     session.kv.length, step.position, self._stored_row_bytes(session),
+                    lambda part: self._take_rows(task.session_key, step.generation, part),
                 )
             )  # fmt: skip
 
@@ -213,23 +219,47 @@ class TextService:
             session.commit_at = time.monotonic() + OVER_SHARE_S
             session.pieces_of_step = None
 
+    def _take_rows(self, session_key: bytes, generation: int, part: Part) -> bool:
+        """Put rows of a load into the session that waits for them; whether it wants the next."""
+        task, session = self._loading.get(session_key), self._warm.find(session_key)
+        if task is None or session is None or task.text_step.generation != generation:
+            return False
+        kv, seal, stored_row_bytes = session.kv, session.seal, self._stored_row_bytes(session)
+        assert seal is not None
+        known = kv.length - part.start  # rows that an earlier load has brought meanwhile
+        count = len(part.rows) // stored_row_bytes - known
+        if known < 0 or count <= 0:
+            return known >= 0
+        start, rows = kv.length, part.rows[known * stored_row_bytes :]
+        room = task.text_step.end if part.end >= task.text_step.position else part.end
+        try:
+            kv.reserve(room)
+            taken = kv.take_rows(
+                start, count, lambda into: seal.open_rows(rows, start, part.written_in, into)
+            )
+        except (MemoryError, RuntimeError) as error:  # what torch raises for a full device
+            log.warning("no memory for the rows of a session: %s", error)
+            return False
+        kv.length += taken
+        session.final = kv.length
+        holds = seal.outlives_generation or part.written_in == session.generation
+        if holds and session.committed == start:
+            session.committed += taken
+        self.stats["rows_pulled"] += taken
+        self.stats["bytes_pulled"] += taken * stored_row_bytes
+        if taken < count:
+            self.stats["rows_refused"] += 1
+            log.warning(
+                "row %d in the store is damaged or not this session's; computing from there again",
+                kv.length,
+            )
+        return taken == count
+
     def _on_loaded(self, event: Loaded, session: WarmSession | None) -> None:
         task = self._loading.get(event.session_key)
         if task is None or session is None or task.text_step.generation != event.generation:
             return
         self.stats["loads_given_up"] += event.given_up
-        plain = self._unseal(session, event)
-        if plain and session.kv.length == event.start:
-            session.kv.write_bytes(event.start, plain)
-            rows = len(plain) // self._row_bytes
-            session.kv.length += rows
-            session.final = session.kv.length
-            assert session.seal is not None
-            holds = session.seal.outlives_generation or event.written_in == session.generation
-            if holds and session.committed == event.start:
-                session.committed += rows
-            self.stats["rows_pulled"] += rows
-            self.stats["bytes_pulled"] += len(event.rows)
         del self._loading[event.session_key]
         step = task.text_step
         if session.kv.length >= step.position:
@@ -302,7 +332,7 @@ class TextService:
         """Begin to commit the next piece that the store does not have, unless one is under way."""
         if not session.is_dirty or session.commit_in_flight or not self._store.is_up():
             return
-        if session.commit_at > time.monotonic():
+        if session.commit_at > time.monotonic() or session.session_key in self._loading:
             return
         start = session.committed
         row_bytes = self._stored_row_bytes(session)
@@ -344,13 +374,3 @@ class TextService:
     def _shape_of(self, session: WarmSession) -> str:
         assert session.seal is not None
         return f"{self._shape} {session.seal.name}"
-
-    def _unseal(self, session: WarmSession, event: Loaded) -> bytes:
-        """The rows as they were, up to the first that is not what this session wrote."""
-        assert session.seal is not None
-        try:
-            return session.seal.unseal(event.rows, event.start, self._row_bytes, event.written_in)
-        except ForgedRows as error:
-            self.stats["rows_refused"] += 1
-            log.warning("%s; computing from there again", error)
-            return error.whole

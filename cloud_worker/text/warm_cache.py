@@ -83,6 +83,12 @@ class WarmCache(SessionCache[WarmSession]):
         super().__init__(budget, find_busy)
         self._new_kv = new_kv
 
+    def drop(self, session_key: bytes) -> None:
+        session = self.find(session_key)
+        if session is not None:
+            session.kv.release()
+        super().drop(session_key)
+
     def open(self, session_key: bytes, step: Step) -> WarmSession:
         """The session of a step, most recently used from now on; empty if it is new here."""
         return self.use(

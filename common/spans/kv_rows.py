@@ -2,19 +2,26 @@
 
 A row holds the keys and values of all layers of the span for one token, flat and contiguous.
 So a step's new KV is one slice, committing is one copy, taking over is another, and cutting back
-is a smaller number. Attention reads a layer through a strided view.
+is a smaller number. Attention reads a layer through a strided view. Workers take the memory from
+a pool (common/spans/kv_pool.py).
 
 Letters: T tokens, H heads, D head size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
-MIN_CAPACITY = 64  # rows
+from common.spans.kv_pool import SlotPool, Slots
+
+MIN_CAPACITY = 64  # rows; of a slot, too
+ByteRows: TypeAlias = "np.ndarray[tuple[int, int], np.dtype[np.uint8]]"  # (rows, row bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +60,26 @@ def make_layout(
     return KvLayout(tuple(slots), at, dtype)
 
 
-class KvRows:
-    """`length` valid rows in a buffer that grows by doubling."""
+def slot_bytes(layout: KvLayout) -> int:
+    """What a pool's slots must have for this layout."""
+    return max(1, layout.row_bytes) * MIN_CAPACITY
 
-    def __init__(self, layout: KvLayout, device: torch.device | str = "cpu") -> None:
+
+class KvRows:
+    """`length` valid rows in a buffer that grows by doubling: in a pool's slots, if it has room."""
+
+    def __init__(
+        self,
+        layout: KvLayout,
+        device: torch.device | str = "cpu",
+        pool: SlotPool | None = None,
+    ) -> None:
+        """`pool` has slots of `slot_bytes(layout)`, in the memory of the CPU."""
         self.layout = layout
         self.length = 0
         self.buffer = torch.empty(0, layout.row_values, dtype=layout.dtype, device=device)
+        self._pool = pool
+        self._slots: Slots | None = None
 
     @property
     def capacity(self) -> int:
@@ -74,10 +94,30 @@ class KvRows:
         if rows <= self.capacity:
             return
         capacity = max(MIN_CAPACITY, 1 << (rows - 1).bit_length())
+        if self._pool is not None and self.layout.row_values:
+            if self._slots and self._pool.extend(self._slots, capacity // MIN_CAPACITY):
+                self.buffer = self._pooled(self._pool, self._slots)
+                return
+            slots = self._pool.take(capacity // MIN_CAPACITY)
+            if slots is not None:
+                self._move(self._pooled(self._pool, slots), slots)
+                return
         # zeros touches the pages now: page faults later would be the main cost of a takeover
-        grown = self.buffer.new_zeros(capacity, self.layout.row_values)
-        grown[: self.length] = self.buffer[: self.length]
-        self.buffer = grown
+        self._move(self.buffer.new_zeros(capacity, self.layout.row_values), None)
+
+    def release(self) -> None:
+        """Forget all rows and give the memory back."""
+        self.length = 0
+        self._move(self.buffer.new_empty(0, self.layout.row_values), None)
+
+    def _pooled(self, pool: SlotPool, slots: Slots) -> Tensor:
+        return pool.memory(slots).view(self.layout.dtype).view(-1, self.layout.row_values)
+
+    def _move(self, buffer: Tensor, slots: Slots | None) -> None:
+        buffer[: self.length] = self.buffer[: self.length]
+        if self._pool is not None and self._slots is not None:
+            self._pool.give_back(self._slots)
+        self.buffer, self._slots = buffer, slots
 
     def write_layer(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
         """Put keys and values, shape (1, H, T, D) each, at rows start..start+T of a layer."""
@@ -99,14 +139,19 @@ class KvRows:
         rows = self.buffer[start:end].cpu().view(torch.uint8)
         return rows.numpy().tobytes()
 
-    def write_bytes(self, start: int, data: bytes) -> None:
-        """Put rows that came from the store at `start`; `data` must be whole rows."""
-        rows, rest = divmod(len(data), self.layout.row_bytes)
-        if rest:
-            raise ValueError(f"{len(data)} bytes are no whole rows of {self.layout.row_bytes}")
-        self.reserve(start + rows)
-        values = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(self.layout.dtype)
-        self.buffer[start : start + rows] = values.view(rows, -1)
+    def take_rows(self, start: int, count: int, read: Callable[[ByteRows], int]) -> int:
+        """Put rows that `read` brings at `start`; returns how many.
+
+        `read` gets room for `count` rows, uint8 (count, row bytes), and says how many it filled.
+        """
+        self.reserve(start + count)
+        rows = self.buffer[start : start + count].view(torch.uint8)
+        if rows.device.type == "cpu":
+            return read(rows.numpy())
+        landing = torch.empty(rows.shape, dtype=torch.uint8)
+        filled = read(landing.numpy())
+        rows[:filled] = landing[:filled].to(rows.device)
+        return filled
 
 
 def _slice(rows: Tensor, at: int, shape: tuple[int, int]) -> Tensor:

@@ -17,7 +17,10 @@ from transformers import DynamicCache
 from common.errors import CheckpointError
 from common.spans.attention import PackedCache, Segment
 from common.spans.cut import Span
-from common.spans.kv_rows import KvLayout, KvRows, make_layout
+from common.spans.kv_pool import SlotPool
+from common.spans.kv_rows import KvLayout, KvRows, make_layout, slot_bytes
+
+RESERVE_ROWS = 4096  # of KV for which a pool has memory ready
 
 
 class SpanModel:
@@ -45,9 +48,16 @@ class SpanModel:
         self.device = next(decoder.parameters(), torch.empty(0)).device
         self.layout = self._probe_layout()
 
-    def new_kv(self) -> KvRows:
-        """An empty KV cache for one session."""
-        return KvRows(self.layout, self.device)
+    def new_kv(self, pool: SlotPool | None = None) -> KvRows:
+        """An empty KV cache for one session, in a pool's slots if there is one."""
+        return KvRows(self.layout, self.device, pool)
+
+    def new_pool(self, limit_bytes: int) -> SlotPool | None:
+        """Memory for the KV of many sessions; None if they are elsewhere than in the CPU's."""
+        if self.device.type != "cpu" or not self.layout.row_bytes:
+            return None
+        reserve_bytes = min(RESERVE_ROWS * self.layout.row_bytes, limit_bytes // 2)
+        return SlotPool(slot_bytes(self.layout), limit_bytes, reserve_bytes)
 
     @torch.inference_mode()
     def embed_and_run(self, token_ids: Tensor, segments: Sequence[Segment]) -> Tensor:

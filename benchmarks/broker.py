@@ -46,7 +46,6 @@ from deploy.child import Child, midspan_command
 
 BODY = os.urandom(520)
 SERVICE = Service("f" * 16, "m", "2-6", 512, "float32")
-ANNOUNCE_S = 1.0
 RUNS = ((100, 8), (1000, 64), (1000, 256))
 
 
@@ -70,7 +69,7 @@ def be_workers(endpoint: str, count: int, pipe: Connection) -> None:
     pipe.send("ready")
     while not pipe.poll():
         now = time.monotonic()
-        if now - announced_at >= ANNOUNCE_S:
+        if now - announced_at >= HEARTBEAT_S:  # as cloud_worker/loop/worker.py does
             announced_at = now
             for index, pulse in enumerate(pulses):
                 announce = Announce(f"w{index}", [SERVICE], 64, 100, pulse=pulse)

@@ -80,7 +80,10 @@ def format_report(report: dict[str, Any]) -> str:
     if faults:
         table += "\n\n" + "\n".join(faults)
     refused = sum(report["refused_connections"].values())
-    counters += f", refused_connections {refused}, bad_messages {report['bad_messages']}"
+    counters += (
+        f", refused_connections {refused}, ended_connections {report['ended_connections']}"
+        f", bad_messages {report['bad_messages']}"
+    )
     return f"{table}\n\n{summary}\n{counters}{_format_checks(report.get('checks', []))}"
 
 

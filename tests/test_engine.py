@@ -191,6 +191,18 @@ def test_a_conversation_goes_on_after_a_cancelled_turn(
     conversation.close()
 
 
+def test_a_conversation_has_one_answer_at_a_time(
+    engine: Engine, prompts: list[list[int]], wanted: list[list[int]]
+) -> None:
+    conversation = engine.open()
+    turn = conversation.submit(prompts[0], COUNT)
+    with pytest.raises(TooManySessions, match="has an answer that is not over"):
+        conversation.submit(prompts[1], COUNT)
+    assert read(turn) == wanted[0]
+    assert read(conversation.submit(prompts[1], COUNT)) == wanted[1]
+    conversation.close()
+
+
 def test_seeds_are_of_the_session_not_of_its_neighbours(
     engine: Engine, prompts: list[list[int]]
 ) -> None:

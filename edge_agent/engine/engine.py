@@ -117,6 +117,7 @@ class Conversation:
     def __init__(self, engine: Engine, text: TextSession) -> None:
         self._engine = engine
         self._text = text
+        self._is_answering = False
 
     @property
     def session_id(self) -> bytes:
@@ -130,7 +131,8 @@ class Conversation:
     ) -> TokenStream:
         """Ask for an answer to a whole prompt, the earlier turns included. One at a time.
 
-        Raises TooManySessions when the engine takes no more now, EngineClosed.
+        Raises TooManySessions when the engine takes no more now, or while an answer of this
+        conversation is not over, and EngineClosed.
         """
         return self._engine._submit(self, prompt_ids, max_new_tokens, sampling, ends=False)
 
@@ -184,6 +186,7 @@ class Engine:
         self._commands: deque[Callable[[], None]] = deque()
         self._lock = threading.Lock()
         self._closing = False
+        self._is_over = False
         self._accepted = 0  # answers that are neither over nor refused
         self._waiting: deque[_Running] = deque()
         self._running: dict[TokenStream, _Running] = {}
@@ -227,7 +230,7 @@ class Engine:
             if self._closing:
                 return
             self._closing = True
-        self._wake()
+            self._wake()
         self._thread.join()
 
     def _submit(
@@ -250,18 +253,24 @@ class Engine:
                 raise TooManySessions(
                     f"{self._accepted} answers are being made or waited for; try again later"
                 )
+            if conversation._is_answering:
+                raise TooManySessions("the conversation has an answer that is not over yet")
+            conversation._is_answering = True
             self._accepted += 1
-        self._command(lambda: self._waiting.append(running))
+            self._commands.append(lambda: self._waiting.append(running))
+            self._wake()
         return stream
 
     # --- from any thread to the engine's
 
     def _command(self, command: Callable[[], None]) -> None:
-        self._commands.append(command)
-        self._wake()
+        with self._lock:
+            self._commands.append(command)
+            self._wake()
 
     def _wake(self) -> None:
-        with contextlib.suppress(OSError):  # closed
+        """The lock must be held: a number that was closed may be another file's."""
+        if not self._is_over:
             os.eventfd_write(self._wake_fd, 1)
 
     # --- the engine's thread
@@ -288,7 +297,9 @@ class Engine:
             self._take_commands()  # what was asked for before it was closed
             self._finish_all(EngineClosed("the engine is closed"))
             self._link.close()
-            os.close(self._wake_fd)
+            with self._lock:
+                self._is_over = True
+                os.close(self._wake_fd)
 
     def _wait(self, poller: zmq.Poller) -> None:
         socket, events = self._link.socket, self._link.events
@@ -520,6 +531,7 @@ class Engine:
         running.stream.ended_by_itself = running.text.ended_by_itself
         with self._lock:
             self._accepted -= 1
+            running.stream.conversation._is_answering = False
         running.stream._put(error)
 
     def _finish_all(self, error: BaseException) -> None:

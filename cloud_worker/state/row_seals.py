@@ -88,13 +88,11 @@ class Checksum:
         view, count = memoryview(rows), len(rows) // row_bytes
         if count == 1:
             return rows + self._sum(view, start)
-        stored = np.empty((count, row_bytes + SUM_BYTES), np.uint8)
-        stored[:, :row_bytes] = np.frombuffer(rows, np.uint8).reshape(count, row_bytes)
-        sums = b"".join(
-            self._sum(view[i * row_bytes : (i + 1) * row_bytes], start + i) for i in range(count)
-        )
-        stored[:, row_bytes:] = np.frombuffer(sums, np.uint8).reshape(count, SUM_BYTES)
-        return stored.tobytes()
+        parts: list[bytes | memoryview] = []
+        for index in range(count):
+            row = view[index * row_bytes : (index + 1) * row_bytes]
+            parts += (row, self._sum(row, start + index))
+        return b"".join(parts)
 
     def open_rows(self, stored: memoryview, start: int, generation: int, into: ByteRows) -> int:
         count, row_bytes = into.shape

@@ -248,6 +248,27 @@ def test_a_rows_values_do_not_depend_on_its_neighbours(name: str, calibration: C
 
 
 @pytest.mark.parametrize("name", UNCALIBRATED + CALIBRATED)
+@pytest.mark.parametrize("columns", [D, D - 3])
+def test_rows_of_many_sessions_have_the_bodies_that_each_has_alone(
+    name: str, columns: int, calibration: Calibration
+) -> None:
+    if columns != D and name in CALIBRATED:
+        pytest.skip("a calibration is of one width")
+    torch.manual_seed(3)
+    largest = 2.0 if name in CALIBRATED else 1e4
+    rows = torch.randn(7, columns) * torch.tensor([1, 5, 0.01, 3, largest, 0, 1])[:, None]
+    uplinks = torch.randn(7, columns)
+    for direction in ("up", "down"):
+        codec = make_codec(name, direction, calibration)
+        pairs = zip(torch.split(rows, 1), torch.split(uplinks, 1), strict=True)
+        alone = [codec.encode(row, up) for row, up in pairs]
+        assert codec.encode_each(rows, uplinks) == alone
+        if not codec.needs_uplink:
+            want = torch.cat([codec.decode(body, 1, columns) for body in alone])
+            assert torch.equal(codec.decode_each(alone, columns), want)
+
+
+@pytest.mark.parametrize("name", UNCALIBRATED + CALIBRATED)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_nan_and_infinity_are_refused(name: str, bad: float, calibration: Calibration) -> None:
     rows = torch.zeros(2, D)

@@ -92,22 +92,55 @@ class TextExecutor:
             return [computed for pair in batch for computed in self.run([pair])]
 
     def _run_together(self, batch: Sequence[tuple[Task, WarmSession]]) -> list[Computed]:
-        uplinks = [self._decode(task) for task, _ in batch]
+        uplinks = self._decode_all([task for task, _ in batch])
         segments = [
             Segment(session.kv, task.text_step.position, task.text_step.rows)
             for task, session in batch
         ]
         rows = uplinks[0] if len(uplinks) == 1 else torch.cat(uplinks)
         results = self.model.run(rows.to(self.model.device, self.model.dtype), segments)
-        computed = []
+        return self._encode_all([task for task, _ in batch], uplinks, results)
+
+    def _decode_all(self, tasks: Sequence[Task]) -> list[Tensor]:
+        """The boundary rows of each step; those of single rows in one go for each codec."""
+        decoded: list[Tensor | None] = [None] * len(tasks)
+        singles: dict[Codec, list[int]] = {}
+        for index, task in enumerate(tasks):
+            if task.text_step.rows == 1:
+                name = task.text_opening.codecs[task.text_step.parts[0].codec]
+                singles.setdefault(self._codec(name, "up"), []).append(index)
+            else:
+                decoded[index] = self._decode(task)
+        for codec, indices in singles.items():
+            rows = codec.decode_each([tasks[i].body for i in indices], self.model.hidden)
+            for index, row in zip(indices, torch.split(rows, 1), strict=True):
+                decoded[index] = row
+        return [rows for rows in decoded if rows is not None]
+
+    def _encode_all(
+        self, tasks: Sequence[Task], uplinks: Sequence[Tensor], results: Tensor
+    ) -> list[Computed]:
+        """The body of each reply; those of single rows in one go for each codec."""
+        bodies: list[bytes] = [b""] * len(tasks)
+        singles: dict[Codec, list[int]] = {}
+        downs: list[Tensor] = []
+        ups: list[Tensor] = []
         at = 0
-        for (task, _), uplink in zip(batch, uplinks, strict=True):
+        for index, (task, uplink) in enumerate(zip(tasks, uplinks, strict=True)):
             at += task.text_step.rows
             wanted = task.text_step.reply_rows
             codec = self._codec(task.text_opening.codecs[task.text_step.reply_codec], "down")
-            down = results[at - wanted : at]
-            computed.append(Computed(codec.encode(down, uplink[len(uplink) - wanted :])))
-        return computed
+            downs.append(results[at - wanted : at])
+            ups.append(uplink[len(uplink) - wanted :])
+            if wanted == 1:
+                singles.setdefault(codec, []).append(index)
+            else:
+                bodies[index] = codec.encode(downs[-1], ups[-1])
+        for codec, indices in singles.items():
+            rows, own = (torch.cat([parts[i] for i in indices]) for parts in (downs, ups))
+            for index, body in zip(indices, codec.encode_each(rows, own), strict=True):
+                bodies[index] = body
+        return [Computed(body) for body in bodies]
 
     def _decode(self, task: Task) -> Tensor:
         """The boundary rows of a step, float32 (T, D)."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 import zstandard
@@ -21,7 +22,14 @@ from torch import Tensor
 
 from common.codecs.calibration import Calibration, DirectionCalibration
 from common.codecs.entropy import decode_symbols, encode_symbols
-from common.codecs.quantize import body_bytes, dequantize, quantize
+from common.codecs.quantize import (
+    body_bytes,
+    dequantize,
+    has_separate_rows,
+    join_rows,
+    quantize,
+    split_rows,
+)
 from common.codecs.spec import CodecSpec, parse_codec
 from common.errors import NonFiniteError, ProtocolError, SettingsError
 
@@ -91,6 +99,40 @@ class Codec:
         if not _is_finite(decoded):
             raise NonFiniteError(f"a {self.name} body decodes to NaN or infinity")
         return decoded.to(dtype)
+
+    @property
+    def _has_separate_rows(self) -> bool:
+        """And no product of matrices, whose last bits may depend on how many rows there are."""
+        spec = self.spec
+        if spec.zstd or spec.hadamard or spec.kind == "fisher" or self._predictor is not None:
+            return False
+        return spec.kind == "cast" or has_separate_rows(spec)
+
+    def encode_each(self, rows: Tensor, uplinks: Tensor | None = None) -> list[bytes]:
+        """Rows (n, D) of n sessions, each to the body that `encode` gives it, in one go if it can.
+
+        Raises NonFiniteError if a value of any has no code.
+        """
+        if len(rows) == 1 or not self._has_separate_rows:
+            parts = [None] * len(rows) if uplinks is None else torch.split(uplinks, 1)
+            pairs = zip(torch.split(rows, 1), parts, strict=True)
+            return [self.encode(row, uplink) for row, uplink in pairs]
+        body = self.encode(rows, uplinks)
+        if self.spec.kind == "cast":
+            size = len(body) // len(rows)
+            return [body[at : at + size] for at in range(0, len(body), size)]
+        return split_rows(body, self.spec, len(rows), rows.shape[1], self.spec.bits)
+
+    def decode_each(self, bodies: Sequence[bytes], hidden: int) -> Tensor:
+        """Bodies of one row each to rows (n, hidden), in one go if it can. Raises as `decode`."""
+        if len(bodies) == 1 or not self._has_separate_rows:
+            return torch.cat([self.decode(body, 1, hidden) for body in bodies])
+        for body in bodies:
+            self._check_size(len(body), 1, hidden)
+        if self.spec.kind == "cast":
+            return self.decode(b"".join(bodies), len(bodies), hidden)
+        joined = join_rows(bodies, self.spec, hidden, self.spec.bits)
+        return self.decode(joined, len(bodies), hidden)
 
     def check_body(self, size: int, rows: int, hidden: int) -> None:
         """Raise ProtocolError if no body of these rows can have this size."""

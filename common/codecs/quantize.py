@@ -20,6 +20,8 @@ Letters: T tokens (rows), D hidden, R scale groups.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -87,6 +89,44 @@ def quantize(values: Tensor, spec: CodecSpec, bits: int) -> bytes:
         codes = (cells / scales).round_().add_(top).clamp_(0, 2 * top).to(torch.uint8)
     packed = pack_bits(_from_cells(codes, spec, values.shape), code_bits(spec, bits))
     return _to_bytes(scales.to(torch.bfloat16)) + zero_points + _to_bytes(packed)
+
+
+def has_separate_rows(spec: CodecSpec) -> bool:
+    """Whether a row is quantized without a look at its neighbours, in one width."""
+    return spec.granularity in ("token", "group") and not spec.low_bits
+
+
+def split_rows(body: bytes, spec: CodecSpec, rows: int, hidden: int, bits: int) -> list[bytes]:
+    """The bodies that the rows of a body would have each by itself."""
+    parts = list(_columns(memoryview(body), spec, rows, hidden, bits))
+    return [b"".join(part[i * size : (i + 1) * size] for part, size in parts) for i in range(rows)]
+
+
+def join_rows(bodies: Sequence[bytes], spec: CodecSpec, hidden: int, bits: int) -> bytes:
+    """One body of all rows, from those that each have by itself."""
+    views = [memoryview(body) for body in bodies]
+    at = 0
+    joined = []
+    for size in _row_sizes(spec, hidden, bits):
+        joined += [view[at : at + size] for view in views]
+        at += size
+    return b"".join(joined)
+
+
+def _row_sizes(spec: CodecSpec, hidden: int, bits: int) -> tuple[int, int, int]:
+    """Bytes of one row: scales, zero points, codes."""
+    scales = count_scales(spec, 1, hidden)
+    codes = packed_bytes(hidden, code_bits(spec, bits))
+    return scales * SCALE_BYTES, scales * ZERO_POINT_BYTES * spec.affine, codes
+
+
+def _columns(
+    body: memoryview, spec: CodecSpec, rows: int, hidden: int, bits: int
+) -> Iterator[tuple[memoryview, int]]:
+    at = 0
+    for size in _row_sizes(spec, hidden, bits):
+        yield body[at : at + rows * size], size
+        at += rows * size
 
 
 def dequantize(body: memoryview, spec: CodecSpec, rows: int, hidden: int, bits: int) -> Tensor:

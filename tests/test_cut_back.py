@@ -18,7 +18,7 @@ from edge_agent.text.ends import ModelEnds
 from edge_agent.text.session import Session
 from edge_agent.text.text_session import TextSession, uniform_settings
 from edge_agent.text.tokenizer import TextTokenizer
-from edge_agent.text.work import RunHead, RunTail
+from edge_agent.text.work import DecodeRow, EncodeRow, RunHead, RunTail
 
 COUNT = 16
 
@@ -139,6 +139,8 @@ def drive(ends: ModelEnds, session: TextSession, prompt_ids: list[int], count: i
                 (result,) = ends.run_heads([(token_ids, caches)])
             case RunTail(rows, caches):
                 (result,) = ends.run_tails([(rows, caches)])
+            case EncodeRow() | DecodeRow():
+                result = work.do()
             case Ask(step):
                 assert isinstance(step, Step)
                 steps.append(step)

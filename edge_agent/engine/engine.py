@@ -21,11 +21,13 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 import zmq
 
 from common.codecs.calibration import Calibration
+from common.codecs.codec import Codec
 from common.errors import BrokerUnavailable, EngineClosed, MidspanError, TooManySessions
 from common.protocol.messages import EndSession, StepKey
 from common.protocol.wire import encode_header
@@ -36,7 +38,15 @@ from edge_agent.text.ends import ModelEnds
 from edge_agent.text.sampler import SamplingSettings
 from edge_agent.text.stats import GenerationStats
 from edge_agent.text.text_session import SessionSettings, TextSession
-from edge_agent.text.work import NewToken, RunHead, RunTail, Work, Working
+from edge_agent.text.work import (
+    DecodeRow,
+    EncodeRow,
+    NewToken,
+    RunHead,
+    RunTail,
+    Work,
+    Working,
+)
 
 log = logging.getLogger("midspan.edge")
 
@@ -44,6 +54,7 @@ MAX_SESSIONS = 64  # computed at once
 MAX_WAITING = 1024  # accepted, and begun when another ends
 MAX_BATCH_ROWS = 512
 IDLE_POLL_S = 1.0
+RowWork = TypeVar("RowWork", EncodeRow, DecodeRow)
 RETRY_SEND_S = 0.02  # when there is no connection
 HOLD_PART = 0.5  # of the time that a batch takes, for which the others of it are waited for
 
@@ -195,7 +206,9 @@ class Engine:
         self._order = itertools.count()
         self._heads: list[tuple[_Running, RunHead]] = []
         self._tails: list[tuple[_Running, RunTail]] = []
-        self._tails_since = 0.0
+        self._encodings: list[tuple[_Running, EncodeRow]] = []
+        self._decodings: list[tuple[_Running, DecodeRow]] = []
+        self._ready_since = 0.0  # the first of the answers that are here
         self._batch_s = 0.0  # that tails and heads take, lately
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._run, name="midspan-engine", daemon=True)
@@ -307,7 +320,7 @@ class Engine:
             poller.register(each, zmq.POLLIN)
         now = time.monotonic()
         due_at = self._due[0][0] if self._due else now + IDLE_POLL_S
-        if self._tails or self._heads:
+        if self._is_anything_ready:
             due_at = min(due_at, self._hold_until)
         wait_s = max(0.0, min(due_at - now, IDLE_POLL_S))
         poller.poll(math.ceil(wait_s * 1000))
@@ -355,7 +368,11 @@ class Engine:
 
     @property
     def _hold_until(self) -> float:
-        return self._tails_since + HOLD_PART * self._batch_s
+        return self._ready_since + HOLD_PART * self._batch_s
+
+    @property
+    def _is_anything_ready(self) -> bool:
+        return bool(self._decodings or self._tails or self._heads or self._encodings)
 
     def _is_worth_computing(self) -> bool:
         """Weights are read once for a batch, so those who are still in the pool are waited for.
@@ -364,12 +381,19 @@ class Engine:
         """
         if self._heads or not self._by_key:
             return True
-        return bool(self._tails) and time.monotonic() >= self._hold_until
+        return self._is_anything_ready and time.monotonic() >= self._hold_until
 
     def _compute(self) -> None:
         """Tails, then heads, of all who have come so far; what follows goes out at once."""
-        begun_at, had_tails = time.monotonic(), bool(self._tails)
-        while self._tails or self._heads:
+        begun_at, had_answers = time.monotonic(), bool(self._decodings or self._tails)
+        while self._is_anything_ready:
+            decodings, self._decodings = self._decodings, []
+            self._run_rows(
+                decodings,
+                lambda codec, works: torch.split(
+                    codec.decode_each([work.body for work in works], self._ends.hidden), 1
+                ),
+            )
             tails, self._tails = self._tails, []
             self._run_batch(
                 [(running, work.caches, work.rows) for running, work in tails],
@@ -380,8 +404,41 @@ class Engine:
                 [(running, work.caches, work.token_ids) for running, work in heads],
                 lambda batch: self._ends.run_heads([(ids, caches) for _, caches, ids in batch]),
             )
-        if had_tails:
+            encodings, self._encodings = self._encodings, []
+            self._run_rows(
+                encodings,
+                lambda codec, works: codec.encode_each(torch.cat([work.row for work in works])),
+            )
+        if had_answers:
             self._batch_s += (time.monotonic() - begun_at - self._batch_s) / 8
+
+    def _run_rows(
+        self,
+        batch: Sequence[tuple[_Running, RowWork]],
+        together: Callable[[Codec, list[RowWork]], Sequence[Any]],
+    ) -> None:
+        """Encode or decode single rows, those of one codec together; if that fails each alone."""
+        groups: dict[str, list[tuple[_Running, RowWork]]] = {}
+        for running, work in batch:
+            groups.setdefault(work.codec.name, []).append((running, work))
+        for group in groups.values():
+            works = [work for _, work in group]
+            try:
+                results = together(works[0].codec, works)
+            except Exception:  # whatever one row holds, others go on
+                for running, work in group:
+                    self._do_alone(running, work)
+                continue
+            for (running, _), result in zip(group, results, strict=True):
+                self._go_on(running, result)
+
+    def _do_alone(self, running: _Running, work: EncodeRow | DecodeRow) -> None:
+        try:
+            result = work.do()
+        except Exception as error:
+            self._finish(running, error)
+        else:
+            self._go_on(running, result)
 
     def _run_batch(
         self,
@@ -421,15 +478,25 @@ class Engine:
                 self._heads.append((running, work))
                 return
             if isinstance(work, RunTail):
-                if not self._tails:
-                    self._tails_since = time.monotonic()
+                self._note_ready()
                 self._tails.append((running, work))
+                return
+            if isinstance(work, DecodeRow):
+                self._note_ready()
+                self._decodings.append((running, work))
+                return
+            if isinstance(work, EncodeRow):
+                self._encodings.append((running, work))
                 return
             if isinstance(work, Ask):
                 self._begin_exchange(running, work)
                 return
             self._tell(running, work)
             result = None
+
+    def _note_ready(self) -> None:
+        if not self._decodings and not self._tails:
+            self._ready_since = time.monotonic()
 
     def _tell(self, running: _Running, new: NewToken) -> None:
         stats, text = running.text.stats, running.text

@@ -14,7 +14,7 @@ from edge_agent.text.ends import ModelEnds
 from edge_agent.text.sampler import SamplingSettings
 from edge_agent.text.stats import GenerationStats
 from edge_agent.text.text_session import SessionSettings, TextSession
-from edge_agent.text.work import NewToken, RunHead, RunTail, Work
+from edge_agent.text.work import DecodeRow, EncodeRow, NewToken, RunHead, RunTail, Work
 
 
 class Session:
@@ -121,5 +121,7 @@ class Session:
                 return self._ends.run_heads([(token_ids, caches)])[0]
             case RunTail(rows, caches):
                 return self._ends.run_tails([(rows, caches)])[0]
+            case EncodeRow() | DecodeRow():
+                return work.do()
             case Ask():
                 return self._client.exchange(work)

@@ -24,7 +24,7 @@ from torch import Tensor
 from common.codecs.calibration import Calibration
 from common.codecs.codec import make_codec
 from common.codecs.spec import DEFAULT_CODEC
-from common.errors import NonFiniteError, ProtocolError, SettingsError, StepRefused
+from common.errors import MidspanError, NonFiniteError, ProtocolError, SettingsError, StepRefused
 from common.protocol.messages import NeedRows, NeedTensors, Opening, Step, StepReply
 from common.security.sealing import draw_key, seal
 from common.settings import MAX_ATTEMPTS, PREFILL_ROWS
@@ -33,7 +33,7 @@ from edge_agent.text.ends import ModelEnds, Scores
 from edge_agent.text.replay_log import Encoded, ReplayLog, parts_of
 from edge_agent.text.sampler import Sampler, SamplingSettings
 from edge_agent.text.stats import GenerationStats
-from edge_agent.text.work import NewToken, RunHead, RunTail, Work, Working
+from edge_agent.text.work import DecodeRow, EncodeRow, NewToken, RunHead, RunTail, Work, Working
 
 MOST_BYTES_PER_VALUE = 4  # of boundary rows, whatever the codec
 MAX_REPLAYS = 16  # in one step; every worker that dies on the way costs one or two
@@ -220,7 +220,14 @@ class TextSession:
         down = self._names.index(settings.prompt_down if is_prompt else settings.decode_down)
         start = len(self._log)
         for chunk in torch.split(boundary, settings.prefill_rows):
-            self._log.append(len(chunk), up, self._up[up].encode(chunk))
+            body: bytes | MidspanError
+            if len(chunk) == 1:
+                body = yield EncodeRow(self._up[up], chunk)
+                if isinstance(body, MidspanError):
+                    raise body
+            else:
+                body = self._up[up].encode(chunk)
+            self._log.append(len(chunk), up, body)
         sent_at = time.monotonic()
         rows, queue_s, middle_s = yield from self._compute_middle(start, len(self._log), down)
         return rows, sent_at - head_at, (time.monotonic() - sent_at, queue_s, middle_s)
@@ -245,7 +252,7 @@ class TextSession:
             try:
                 answer = _check_kind(said, first)
                 if isinstance(answer, StepReply):
-                    rows = self._decode(answer, body, pieces, reply_rows, down)
+                    rows = yield from self._decode(answer, body, pieces, reply_rows, down)
             except (NonFiniteError, ProtocolError) as error:
                 unusable += 1
                 self.stats.answers_unusable += 1
@@ -317,12 +324,17 @@ class TextSession:
 
     def _decode(
         self, reply: StepReply, body: bytes, pieces: list[Encoded], rows: int, down: int
-    ) -> Tensor:
+    ) -> Generator[Work, Any, Tensor]:
         """A reply's rows (rows, D). Raises ProtocolError or NonFiniteError, naming the worker."""
         if reply.rows != rows:
             raise ProtocolError(f"worker {reply.worker_id} answered {reply.rows} rows of {rows}")
         codec = self._down[down]
         uplink = None
+        if rows == 1 and not codec.needs_uplink:
+            decoded_row: Tensor | MidspanError = yield DecodeRow(codec, body, self._ends.hidden)
+            if isinstance(decoded_row, MidspanError):
+                raise _name_worker(decoded_row, reply.worker_id)
+            return decoded_row.to(self._ends.tail.dtype)
         if codec.needs_uplink:
             decoded = [self._up[p.codec].decode(p.body, p.rows, self._ends.hidden) for p in pieces]
             uplink = torch.cat(decoded)[-reply.rows :]
@@ -330,7 +342,11 @@ class TextSession:
         try:
             return codec.decode(body, reply.rows, self._ends.hidden, dtype, uplink)
         except (NonFiniteError, ProtocolError) as error:
-            raise type(error)(f"worker {reply.worker_id} answered badly: {error}") from error
+            raise _name_worker(error, reply.worker_id) from error
+
+
+def _name_worker(error: MidspanError, worker_id: str) -> MidspanError:
+    return type(error)(f"worker {worker_id} answered badly: {error}")
 
 
 def _check_kind(answer: StepReply | NeedRows | NeedTensors, first: int) -> StepReply | NeedRows:

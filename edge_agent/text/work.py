@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from common.codecs.codec import Codec
+from common.errors import MidspanError
 from edge_agent.engine.exchange import Ask
 from edge_agent.text.ends import EndCaches
 
@@ -33,6 +35,38 @@ class RunTail:
     caches: EndCaches
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodeRow:
+    """A boundary row (1, D) to a body; the result is that, or the MidspanError that says why not.
+
+    Rows of many sessions are quantized in one go, to the bytes that each has alone.
+    """
+
+    codec: Codec
+    row: Tensor
+
+    def do(self) -> bytes | MidspanError:
+        try:
+            return self.codec.encode(self.row)
+        except MidspanError as error:
+            return error
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodeRow:
+    """A body of one row of D values to that row (1, D), float32; or the MidspanError."""
+
+    codec: Codec
+    body: bytes
+    hidden: int
+
+    def do(self) -> Tensor | MidspanError:
+        try:
+            return self.codec.decode(self.body, 1, self.hidden)
+        except MidspanError as error:
+            return error
+
+
 @dataclass(frozen=True, slots=True)
 class NewToken:
     """A token to be handed to whoever asked; no result."""
@@ -40,5 +74,5 @@ class NewToken:
     token_id: int
 
 
-Work = RunHead | RunTail | Ask | NewToken
+Work = RunHead | RunTail | EncodeRow | DecodeRow | Ask | NewToken
 Working = Generator[Work, Any, None]

@@ -43,7 +43,7 @@ class Worker:
     in_flight: dict[StepKey, Flight] = field(default_factory=dict)
     steps_done: int = 0
     turn: int = 0  # of the queues that it takes from
-    _of_account: dict[Account, int] = field(default_factory=dict)
+    _of_account: dict[bytes, int] = field(default_factory=dict)  # steps, by the account's name
 
     @property
     def name(self) -> str:
@@ -80,13 +80,13 @@ class Worker:
         return next(iter(self.in_flight.values()), None)
 
     def has_place_for(self, account: Account, is_alone: bool) -> bool:
-        return is_alone or self._of_account.get(account, 0) < self.share
+        return is_alone or self._of_account.get(account.name, 0) < self.share
 
     def take(self, key: StepKey, account: Account, now: float) -> None:
         """A step was sent to it."""
         self._forget(key)
         self.in_flight[key] = Flight(account, now)
-        self._of_account[account] = self._of_account.get(account, 0) + 1
+        self._of_account[account.name] = self._of_account.get(account.name, 0) + 1
         self.settle()
 
     def drop(self, key: StepKey) -> None:
@@ -98,11 +98,12 @@ class Worker:
         flight = self.in_flight.pop(key, None)
         if flight is None:
             return False
-        count = self._of_account[flight.account] - 1
+        name = flight.account.name
+        count = self._of_account[name] - 1
         if count:
-            self._of_account[flight.account] = count
+            self._of_account[name] = count
         else:
-            del self._of_account[flight.account]
+            del self._of_account[name]
         return True
 
     def settle(self) -> None:
@@ -229,16 +230,16 @@ class ServicePool:
         return self._lowest
 
     def find(
-        self, account: Account, is_alone: bool, now: float, only_idle: bool = False
+        self, account: Account, is_alone: bool, now: float, only_idle: bool = False, but: str = ""
     ) -> Worker | None:
-        """The least busy worker that takes a step of an edge now."""
+        """The least busy worker that takes a step of an edge now, `but` one."""
         looked_at = 0
         load = self.least_load
         while load < len(self._shelves) and not (only_idle and load):
             for worker in self._shelves[load]:
                 if self._sets_aside(worker, now):
                     break
-                if worker.has_place_for(account, is_alone):
+                if worker.name != but and worker.has_place_for(account, is_alone):
                     return worker
                 looked_at += 1
                 if looked_at == LOOK_AT:
@@ -248,7 +249,7 @@ class ServicePool:
         if only_idle:
             return None
         late = [w for w in self._late if w.is_open and w.is_fresh(now)]
-        free = [w for w in late if w.has_place_for(account, is_alone)]
+        free = [w for w in late if w.name != but and w.has_place_for(account, is_alone)]
         return min(free, key=lambda w: len(w.in_flight), default=None)
 
     def _sets_aside(self, worker: Worker, now: float) -> bool:

@@ -189,19 +189,28 @@ class BrokerServer:
             received = port.receive()
             if received is None:
                 return count
-            peer, frames = received
             try:
-                check_frames(frames)
-                handle(peer, decode_header(frames[0]), frames)
-            except ProtocolError as error:
-                self._count_bad_message(error)
-                refusal = refuse_protocol(frames[0])
-                if refusal is not None:
-                    port.send(peer.address, [refusal])
+                self._handle(port, *received, handle)
             except Exception as error:  # one message must not end the broker
                 log.exception("a message could not be handled")
                 self._count_bad_message(error)
         return RECEIVE_BURST
+
+    def _handle(
+        self,
+        port: Port,
+        peer: Peer,
+        frames: list[bytes],
+        handle: Callable[[Peer, Message, list[bytes]], None],
+    ) -> None:
+        try:
+            check_frames(frames)
+            handle(peer, decode_header(frames[0]), frames)
+        except ProtocolError as error:
+            self._count_bad_message(error)
+            refusal = refuse_protocol(frames[0])
+            if refusal is not None:
+                port.send(peer.address, [refusal])
 
     def _count_bad_message(self, error: Exception) -> None:
         self._bad_messages += 1

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from itertools import islice
 
 from broker.actions import (
     AcceptDrain,
@@ -46,10 +47,12 @@ from broker.actions import (
     TellNotJoined,
     TellPending,
 )
+from broker.fair_queue import FairQueue
 from broker.ledger import Account, Ledger, Limits
 from broker.peer import Peer
 from broker.pools import (
     HAND_OVER_S,
+    LOOK_AT,
     ServiceKey,
     ServicePool,
     Worker,
@@ -179,8 +182,6 @@ class BrokerState:
             session.precision = precision
         deadline_at = now + min(step.deadline_ms / 1000, MAX_DEADLINE_S)
         record = StepRecord(step, pool, edge, account, body_bytes, now, now, deadline_at)
-        if step.shun:
-            record.failures.append((step.shun, "its answer could not be used"))
         self.steps[key] = record
         self._ledger.add_step(account, body_bytes)
         return actions + self._route(record, now)
@@ -631,6 +632,7 @@ class BrokerState:
         if worker is None:
             return None
         record = self.steps.get(key)
+        # a worker may have the same step in a later attempt: that one is not over
         is_current = record is not None and (
             (record.worker is worker and record.attempts == attempt)
             or record.late_on.get(worker.name) == attempt
@@ -643,23 +645,28 @@ class BrokerState:
 
     def _route(self, record: StepRecord, now: float, has_waited: bool = False) -> list[Action]:
         """Hand a step out if a worker takes it, else queue it, before others if it `has_waited`."""
+        record.pool = self._home_of(record)
         key, pool, account = record.step.key, record.pool, record.account
         if now < record.wait_until:
             self._settling[key] = record
             return []
         if record.failures:
+            untried = self._pick_untried(record, now)
+            if untried is not None:
+                return [self._assign(record, untried, now)]
             pool.retries[key] = None
-            return self._try_again(pool, now)
+            return []
         is_alone = self._ledger.is_alone(account)
         warm = self._warm_worker_of(record)
         queue = pool.waiting
         if warm is not None and not warm.is_stuck(now, pool.patience_s):
             if warm.is_open and warm.has_place_for(account, is_alone) and warm.is_fresh(now):
                 return [self._assign(record, warm, now)]
-            worker = pool.find(account, is_alone, now, only_idle=True)
+            worker = pool.find(account, is_alone, now, only_idle=True, but=record.step.shun)
             queue = pool.backlog_of(warm)
         else:
-            worker = pool.find(account, is_alone, now)
+            but = record.step.shun if len(pool.workers) > 1 else ""
+            worker = pool.find(account, is_alone, now, but=but)
         if worker is not None:
             return [self._assign(record, worker, now)]
         record.queue = queue
@@ -680,6 +687,7 @@ class BrokerState:
     def _assign(self, record: StepRecord, worker: Worker, now: float) -> Dispatched:
         key = record.step.key
         record.worker, record.queue = worker, None
+        record.late_on.pop(worker.name, None)  # what it may still say of that attempt is late
         record.attempts += 1
         record.sent_at = record.asked_at = now
         record.again_after_s = SEND_AGAIN_S
@@ -718,7 +726,7 @@ class BrokerState:
             return actions
         for pool in worker.pools:
             if pool.retries:
-                actions += self._try_again(pool, now)
+                actions += self._retry_at(worker, pool, now)
         while (key := self._next_for(worker, now)) is not None:
             actions.append(self._assign(self.steps[key], worker, now))
         return actions
@@ -735,9 +743,27 @@ class BrokerState:
         if not worker.in_flight:  # it may help others
             queues += [queue for pool in pools if (queue := pool.first_backlog()) is not None]
         for queue in queues:
-            for account in queue.accounts():  # few fill their share of one worker
-                if worker.has_place_for(account, self._ledger.is_alone(account)):
-                    return queue.take(account)
+            key = self._take_for(worker, queue)
+            if key is not None:
+                return key
+        return None
+
+    def _take_for(self, worker: Worker, queue: FairQueue) -> StepKey | None:
+        """The first step in turn that a worker may have and that does not shun it."""
+        for _ in range(LOOK_AT):
+            may = (  # few fill their share of one worker
+                account
+                for account in queue.accounts()
+                if worker.has_place_for(account, self._ledger.is_alone(account))
+            )
+            account = next(may, None)
+            if account is None:
+                return None
+            key = queue.take(account)
+            record = self.steps[key]
+            if record.step.shun != worker.name or len(record.pool.workers) < 2:
+                return key
+            queue.add(account, key)  # behind its others
         return None
 
     def _dispatch_from(self, pool: ServicePool, now: float) -> list[Action]:
@@ -771,7 +797,23 @@ class BrokerState:
 
     # --- steps that failed somewhere: few, so all workers may be looked at
 
+    def _retry_at(self, worker: Worker, pool: ServicePool, now: float) -> list[Action]:
+        """A worker may have room: for steps that it has not failed, or that all have."""
+        actions: list[Action] = []
+        for key in list(islice(pool.retries, LOOK_AT)):
+            if not worker.is_open or not worker.is_fresh(now):
+                break
+            record = self.steps[key]
+            is_tried = record.failed_on(worker.name)
+            if is_tried and len({name for name, _ in record.failures}) < len(pool.workers):
+                continue
+            if worker.has_place_for(record.account, self._ledger.is_alone(record.account)):
+                del pool.retries[key]
+                actions.append(self._assign(record, worker, now))
+        return actions
+
     def _try_again(self, pool: ServicePool, now: float) -> list[Action]:
+        """The workers of a pool are others than before."""
         actions: list[Action] = []
         for key in list(pool.retries):
             record = self.steps[key]
@@ -785,7 +827,8 @@ class BrokerState:
         """A worker that has not failed the step; one that has, if there is no other."""
         is_alone = self._ledger.is_alone(record.account)
         workers = [w for w in record.pool.workers.values() if not (w.draining or w.is_gone)]
-        untried = [w for w in workers if not record.failed_on(w.name)]
+        able = [w for w in workers if w.announce.ready and w.is_fresh(now)]
+        untried = [w for w in able if not record.failed_on(w.name)]
         candidates = [
             worker
             for worker in untried or workers
@@ -840,6 +883,14 @@ class BrokerState:
         ]
 
     # --- precisions
+
+    def _home_of(self, record: StepRecord) -> ServicePool:
+        """Where a step waits: where it did, unless nobody serves that and its session may move."""
+        if record.pool.workers:
+            return record.pool
+        session = self.sessions[record.step.session_id]
+        precision = session.opening.precision or session.precision
+        return self._pool_of(self._choose_pool(session.opening, precision).key)
 
     def _pool_of(self, service: ServiceKey) -> ServicePool:
         pool = self.pools.get(service)

@@ -113,6 +113,43 @@ def test_a_broker_without_memory_takes_nothing_new_and_finishes_what_it_has() ->
     assert Answer(LOUD.address, STEP.key) in state.on_answer(reply("w1", STEP), now=0.2)
 
 
+def test_a_step_that_shuns_a_worker_waits_its_turn_like_others() -> None:
+    state = make_state(announce("w1", capacity=1))
+    for session in range(50):
+        step = structs.replace(step_of(session), shun="x")
+        state.on_step(step, OPENING, LOUD, 12, now=0.0)
+    state.on_step(step_of(99), OPENING, QUIET, 12, now=0.1)
+    order = []
+    running = step_of(0)
+    for _ in range(3):
+        ((_, key),) = dispatched(state.on_answer(reply("w1", running), now=0.2))
+        order.append(key)
+        running = structs.replace(STEP, session_id=key[0])
+    assert step_of(99).key in order[:2]
+
+
+def test_a_shunned_worker_gets_the_step_only_if_it_is_the_only_one() -> None:
+    state = make_state(announce("w1"))
+    shunning = structs.replace(STEP, shun="w1")
+    assert dispatched(state.on_step(shunning, OPENING, LOUD, 12, now=0.0)) == [("w1", STEP.key)]
+    state = make_state(announce("w1"), announce("w2", capacity=1))
+    assert dispatched(state.on_step(shunning, OPENING, LOUD, 12, now=0.0)) == [("w2", STEP.key)]
+    other = structs.replace(step_of(5), shun="w1")
+    assert dispatched(state.on_step(other, OPENING, LOUD, 12, now=0.1)) == []
+    assert dispatched(state.on_answer(reply("w2", STEP), now=0.2)) == [("w2", other.key)]
+
+
+def test_an_edge_that_ends_its_sessions_has_no_more_than_its_share() -> None:
+    state = make_state(announce("w1", capacity=8))
+    state.on_step(step_of(99), OPENING, QUIET, 12, now=0.0)
+    for session in range(20):
+        state.on_step(step_of(session), OPENING, LOUD, 12, now=0.1)
+        state.on_end(step_of(session).session_id, LOUD)
+    assert len(state.workers["w1"].in_flight) == 5
+    later = step_of(99, step=1)
+    assert dispatched(state.on_step(later, None, QUIET, 12, now=0.2)) == [("w1", later.key)]
+
+
 # --- what no worker could make sense of
 
 
@@ -232,6 +269,32 @@ def test_a_step_taken_back_may_still_be_answered_by_the_late_worker() -> None:
     assert list(state.pools[MODEL, SPAN, "float32"].queued()) == []
 
 
+def handed_over_and_failed() -> BrokerState:
+    """Late on w1, failed on w2, and so on w1 once more."""
+    state = make_state(announce("w1"), announce("w2", capacity=0))
+    state.on_step(STEP, OPENING, LOUD, 12, now=0.0)
+    arrive(state, announce("w2"), now=1.0)
+    assert dispatched(state.on_tick(now=2.0)) == [("w2", STEP.key)]
+    again = state.on_failed(StepFailed(*STEP.key, 2, "w2", "boom"), now=2.1)
+    assert dispatched(again) == [("w1", STEP.key)]
+    return state
+
+
+def test_a_worker_that_confirms_an_earlier_attempt_still_has_the_later_one() -> None:
+    state = handed_over_and_failed()
+    state.on_dropped(StepDropped(*STEP.key, 1, "w1"), now=2.2)
+    assert list(state.workers["w1"].in_flight) == [STEP.key]
+    gone = state.on_worker_gone("w1", "died", now=2.3)
+    assert dispatched(gone) == [("w2", STEP.key)]
+
+
+def test_a_later_attempt_on_a_late_worker_fails_as_any_other() -> None:
+    state = handed_over_and_failed()
+    state.on_failed(StepFailed(*STEP.key, 3, "w1", "boom"), now=2.2)
+    assert state.steps[STEP.key].worker_id is not None
+    assert list(state.workers[state.steps[STEP.key].worker_id or ""].in_flight) == [STEP.key]
+
+
 def test_services_that_usually_take_long_have_more_patience() -> None:
     state = make_state(announce("w1"), announce("w2", capacity=0))
     for number in range(20):
@@ -301,6 +364,17 @@ def test_a_session_that_nobody_answered_yet_waits_for_no_precision() -> None:
     assert state.on_step(STEP, OPENING, LOUD, 12, now=0.1) == []
     joined = arrive(state, announce("w2", precision="bfloat16"), now=0.2)
     assert dispatched(joined) == [("w2", STEP.key)]
+
+
+def test_a_step_that_settles_may_begin_in_another_precision() -> None:
+    state = make_state()
+    for number in (1, 2):
+        state.on_announce(announce(f"w{number}"), Peer(b"%d" % number, connection=number), now=0.0)
+    state.on_step(STEP, OPENING, LOUD, 12, now=0.0)
+    arrive(state, announce("w3", precision="bfloat16"), now=0.5)
+    state.on_disconnected({1}, now=1.0)
+    state.on_disconnected({2}, now=1.1)
+    assert dispatched(state.on_tick(now=2.2)) == [("w3", STEP.key)]
 
 
 def test_a_session_that_nobody_answered_yet_may_begin_elsewhere() -> None:

@@ -139,13 +139,18 @@ class World:
             if pool.waiting and shelved:  # only who fills a share may wait beside room
                 for account in pool.waiting.accounts():
                     alone = state._ledger.is_alone(account)
-                    free = [w for w in shelved if w.is_fresh(self.now)]
+                    shunned = {state.steps[key].step.shun for key in pool.waiting}
+                    free = [w for w in shelved if w.is_fresh(self.now) and w.name not in shunned]
                     blocked = [w for w in free if not w.has_place_for(account, alone)]
                     assert free == blocked
         waiting = {key for key, record in state.steps.items() if record.worker is None}
         assert dict(places) == dict.fromkeys(waiting, 1)
+        for record in state.steps.values():
+            if record.worker is not None:
+                assert not record.worker.is_gone
+                assert record.step.key in record.worker.in_flight
         for worker in state.workers.values():
-            counted = Counter(flight.account for flight in worker.in_flight.values())
+            counted = Counter(flight.account.name for flight in worker.in_flight.values())
             assert counted == worker._of_account
         assert sum(a.steps for a in state._ledger._accounts.values()) == len(state.steps)
         assert sum(a.sessions for a in state._ledger._accounts.values()) == self.sessions

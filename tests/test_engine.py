@@ -191,6 +191,37 @@ def test_a_conversation_goes_on_after_a_cancelled_turn(
     conversation.close()
 
 
+class HoldingEngine(Engine):
+    """One whose tails can be held back, as they are while sessions are in the pool."""
+
+    is_holding = False
+
+    def _is_worth_computing(self) -> bool:
+        return not (self.is_holding and self._tails) and super()._is_worth_computing()
+
+
+def test_what_a_cancelled_turn_was_about_to_compute_is_not_computed(
+    pool: LocalPool, demo_ends: ModelEnds, prompts: list[list[int]], wanted: list[list[int]]
+) -> None:
+    with HoldingEngine(demo_ends, [pool.edge_endpoint], EXACT) as engine:
+        for _ in range(3):
+            conversation = engine.open()
+            engine.is_holding = True
+            turn = conversation.submit(prompts[0], 400)
+            give_up_at = time.monotonic() + 10
+            while not engine._tails:
+                assert time.monotonic() < give_up_at
+                time.sleep(0.005)
+            turn.cancel()
+            list(turn)
+            following = conversation.submit(prompts[1], COUNT)
+            time.sleep(0.05)
+            engine.is_holding = False
+            engine._command(lambda: None)
+            assert read(following) == wanted[1]
+            conversation.close()
+
+
 def test_a_conversation_has_one_answer_at_a_time(
     engine: Engine, prompts: list[list[int]], wanted: list[list[int]]
 ) -> None:
@@ -233,6 +264,24 @@ def test_streams_are_read_with_asyncio(
         return answers
 
     assert asyncio.run(everything()) == wanted[:4]
+
+
+def test_a_stream_that_was_left_goes_on_where_it_was(
+    engine: Engine, prompts: list[list[int]], wanted: list[list[int]]
+) -> None:
+    async def in_pieces(stream: TokenStream) -> list[int]:
+        tokens = []
+        for pieces in (1, 3, COUNT):
+            async for token in stream:
+                tokens.append(token.token_id)
+                if len(tokens) >= pieces:
+                    break
+        return tokens
+
+    stream = engine.submit(prompts[0], COUNT)
+    first = next(iter(stream)).token_id
+    assert [first, *asyncio.run(in_pieces(stream))] == wanted[0]
+    assert read(stream) == []  # the end stays
 
 
 def test_a_closed_engine_ends_its_answers_and_takes_none(

@@ -15,7 +15,6 @@ import itertools
 import logging
 import math
 import os
-import queue
 import threading
 import time
 from collections import deque
@@ -80,9 +79,9 @@ class TokenStream:
     def __init__(self, engine: Engine, conversation: Conversation) -> None:
         self._engine = engine
         self.conversation = conversation
-        self._events: queue.SimpleQueue[Token | BaseException | None] = queue.SimpleQueue()
-        self._deliver: Callable[[Token | BaseException | None], object] = self._events.put
-        self._lock = threading.Lock()
+        self._events: deque[Token | BaseException | None] = deque()  # the last one is the end
+        self._changed = threading.Condition()
+        self._wakers: list[Callable[[], object]] = []  # of event loops that wait for it
         self.stats = GenerationStats()  # complete when the stream has ended
         self.ended_by_itself = False  # with an end-of-sequence token
 
@@ -92,34 +91,53 @@ class TokenStream:
 
     def __iter__(self) -> Iterator[Token]:
         while True:
-            event = self._events.get()
-            if event is None:
+            with self._changed:
+                while not self._events:
+                    self._changed.wait()
+                token = self._take()
+            if token is None:
                 return
-            if isinstance(event, BaseException):
-                raise event
-            yield event
+            yield token
 
     async def __aiter__(self) -> AsyncIterator[Token]:
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Token | BaseException | None] = asyncio.Queue()
-        with self._lock:  # what has come goes first
+        loop, has_changed = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(has_changed.set)
+
+        with self._changed:
+            self._wakers.append(wake)
+        try:
             while True:
-                try:
-                    events.put_nowait(self._events.get_nowait())
-                except queue.Empty:
-                    break
-            self._deliver = lambda event: loop.call_soon_threadsafe(events.put_nowait, event)
-        while True:
-            event = await events.get()
-            if event is None:
-                return
-            if isinstance(event, BaseException):
-                raise event
-            yield event
+                has_changed.clear()
+                with self._changed:
+                    token = self._take() if (is_here := bool(self._events)) else None
+                if token is not None:
+                    yield token
+                elif is_here:
+                    return
+                else:
+                    await has_changed.wait()
+        finally:
+            with self._changed:
+                self._wakers.remove(wake)
+
+    def _take(self) -> Token | None:
+        """The next token, or None at the end, which stays: whoever asks again hears the same."""
+        event = self._events[0]
+        if isinstance(event, BaseException):
+            raise event
+        if event is not None:
+            self._events.popleft()
+        return event
 
     def _put(self, event: Token | BaseException | None) -> None:
-        with self._lock, contextlib.suppress(RuntimeError):  # its event loop may be closed
-            self._deliver(event)
+        with self._changed:
+            self._events.append(event)
+            self._changed.notify_all()
+            for wake in self._wakers:
+                wake()
 
 
 class Conversation:
@@ -588,6 +606,7 @@ class Engine:
             return
         running.is_over = True
         self._drop_exchange(running)
+        self._drop_work(running)
         self._running.pop(running.stream, None)
         if running.working is not None:
             with contextlib.suppress(ValueError):  # it is what has called us
@@ -600,6 +619,13 @@ class Engine:
             self._accepted -= 1
             running.stream.conversation._is_answering = False
         running.stream._put(error)
+
+    def _drop_work(self, running: _Running) -> None:
+        """What it waits for here is not computed: its caches may be the next answer's by then."""
+        self._tails = [each for each in self._tails if each[0] is not running]
+        self._heads = [each for each in self._heads if each[0] is not running]
+        self._encodings = [each for each in self._encodings if each[0] is not running]
+        self._decodings = [each for each in self._decodings if each[0] is not running]
 
     def _finish_all(self, error: BaseException) -> None:
         for running in [*self._running.values(), *self._waiting]:

@@ -289,6 +289,9 @@ class BrokerServer:
             self._perform(self.state.on_drain(message.worker_id, peer, now))
         elif isinstance(message, Leave):
             self._perform(self.state.on_worker_gone(message.worker_id, "left", now))
+        elif isinstance(message, StatusQuery | Step | ImageStep | AskAgain):
+            why = f"{self.worker_endpoint} is for workers; edges go to {self.edge_endpoint}"
+            self._workers.send(peer.address, [encode_header(NotJoined(why, is_final=True))])
         else:
             raise ProtocolError(f"a worker may not send {message.kind!r}")
 

@@ -49,7 +49,9 @@ def test_a_worker_whose_id_is_taken_is_ready_when_the_other_one_is_gone(
         line = second.wait_for("does not take this worker")
         pid = pool.workers["w1"].pid
         assert f"a worker 'w1' is here already (process {pid} on " in line
-        assert line.endswith("choose another --id")
+        assert "choose another --id" in line
+        time.sleep(0.5)
+        assert second.log_text().count("does not take this worker") == 1
         assert "ready:" not in second.log_text()
         pool.kill_worker("w1")
         second.wait_for("worker w1 ready")
@@ -87,3 +89,8 @@ def test_nobody_elses_heartbeats_keep_a_worker_alive(pool: LocalPool) -> None:
     finally:
         pool.workers["w1"].signal(signal.SIGCONT)
         context.destroy(linger=0)
+
+
+def test_an_edge_that_goes_to_the_workers_address_is_told_the_right_one(pool: LocalPool) -> None:
+    line = error_line("ask", "hi", "--broker", pool.worker_endpoint)
+    assert f"{pool.worker_endpoint} is for workers; edges go to {pool.edge_endpoint}" in line

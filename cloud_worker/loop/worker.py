@@ -62,6 +62,7 @@ IDLE_POLL_S = 0.1
 HELD_BACK_POLL_S = 0.005
 DRAIN_LIMIT_S = 10.0
 GATHER_S = 0.0015  # for which the steps are waited for that were in a batch together before
+SAY_AGAIN_S = 30.0  # why a broker does not take this worker
 TIDY_S = 1.0  # how often commits that failed are tried again
 
 
@@ -105,6 +106,7 @@ class Worker:
         self._on_ready = on_ready
         self._joined: set[int] = set()  # brokers that have taken the announcement
         self._refusal: SettingsError | None = None
+        self._say_again_at: dict[tuple[int, str], float] = {}
         self._drain_accepted: set[int] = set()
         self._tidy_at = 0.0
         self._announce_at = 0.0
@@ -351,10 +353,16 @@ class Worker:
         broker = self._settings.brokers[source]
         if message.is_final and source not in self._joined:
             self._refusal = SettingsError(f"--broker {broker}: {message.reason}")
-        else:  # what is in the way may go
-            self._complaints.warning(
-                "the broker at %s does not take this worker: %s", broker, message.reason
-            )
+            return
+        now = time.monotonic()
+        if now >= self._say_again_at.get(
+            (source, message.reason), 0.0
+        ):  # what is in the way may go
+            self._say_again_at[source, message.reason] = now + SAY_AGAIN_S
+            log.warning(
+                "the broker at %s does not take this worker: %s (trying again until then)",
+                broker, message.reason,
+            )  # fmt: skip
 
     def _on_dispatch(self, source: int, dispatch: Dispatch, frames: list[bytes]) -> None:
         if len(frames) != 4:

@@ -327,7 +327,10 @@ class Joined(WireMessage, frozen=True, tag=f"joined/{PROTOCOL}"):
 
 
 class NotJoined(WireMessage, frozen=True, tag=f"not_joined/{PROTOCOL}"):
-    """The broker does not take a worker's announcement. `is_final`: it never will."""
+    """The broker does not take a worker's announcement, or an edge at the workers' address.
+
+    `is_final`: it never will.
+    """
 
     reason: Text
     is_final: bool

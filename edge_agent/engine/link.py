@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import zmq
 
 from common.errors import BrokerUnavailable, ProtocolError
-from common.protocol.messages import Message, StepKey
+from common.protocol.messages import Message, NotJoined, StepKey
 from common.protocol.sockets import (
     Context,
     Socket,
@@ -90,7 +90,7 @@ class BrokerLink:
     def receive(self, timeout_s: float, socket: Socket | None = None) -> Received | None:
         """The next message that can be read, if it comes in time.
 
-        Raises BrokerUnavailable when the broker speaks another protocol.
+        Raises BrokerUnavailable when the broker speaks another protocol or is there for workers.
         """
         socket = socket or self.socket
         socket.setsockopt(zmq.RCVTIMEO, max(1, round(timeout_s * 1000)))
@@ -112,7 +112,10 @@ class BrokerLink:
         self.bytes_down += size
         try:
             check_frames(frames)
-            return decode_header(frames[0]), frames[1] if len(frames) > 1 else b"", size
+            message = decode_header(frames[0])
+            if isinstance(message, NotJoined):
+                raise BrokerUnavailable(f"--broker {self.broker}: {message.reason}")
+            return message, frames[1] if len(frames) > 1 else b"", size
         except ProtocolError as error:
             if is_of_other_protocol(frames[0]):
                 raise BrokerUnavailable(f"the broker at {self.broker} says: {error}") from error

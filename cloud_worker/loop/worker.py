@@ -354,10 +354,8 @@ class Worker:
         if message.is_final and source not in self._joined:
             self._refusal = SettingsError(f"--broker {broker}: {message.reason}")
             return
-        now = time.monotonic()
-        if now >= self._say_again_at.get(
-            (source, message.reason), 0.0
-        ):  # what is in the way may go
+        now = time.monotonic()  # what is in the way may go
+        if now >= self._say_again_at.get((source, message.reason), 0.0):
             self._say_again_at[source, message.reason] = now + SAY_AGAIN_S
             log.warning(
                 "the broker at %s does not take this worker: %s (trying again until then)",

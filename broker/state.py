@@ -888,9 +888,12 @@ class BrokerState:
         """Where a step waits: where it did, unless nobody serves that and its session may move."""
         if record.pool.workers:
             return record.pool
+        return self._pool_of(self._choose_anew(record).key)
+
+    def _choose_anew(self, record: StepRecord) -> ServicePool:
         session = self.sessions[record.step.session_id]
         precision = session.opening.precision or session.precision
-        return self._pool_of(self._choose_pool(session.opening, precision).key)
+        return self._choose_pool(session.opening, precision)
 
     def _pool_of(self, service: ServiceKey) -> ServicePool:
         pool = self.pools.get(service)
@@ -918,12 +921,9 @@ class BrokerState:
         if pool.workers:
             return actions
         for key in list(pool.queued()):
-            record, session = self.steps[key], self.sessions[key[0]]
-            precision = session.opening.precision or session.precision
-            chosen = self._choose_pool(session.opening, precision)
-            if chosen.workers:
+            record = self.steps[key]
+            if self._choose_anew(record).workers:
                 self._take_from_queue(record)
-                record.pool = chosen
                 actions += self._route(record, now)
         return actions
 

@@ -37,7 +37,6 @@ Number = Annotated[float, Meta(ge=-(2**53), le=2**53)]
 MAX_TIMESTEPS = 1000
 Numbers = Annotated[list[Number], Meta(max_length=MAX_TIMESTEPS)]
 CodecNames = Annotated[list[Text], Meta(min_length=1, max_length=8)]
-Names = Annotated[list[Text], Meta(max_length=16)]
 Shape = Annotated[list[Count], Meta(min_length=1, max_length=4)]
 Stats = Annotated[dict[Text, bool | int | float | str], Meta(max_length=64)]
 

@@ -53,9 +53,10 @@ MAX_SESSIONS = 64  # computed at once
 MAX_WAITING = 1024  # accepted, and begun when another ends
 MAX_BATCH_ROWS = 512
 IDLE_POLL_S = 1.0
-RowWork = TypeVar("RowWork", EncodeRow, DecodeRow)
 RETRY_SEND_S = 0.02  # when there is no connection
 HOLD_PART = 0.5  # of the time that a batch takes, for which the others of it are waited for
+
+RowWork = TypeVar("RowWork", EncodeRow, DecodeRow)
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,14 +99,14 @@ def be_edges(endpoint: str, count: int, seconds: float, pipe: Connection) -> Non
     context: Context = zmq.Context()
     socket = connect_many(context, endpoint, count)
     opening = encode_header(
-        Opening(SERVICE.model, SERVICE.part, SERVICE.hidden, ["int8"], "", precision="float32")
+        Opening(SERVICE.model, [SERVICE.part], SERVICE.hidden, ["int8"], "", precision="float32")
     )
     sessions = [secrets.token_bytes(16) for _ in range(count)]
     numbers, asked_at = [0] * count, [0.0] * count
 
     def ask(index: int, *more: bytes) -> None:
         number = numbers[index]
-        part = [Part(0, 1, len(BODY))]
+        part = [Part(0, [1], len(BODY))]
         step = Step(sessions[index], 0, 0, number, number, part, 1, 0, 60_000)
         asked_at[index] = time.perf_counter()
         socket.send_multipart([b"%04d" % index, encode_header(step), BODY, *more])

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common.codecs.codec import make_codec
 from common.diffusion.unet import boundary_channels
-from common.protocol.messages import ImageOpening, ImageStep, StepReply, TensorPart
+from common.protocol.messages import ImageOpening, Part, Step, StepReply
 from common.protocol.sockets import wire_bytes
 from common.protocol.wire import encode_header
 
@@ -32,9 +32,9 @@ def body_bytes(shape: tuple[int, ...], codec: str) -> int:
     return size
 
 
-def step_bytes(tensors: list[TensorPart], opening: ImageOpening | None) -> int:
+def step_bytes(tensors: list[Part], opening: ImageOpening | None) -> int:
     """On the wire, up: header, body, and the first step's opening."""
-    step = ImageStep(b"s" * 16, 0, 15, 15, tensors, 1, 60000)
+    step = Step(b"s" * 16, 0, 0, 15, 15, tensors, 0, 1, 60000)
     frames = [encode_header(step), bytes(sum(t.body_bytes for t in tensors))]
     if opening is not None:
         frames.append(encode_header(opening))
@@ -55,18 +55,18 @@ def count(config: dict[str, object], path: str, codec: str, reuse: int) -> tuple
     itemsize = 4 if codec == "fp32" else 2  # the zeros of an empty negative prompt go as nothing
     halves = 2 if codec == "fp32" else 1
     conditioning = [
-        TensorPart("prompt_embeds", 1, [2, TOKENS, width], halves * TOKENS * width * itemsize),
-        TensorPart("text_embeds", 1, [2, 1280], halves * 1280 * itemsize),
-        TensorPart("time_ids", 0, [2, 6], 48),
+        Part(1, [2, TOKENS, width], halves * TOKENS * width * itemsize, "prompt_embeds"),
+        Part(1, [2, 1280], halves * 1280 * itemsize, "text_embeds"),
+        Part(0, [2, 6], 48, "time_ids"),
     ]
     times = [float(t) for t in range(1000, 0, -1000 // STEPS)][:STEPS]
     opening = ImageOpening(
-        "f" * 16, path[:5], ["fp32", codec], 1, 5.0, times, False, "euler " * 3, "float32"
+        "f" * 16, [path[:5]], ["fp32", codec], 1, 5.0, times, False, "euler " * 3, "float32"
     )
-    sample = TensorPart("sample", 1, list(up), body_bytes(up, codec))
+    sample = Part(1, list(up), body_bytes(up, codec))
     total_up = step_bytes(conditioning, opening)
     if path == "unet-cloud":
-        latents = TensorPart("latents", 0, list(up), body_bytes(up, "fp32"))
+        latents = Part(0, list(up), body_bytes(up, "fp32"), "latents")
         total_up = step_bytes([*conditioning, latents], opening) + (STEPS - 1) * step_bytes(
             [], None
         )

@@ -94,13 +94,13 @@ def flood_with_sessions(
         socket = connect_dealer(context, pool.edge_endpoint)
         body = make_codec("int8", "up").encode(torch.randn(1, ends.hidden))
         opening = encode_header(
-            Opening(ends.fingerprint, str(ends.cut.middle), ends.hidden, ["int8"], "")
+            Opening(ends.fingerprint, [str(ends.cut.middle)], ends.hidden, ["int8"], "")
         )
 
         def send(session_id: bytes, number: int) -> None:
             position = number % 256
             step = Step(session_id, number // 256, 0, number, position,
-                        [Part(0, 1, len(body))], 1, 0, 60_000)  # fmt: skip
+                        [Part(0, [1], len(body))], 1, 0, 60_000)  # fmt: skip
             socket.send_multipart([encode_header(step), body, opening])
 
         for _ in range(sessions):

@@ -29,6 +29,7 @@ import redis
 import torch
 from overhead import make_model
 
+from cloud_worker.loop.batcher import make_session_key
 from cloud_worker.state.redis_store import record_key
 from common.console.processes import freeze_loaded_objects, set_up_torch
 from common.security.keys import create_key, read_pair
@@ -73,7 +74,11 @@ class Bench:
         self.client = pool.connect()
 
     def committed(self, session: Session) -> int:
-        return int(self.raw.hget(record_key(session.session_id), "position") or 0)  # type: ignore[arg-type]
+        return int(self.raw.hget(self.record_of(session), "position") or 0)  # type: ignore[arg-type]
+
+    def record_of(self, session: Session) -> str:
+        part = str(self.ends.cut.middle)
+        return record_key(make_session_key(session.session_id, "", part))
 
     def time_after_pause(self, stream: Generator[int, None, None], workers: int = 2) -> float:
         """Milliseconds until the next token, when so many workers have been there for a while."""
@@ -100,7 +105,7 @@ class Bench:
         child.signal(signal.SIGCONT)
         wait_until(lambda: ready_workers(self.client) == 2)
         session.end()
-        wait_until(lambda: not self.raw.exists(record_key(session.session_id)))
+        wait_until(lambda: not self.raw.exists(self.record_of(session)))
         recompute_ms = self.time_after_pause(stream)
         assert session.stats.rows_replayed == self.rows + 1, "the rows did not come from the edge"
         session.end()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.protocol.messages import StepKey
+from common.protocol.messages import Step, StepKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,13 @@ class Answer:
 
     edge_id: bytes
     key: StepKey
+
+
+@dataclass(frozen=True, slots=True)
+class PassOn:
+    """Keep the worker's answer as what the next part gets, under this header."""
+
+    step: Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +94,12 @@ class Forget:
 
 @dataclass(frozen=True, slots=True)
 class ForwardEnd:
-    """Tell the worker that a session is over."""
+    """Tell the worker that a session is over at these parts of its model."""
 
     worker_id: str
     session_id: bytes
     owner: str
+    route: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +135,7 @@ class Note:
 Action = (
     Dispatched
     | Answer
+    | PassOn
     | Refuse
     | TellPending
     | AskOpening

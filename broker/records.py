@@ -8,16 +8,17 @@ from broker.fair_queue import FairQueue
 from broker.ledger import Account
 from broker.peer import Peer
 from broker.pools import ServicePool, Worker
-from common.protocol.messages import AnyOpening, AnyStep, StepKey
+from common.protocol.messages import AnyOpening, Step, StepKey, StepReply
 
 SEND_AGAIN_S = 1.0
+MOST_US = 3600 * 10**6  # that a worker is believed to have taken
 
 
 @dataclass(slots=True, eq=False)
 class StepRecord:
-    """A step between its arrival and its answer."""
+    """A step between its arrival and its answer, on its way along its session's route."""
 
-    step: AnyStep
+    step: Step  # as it goes to the part whose turn it is
     pool: ServicePool
     edge: Peer
     account: Account  # of the edge when it came; it may have connected anew since
@@ -27,7 +28,11 @@ class StepRecord:
     deadline_at: float
     worker: Worker | None = None  # that has it now
     queue: FairQueue | None = None  # in which it waits
+    hop: int = 0  # index of that part
     attempts: int = 0
+    earlier_attempts: int = 0  # at the parts that it has passed
+    earlier_queue_us: int = 0
+    earlier_compute_us: int = 0
     sent_at: float = 0.0
     asked_at: float = 0.0  # the worker, for the last time
     failures: list[tuple[str, str]] = field(default_factory=list)  # worker, reason
@@ -39,8 +44,8 @@ class StepRecord:
 
     @property
     def tries(self) -> int:
-        """Attempts that count against the step."""
-        return self.attempts - self.moves
+        """Attempts at this part that count against the step."""
+        return self.attempts - self.earlier_attempts - self.moves
 
     @property
     def worker_id(self) -> str | None:
@@ -49,10 +54,21 @@ class StepRecord:
     def failed_on(self, worker_id: str) -> bool:
         return any(failed == worker_id for failed, _ in self.failures)
 
+    def pass_on(self, step: Step, answer: StepReply, body_bytes: int, now: float) -> None:
+        """A part has computed the step: what it said goes to the next one as `step`."""
+        self.step, self.body_bytes = step, body_bytes
+        self.hop += 1
+        self.earlier_attempts = self.attempts
+        self.earlier_queue_us = min(answer.queue_us, MOST_US)
+        self.earlier_compute_us = min(answer.compute_us, MOST_US)
+        self.worker, self.moves, self.queued_at = None, 0, now
+        self.failures.clear()
+        self.late_on.clear()
+
 
 @dataclass(slots=True, eq=False)
 class SessionRecord:
-    """How a session was opened, where its KV is warm, and its newest step."""
+    """How a session was opened, where each part of its KV is warm, and its newest step."""
 
     opening: AnyOpening
     edge: Peer
@@ -61,14 +77,14 @@ class SessionRecord:
     seen_at: float
     opening_frame: bytes = b""  # as it came
     precision: str = ""  # of the workers that have answered
-    worker: Worker | None = None  # that answered last
+    workers: dict[int, Worker] = field(default_factory=dict)  # by hop: who answered last there
 
-    @property
-    def warm_worker(self) -> Worker | None:
-        """Who has its KV in memory, if it is still here."""
-        return self.worker if self.worker is not None and not self.worker.is_gone else None
+    def warm_worker(self, hop: int) -> Worker | None:
+        """Who has its KV of a part in memory, if it is still here."""
+        worker = self.workers.get(hop)
+        return worker if worker is not None and not worker.is_gone else None
 
-    @property
-    def worker_id(self) -> str | None:
-        worker = self.warm_worker
-        return worker.name if worker is not None else None
+    def leave(self, worker_id: str) -> None:
+        """A worker is warm no more."""
+        for hop in [hop for hop, worker in self.workers.items() if worker.name == worker_id]:
+            del self.workers[hop]

@@ -11,7 +11,12 @@ from broker.state import BrokerState
 
 def make_report(state: BrokerState, now: float) -> dict[str, Any]:
     """Workers, queues, sessions and counters; goes into the body of a StatusReport."""
-    warm = Counter(session.worker_id for session in state.sessions.values())
+    warm = Counter(
+        worker.name
+        for session in state.sessions.values()
+        for worker in session.workers.values()
+        if not worker.is_gone
+    )
     return {
         "uptime_s": round(now - state.started_at, 1),
         "workers": [

@@ -26,6 +26,7 @@ from broker.actions import (
     Forget,
     ForwardEnd,
     Note,
+    PassOn,
     Refuse,
     TellBusy,
     TellJoined,
@@ -53,14 +54,12 @@ from common.protocol.messages import (
     DrainAccepted,
     EndSession,
     ImageOpening,
-    ImageStep,
     Joined,
     Leave,
     Message,
+    Need,
     NeedOpening,
-    NeedRows,
     NeedStep,
-    NeedTensors,
     NotJoined,
     Opening,
     StatusQuery,
@@ -218,10 +217,9 @@ class BrokerServer:
 
     def _on_edge_message(self, edge: Peer, message: Message, frames: list[bytes]) -> None:
         now = self._clock()
-        if isinstance(message, Step | ImageStep):
-            kind = Opening if isinstance(message, Step) else ImageOpening
+        if isinstance(message, Step):
             try:
-                opening = self._read_opening(frames, kind)
+                opening = self._read_opening(frames)
             except ProtocolError as error:  # whoever sent it shall not wait for an answer
                 self._perform([Refuse(edge.address, message.key, "invalid", str(error))])
                 raise
@@ -250,13 +248,13 @@ class BrokerServer:
         else:
             raise ProtocolError(f"an edge may not send {message.kind!r}")
 
-    def _read_opening(self, frames: list[bytes], kind: type[AnyOpening]) -> AnyOpening | None:
+    def _read_opening(self, frames: list[bytes]) -> AnyOpening | None:
         if len(frames) not in (2, 3):
             raise ProtocolError(f"step has {len(frames) - 1} further frames; expected 1 or 2")
         if len(frames) == 2:
             return None
         opening = decode_header(frames[2])
-        if not isinstance(opening, kind):
+        if not isinstance(opening, Opening | ImageOpening):
             raise ProtocolError(f"step carries {opening.kind!r}; expected an opening")
         return opening
 
@@ -264,15 +262,15 @@ class BrokerServer:
         now = self._clock()
         if isinstance(
             message,
-            StepReply | NeedRows | NeedTensors | StepFailed | StepDropped | Drain | Leave,
+            StepReply | Need | StepFailed | StepDropped | Drain | Leave,
         ):
             forged = self.state.check_sender(message.worker_id, peer)
             if forged is not None:
                 self._perform([forged])
                 return
-        if isinstance(message, StepReply | NeedRows | NeedTensors):
+        if isinstance(message, StepReply | Need):
             self._answer = frames
-            self._perform(self.state.on_answer(message, now))
+            self._perform(self.state.on_answer(message, now, sum(map(len, frames[1:]))))
             self._answer = []
         elif isinstance(message, Announce):
             self._perform(self.state.on_announce(message, peer, now))
@@ -289,7 +287,7 @@ class BrokerServer:
             self._perform(self.state.on_drain(message.worker_id, peer, now))
         elif isinstance(message, Leave):
             self._perform(self.state.on_worker_gone(message.worker_id, "left", now))
-        elif isinstance(message, StatusQuery | Step | ImageStep | AskAgain):
+        elif isinstance(message, StatusQuery | Step | AskAgain):
             why = f"{self.worker_endpoint} is for workers; edges go to {self.edge_endpoint}"
             self._workers.send(peer.address, [encode_header(NotJoined(why, is_final=True))])
         else:
@@ -307,6 +305,8 @@ class BrokerServer:
                         self._perform(self.state.on_undeliverable(action, now))
                 case Answer(edge_id, _):
                     self._edges.send(edge_id, self._answer)
+                case PassOn(step):
+                    self._frames[step.key] = [encode_header(step), b"".join(self._answer[1:])]
                 case Forget(key):
                     self._frames.pop(key, None)
                 case Refuse(edge_id, key, code, reason):
@@ -323,8 +323,9 @@ class BrokerServer:
                     self._send_to_worker(worker_id, [encode_header(cancel)])
                 case TellBusy(edge_id, key, retry_ms):
                     self._edges.send(edge_id, [encode_header(Busy(*key, retry_ms))])
-                case ForwardEnd(worker_id, session_id, owner):
-                    self._send_to_worker(worker_id, [encode_header(EndSession(session_id, owner))])
+                case ForwardEnd(worker_id, session_id, owner, route):
+                    end = EndSession(session_id, owner, route)
+                    self._send_to_worker(worker_id, [encode_header(end)])
                 case TellJoined(address):
                     self._workers.send(address, [encode_header(Joined())])
                 case TellNotJoined(address, reason):
@@ -339,11 +340,12 @@ class BrokerServer:
                         log.info("%s", text)
 
     def _make_dispatch(self, key: StepKey, attempt: int, queue_us: int) -> list[bytes]:
-        session = self.state.sessions[key[0]]
-        header = encode_header(
-            Dispatch(attempt, queue_us, session.edge.key, session.account.number, session.precision)
-        )
-        return [header, *self._frames[key], session.opening_frame]
+        session, record = self.state.sessions[key[0]], self.state.steps[key]
+        dispatch = Dispatch(
+            attempt, queue_us, session.edge.key, session.account.number, session.precision,
+            record.earlier_compute_us, record.hop,
+        )  # fmt: skip
+        return [encode_header(dispatch), *self._frames[key], session.opening_frame]
 
     def _send_to_worker(self, worker_id: str, frames: list[bytes]) -> bool:
         worker = self.state.workers.get(worker_id)

@@ -26,9 +26,11 @@ one is alive; a session belongs to the edge, by its key, that opened it.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from itertools import islice
+
+from msgspec import structs
 
 from broker.actions import (
     AcceptDrain,
@@ -41,6 +43,7 @@ from broker.actions import (
     Forget,
     ForwardEnd,
     Note,
+    PassOn,
     Refuse,
     TellBusy,
     TellJoined,
@@ -64,11 +67,10 @@ from common.protocol.messages import (
     Alive,
     Announce,
     AnyOpening,
-    AnyStep,
     AskAgain,
-    NeedRows,
-    NeedTensors,
+    Need,
     Opening,
+    Part,
     Step,
     StepDropped,
     StepFailed,
@@ -133,7 +135,7 @@ class BrokerState:
 
     def on_step(
         self,
-        step: AnyStep,
+        step: Step,
         opening: AnyOpening | None,
         edge: Peer,
         body_bytes: int,
@@ -166,12 +168,12 @@ class BrokerState:
             return [Refuse(edge.address, key, "invalid", why)]
         actions = self._abandon_older(session)
         precision = opening.precision or (session.precision if session is not None else "")
-        pool = self._choose_pool(opening, precision)
+        pools = self._pools_on(opening, precision)
         account = self._account_of(session, edge)
-        refusal = self._refuse_at_once(key, session is None, pool, edge, account, body_bytes, now)
+        refusal = self._refuse_at_once(key, session is None, pools, edge, account, body_bytes, now)
         if refusal is not None:
             return [*actions, refusal]
-        pool = self._pool_of(pool.key)
+        pool = self._pool_of(pools[0].key)
         if session is None:
             session = SessionRecord(opening, edge, account, key, now, opening_frame, precision)
             self.sessions[step.session_id] = session
@@ -193,7 +195,7 @@ class BrokerState:
         return self._ledger.open(name)
 
     def _renew(
-        self, session: SessionRecord, step: AnyStep, edge: Peer, account: Account, now: float
+        self, session: SessionRecord, step: Step, edge: Peer, account: Account, now: float
     ) -> None:
         """A session has its next step, perhaps over another connection."""
         if account is not session.account:
@@ -201,8 +203,8 @@ class BrokerState:
             self._ledger.drop_session(session.account)
             session.account = account
         session.edge, session.newest = edge, step.key
-        if session.worker is not None and session.worker.name == step.shun:
-            session.worker = None
+        if step.shun:
+            session.leave(step.shun)
         self._see(step.session_id, session, now)
 
     def _see(self, session_id: bytes, session: SessionRecord, now: float) -> None:
@@ -242,9 +244,14 @@ class BrokerState:
             return [self._note_foreign(edge)]
         self._forget_session(session_id)
         actions = self._abandon_older(session)
-        target = session.warm_worker or next(iter(self.workers.values()), None)
-        if target is not None:
-            actions.append(ForwardEnd(target.name, session_id, edge.key))
+        anybody = next(iter(self.workers.values()), None)
+        parts_of: dict[str, list[str]] = {}
+        for hop, part in enumerate(session.opening.route):
+            target = session.warm_worker(hop) or anybody
+            if target is not None:
+                parts_of.setdefault(target.name, []).append(part)
+        for name, parts in parts_of.items():
+            actions.append(ForwardEnd(name, session_id, edge.key, parts))
         return actions
 
     def _forget_session(self, session_id: bytes) -> None:
@@ -348,31 +355,61 @@ class BrokerState:
         self.counters["dead_workers"] += len(gone)
         return self._drop_workers(gone, now, blame_steps=True)
 
-    def on_answer(self, answer: StepReply | NeedRows | NeedTensors, now: float) -> list[Action]:
+    def on_answer(self, answer: StepReply | Need, now: float, body_bytes: int = 0) -> list[Action]:
         """A worker answered a step. Answers of any but the latest attempt are dropped."""
         worker = self._hear_worker(answer.worker_id, now)
         record = self._take_in_flight(answer.key, worker, answer.attempt)
         if worker is None or record is None:
             self.counters["late_answers"] += 1
             return self._dispatch_to(worker, now)
-        precision = record.pool.key[2]
-        if answer.precision not in ("", precision):
+        if answer.precision not in ("", record.pool.key[2]):
             why = f"answers in {answer.precision}, which it does not serve"
             return self._fail(record, worker, why, now)
+        session = self.sessions[record.step.session_id]
+        if isinstance(answer, StepReply) and record.hop + 1 < len(session.opening.route):
+            if answer.rows != record.step.rows:
+                why = f"answers {answer.rows} rows of {record.step.rows}; the next part needs all"
+                return self._fail(record, worker, why, now)
+            cancelled = self._count_answer(record, session, worker, now)
+            next_actions = self._pass_on(record, session, answer, body_bytes, now)
+        else:
+            cancelled = self._count_answer(record, session, worker, now)
+            self._drop_record(record)
+            next_actions = [Answer(record.edge.address, answer.key), Forget(answer.key)]
+        return [*next_actions, *cancelled, *self._dispatch_to(worker, now)]
+
+    def _count_answer(
+        self, record: StepRecord, session: SessionRecord, worker: Worker, now: float
+    ) -> list[Action]:
+        """A worker has computed a step, or said what it lacks: no other need do it."""
         self.counters["answers"] += 1
         worker.steps_done += 1
-        session = self.sessions.get(record.step.session_id)
-        if session is not None:
-            session.worker, session.precision = worker, precision
-            self._see(record.step.session_id, session, now)
+        session.workers[record.hop], session.precision = worker, record.pool.key[2]
+        self._see(record.step.session_id, session, now)
         if record.worker is None:  # it had been taken back, and an earlier worker was first
             self._take_from_queue(record)
         record.pool.learn_time(now - record.sent_at)
-        self._drop_record(record)
-        actions: list[Action] = [Answer(record.edge.address, answer.key), Forget(answer.key)]
         if record.late_on or record.worker is not worker:
-            actions += self._cancel_at_all(record, but=answer.worker_id)
-        return actions + self._dispatch_to(worker, now)
+            return self._cancel_at_all(record, but=worker.name)
+        return []
+
+    def _pass_on(
+        self,
+        record: StepRecord,
+        session: SessionRecord,
+        answer: StepReply,
+        body_bytes: int,
+        now: float,
+    ) -> list[Action]:
+        """What one part has computed is a step for the next, before steps that are new."""
+        opening = session.opening
+        assert isinstance(opening, Opening)
+        rows = [Part(opening.between, [answer.rows], body_bytes)]
+        self._ledger.drop_step(record.account, record.body_bytes)
+        self._ledger.add_step(record.account, body_bytes)
+        record.pass_on(structs.replace(record.step, parts=rows), answer, body_bytes, now)
+        record.pool = self._pool_of(self._choose_anew(record).key)
+        return [PassOn(record.step), *self._route(record, now, has_waited=True)]
 
     def on_dropped(self, dropped: StepDropped, now: float) -> list[Action]:
         """A worker confirms that it does not compute a step (any more): it has room again."""
@@ -522,15 +559,16 @@ class BrokerState:
         self,
         key: StepKey,
         is_new: bool,
-        pool: ServicePool,
+        pools: list[ServicePool],
         edge: Peer,
         account: Account,
         body_bytes: int,
         now: float,
     ) -> Action | None:
-        if not pool.workers and not self._may_return(pool, now):
-            self.counters["refused"] += 1
-            return Refuse(edge.address, key, "no_worker", self._why_no_worker(pool.key))
+        for pool in pools:
+            if not pool.workers and not self._may_return(pool, now):
+                self.counters["refused"] += 1
+                return Refuse(edge.address, key, "no_worker", self._why_no_worker(pool.key))
         if is_new and self._ledger.has_all_sessions(account):
             self.counters["refused"] += 1
             limit = self._ledger.limits.sessions_per_edge
@@ -569,7 +607,7 @@ class BrokerState:
         model, part, precision = service
         wanted = f"{part} of the model with fingerprint {model}"
         if precision:
-            wanted += f" in {precision}, in which this session was begun"
+            wanted += f" in {precision}, in which this session is computed"
         return f"no worker serves {wanted}; {self.describe_serving()}"
 
     def describe_serving(self) -> str:
@@ -679,7 +717,7 @@ class BrokerState:
     def _warm_worker_of(self, record: StepRecord) -> Worker | None:
         """Who is warm for a step's session and may have the step."""
         session = self.sessions.get(record.step.session_id)
-        warm = session.warm_worker if session is not None else None
+        warm = session.warm_worker(record.hop) if session is not None else None
         if warm is None or warm.draining or warm.name not in record.pool.workers:
             return None
         return warm
@@ -692,7 +730,7 @@ class BrokerState:
         record.sent_at = record.asked_at = now
         record.again_after_s = SEND_AGAIN_S
         worker.take(key, record.account, now)
-        queue_us = max(0, round((now - record.queued_at) * 1e6))
+        queue_us = record.earlier_queue_us + max(0, round((now - record.queued_at) * 1e6))
         return Dispatched(worker.name, key, record.attempts, queue_us)
 
     def _take_from_queue(self, record: StepRecord) -> None:
@@ -893,7 +931,7 @@ class BrokerState:
     def _choose_anew(self, record: StepRecord) -> ServicePool:
         session = self.sessions[record.step.session_id]
         precision = session.opening.precision or session.precision
-        return self._choose_pool(session.opening, precision)
+        return self._pools_on(session.opening, precision)[record.hop]
 
     def _pool_of(self, service: ServiceKey) -> ServicePool:
         pool = self.pools.get(service)
@@ -902,18 +940,25 @@ class BrokerState:
             self._pools_of_part.setdefault(service[:2], []).append(pool)
         return pool
 
-    def _choose_pool(self, opening: AnyOpening, precision: str) -> ServicePool:
-        """Who serves a session: as it was begun, else where a worker has least to do.
+    def _pools_on(self, opening: AnyOpening, precision: str) -> list[ServicePool]:
+        """Who serves each part of a session's route: as it was begun, else who has least to do.
 
-        A pool that nobody is in, and no step yet, is not kept.
+        In one precision for all parts. A pool that nobody is in, and no step yet, is not kept.
         """
-        service = (opening.model, opening.part, precision)
         if not precision:
-            pools = self._pools_of_part.get((opening.model, opening.part), ())
-            served = [pool for pool in pools if pool.workers]
-            if served:
-                return min(served, key=lambda pool: (pool.least_load, pool.key[2]))
-        return self.pools.get(service, ServicePool(service))
+            precision = self._choose_precision(opening)
+        services = [(opening.model, part, precision) for part in opening.route]
+        return [self.pools.get(service) or ServicePool(service) for service in services]
+
+    def _choose_precision(self, opening: AnyOpening) -> str:
+        """In which most of a route is served, and its first part by whoever has least to do."""
+        pools_of = [
+            [pool for pool in self._pools_of_part.get((opening.model, part), ()) if pool.workers]
+            for part in opening.route
+        ]
+        served = Counter(pool.key[2] for pools in pools_of for pool in pools)
+        load = {pool.key[2]: pool.least_load for pool in pools_of[0]}
+        return min(served, key=lambda name: (-served[name], load.get(name, 0), name), default="")
 
     def _rehome(self, pool: ServicePool, now: float) -> list[Action]:
         """Steps of sessions that nobody has answered yet need not wait for one precision."""
@@ -928,10 +973,11 @@ class BrokerState:
         return actions
 
 
-def _why_wrong(step: AnyStep, opening: AnyOpening) -> str:
+def _why_wrong(step: Step, opening: AnyOpening) -> str:
     """What no worker could make sense of; empty if nothing is wrong."""
-    if isinstance(step, Step) != isinstance(opening, Opening):
-        return f"a step of kind {step.kind!r} does not go with an opening of kind {opening.kind!r}"
-    if isinstance(step, Step) and step.rows > MAX_STEP_ROWS:
-        return f"the step has {step.rows} rows; at most {MAX_STEP_ROWS}"
+    if isinstance(opening, Opening):
+        if step.rows > MAX_STEP_ROWS:
+            return f"the step has {step.rows} rows; at most {MAX_STEP_ROWS}"
+        if len(opening.route) > 1 and opening.between >= len(opening.codecs):
+            return f"the route has a codec beyond the {len(opening.codecs)} that it opened"
     return ""

@@ -18,9 +18,7 @@ from common.protocol.messages import (
     Announce,
     Dispatch,
     ImageOpening,
-    ImageStep,
-    NeedRows,
-    NeedTensors,
+    Need,
     Opening,
     Part,
     Service,
@@ -91,19 +89,19 @@ class LyingWorker:
             "worker_id": self.worker_id,
         }
         nothing: dict[str, Any] = {"committed": 0, "queue_us": 0, "compute_us": 0}
-        lie = self._only or self._rng.choice(TEXT_LIES if isinstance(step, Step) else IMAGE_LIES)
-        answer: NeedRows | NeedTensors | StepReply
+        lie = self._only or self._rng.choice(TEXT_LIES if step.reply_rows else IMAGE_LIES)
+        answer: Need | StepReply
         match lie:
             case "asks for tensors" | "asks for latents":
-                answer = NeedTensors(names=["latents"], **to)
+                answer = Need(have=0, names=["latents"], **to)
             case "asks for unknown tensors":
-                answer = NeedTensors(names=["prompt", "password"], **to)
+                answer = Need(have=0, names=["prompt", "password"], **to)
             case "asks for conditioning without end":
-                answer = NeedTensors(names=["conditioning"], **to)
+                answer = Need(have=0, names=["conditioning"], **to)
             case "asks for rows it was sent":
-                answer = NeedRows(have=step.position + 1, **to)
+                answer = Need(have=step.position + 1, names=[], **to)
             case "asks for rows" | "asks for rows without end":
-                answer = NeedRows(have=0, **to)
+                answer = Need(have=0, names=[], **to)
             case "answers in another precision":
                 answer = StepReply(rows=1, precision="float8", **nothing, **to)
             case _:
@@ -129,13 +127,13 @@ def flood(broker: str, services: list[dict[str, Any]], steps: int) -> None:
 def _bad_step(service: dict[str, Any], index: int) -> list[bytes]:
     """A step of the wrong kind, or without bounds, or that nobody can compute."""
     model, part, forever = service["model"], service["part"], 2**53
-    text = Opening(model, part, service["hidden"], ["int8"], "")
-    image = ImageOpening(model, part, ["int8"], 1, 1.0, [1.0], False, "", "float32")
+    text = Opening(model, [part], service["hidden"], ["int8"], "")
+    image = ImageOpening(model, [part], ["int8"], 1, 1.0, [1.0], False, "", "float32")
     session_id = secrets.token_bytes(16)
     rows = (1, 1, 2**40, 65_536)[index % 4]
-    step = Step(session_id, 0, 0, 0, 0, [Part(0, rows, 12)], 1, 0, forever)
+    step = Step(session_id, 0, 0, 0, 0, [Part(0, [rows], 12)], 1, 0, forever)
     if index % 3 == 0:
-        picture = ImageStep(session_id, 0, 0, 0, [], 0, forever)
+        picture = Step(session_id, 0, 0, 0, 0, [], 0, 0, forever)
         return [encode_header(picture), b"", encode_header(text)]
     return [encode_header(step), bytes(12), encode_header(image if index % 3 == 1 else text)]
 
@@ -147,13 +145,13 @@ def abandon(broker: str, service: dict[str, Any], sessions: int, rows: int = 256
     from common.codecs.codec import make_codec
 
     body = make_codec("int8", "up").encode(torch.randn(rows, service["hidden"]))
-    opening = Opening(service["model"], service["part"], service["hidden"], ["int8"], "")
+    opening = Opening(service["model"], [service["part"]], service["hidden"], ["int8"], "")
     context: Context = zmq.Context()
     socket = connect_dealer(context, broker)
     socket.setsockopt(zmq.SNDTIMEO, 2000)
     for _ in range(sessions):
         step = Step(
-            secrets.token_bytes(16), 0, 0, 0, 0, [Part(0, rows, len(body))], rows, 0, 600_000
+            secrets.token_bytes(16), 0, 0, 0, 0, [Part(0, [rows], len(body))], rows, 0, 600_000
         )
         socket.send_multipart([encode_header(step), body, encode_header(opening)])
     context.destroy(linger=500)

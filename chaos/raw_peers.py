@@ -98,8 +98,8 @@ SERVICE = Service("0" * 16, "large", "0-1", 8, "float32")
 
 def make_step(body: bytes = bytes(32)) -> list[bytes]:
     """The first step of a new session for a LargeWorker."""
-    step = Step(secrets.token_bytes(16), 0, 0, 0, 0, [Part(0, 1, len(body))], 1, 0, 60_000)
-    opening = Opening(SERVICE.model, SERVICE.part, SERVICE.hidden, ["fp32"], "")
+    step = Step(secrets.token_bytes(16), 0, 0, 0, 0, [Part(0, [1], len(body))], 1, 0, 60_000)
+    opening = Opening(SERVICE.model, [SERVICE.part], SERVICE.hidden, ["fp32"], "")
     return [encode_header(step), body, encode_header(opening)]
 
 

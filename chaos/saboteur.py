@@ -38,9 +38,9 @@ class HarmedPool(LocalPool):
             self.edge_link = ThinLink(self.edge_endpoint)
         return self.edge_link.endpoint
 
-    def start_worker(self, endpoint: str | None = None) -> str:
+    def start_worker(self, endpoint: str | None = None, span: str | None = None) -> str:
         link = UnreliableLink(endpoint or self.worker_endpoint, self._seed)
-        name = super().start_worker(link.endpoint)
+        name = super().start_worker(link.endpoint, span)
         self._links[name] = link
         for gone in self._links.keys() - self.workers.keys():
             self._links.pop(gone).close()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import CheckpointError, MidspanError, ProtocolError
-from common.protocol.messages import ImageOpening, ImageStep, Opening, Part, Step, StepReply
+from common.protocol.messages import BOUNDARY, ImageOpening, Opening, Part, Step, StepReply
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,7 +132,7 @@ def check_text(client: BrokerClient, service: dict[str, Any]) -> ServiceCheck:
     from common.codecs.codec import make_codec
 
     check = ServiceCheck(f"{service['name']} {service['part']}")
-    opening = Opening(service["model"], service["part"], service["hidden"], [CHECK_CODEC], "")
+    opening = Opening(service["model"], [service["part"]], service["hidden"], [CHECK_CODEC], "")
     session_id = secrets.token_bytes(16)
     codecs = make_codec(CHECK_CODEC, "up"), make_codec(CHECK_CODEC, "down")
     give_up_at = time.monotonic() + STORE_LIMIT_S
@@ -172,7 +172,7 @@ def _ask_text(
 
     up, down = codecs
     body = up.encode(torch.randn(1, opening.hidden))
-    parts = [Part(0, 1, len(body))]
+    parts = [Part(0, [1], len(body))]
     step = Step(session_id, 0, 0, index, index, parts, 1, 0, STEP_DEADLINE_MS)
     answer, rows = _ask(client, step, body, opening, check, is_first=index == 0)
     down.decode(rows, 1, opening.hidden)
@@ -181,7 +181,7 @@ def _ask_text(
 
 def _ask(
     client: BrokerClient,
-    step: Step | ImageStep,
+    step: Step,
     body: bytes,
     opening: Opening | ImageOpening,
     check: ServiceCheck,
@@ -211,7 +211,7 @@ def check_image(
         check.skipped = "not checked: its model is not here; name it with --image-model"
         return check
     opening = ImageOpening(
-        model=service["model"], part=service["part"], codecs=["fp32", CHECK_CODEC], images=1,
+        model=service["model"], route=[service["part"]], codecs=["fp32", CHECK_CODEC], images=1,
         guidance=1.0, timesteps=[1.0, 0.0], keeps_latents=False, scheduler="",
         latents_dtype="float32",
     )  # fmt: skip
@@ -220,7 +220,7 @@ def check_image(
         for index in range(2):
             tensors = make_image_tensors(config, service["part"] == INNER)
             if index:
-                tensors = {"sample": tensors["sample"]}
+                tensors = {BOUNDARY: tensors[BOUNDARY]}
             _ask_image(client, session_id, index, opening, config, tensors, check)
     except MidspanError as error:
         check.failure = str(error)
@@ -256,7 +256,7 @@ def make_image_tensors(config: dict[str, Any], is_inner: bool) -> dict[str, Tens
     size = 8.0 * CHECK_SIDE
     pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
     return {
-        "sample": torch.randn(1, channels, CHECK_SIDE, CHECK_SIDE),
+        BOUNDARY: torch.randn(1, channels, CHECK_SIDE, CHECK_SIDE),
         "prompt_embeds": torch.randn(1, CHECK_TOKENS, config["cross_attention_dim"]),
         "text_embeds": torch.randn(1, pooled),
         "time_ids": torch.tensor([[size, size, 0.0, 0.0, size, size]]),
@@ -275,11 +275,11 @@ def _ask_image(
     from common.diffusion.tensors import decode_tensor, pack_tensors
     from common.diffusion.unet import INNER, boundary_channels
 
-    parts, body = pack_tensors(tensors, {"sample": CHECK_CODEC}, opening.codecs)
+    parts, body = pack_tensors(tensors, {BOUNDARY: CHECK_CODEC}, opening.codecs)
     reply_codec = opening.codecs.index(CHECK_CODEC)
-    step = ImageStep(session_id, 0, index, index, parts, reply_codec, STEP_DEADLINE_MS)
+    step = Step(session_id, 0, 0, index, index, parts, 0, reply_codec, STEP_DEADLINE_MS)
     _, reply = _ask(client, step, body, opening, check, is_first=index == 0)
     channels = config["out_channels"]
-    if opening.part == INNER:
+    if opening.route == [INNER]:
         channels = boundary_channels(config)[1]
     decode_tensor(reply, (1, channels, CHECK_SIDE, CHECK_SIDE), CHECK_CODEC)

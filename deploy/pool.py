@@ -119,10 +119,10 @@ class LocalPool:
         assert match is not None, line
         self.edge_endpoint, self.worker_endpoint = match[1], match[2]
 
-    def start_worker(self, endpoint: str | None = None) -> str:
+    def start_worker(self, endpoint: str | None = None, span: str | None = None) -> str:
         """Start one more worker and return its name at once; see `wait_for_workers`.
 
-        `endpoint` is another way to the broker than the direct one.
+        `endpoint` is another way to the broker than the direct one, `span` another than the pool's.
         """
         self._workers_started += 1
         name = f"w{self._workers_started}"
@@ -136,8 +136,9 @@ class LocalPool:
             options += ["--model", settings.model or DEMO_TEXT_MODEL]
         if settings.image_model is not None:
             options += ["--image-model", settings.image_model]
-        if settings.span is not None:
-            options += ["--span", settings.span]
+        span = span or settings.span
+        if span is not None:
+            options += ["--span", span]
         if settings.calibration is not None:
             options += ["--calibration", str(settings.calibration)]
         if settings.keys is not None:

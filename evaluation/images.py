@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from common.codecs.spec import EXACT
 from common.console.option_types import SEED
 from common.console.outputs import check_writable
 from common.console.tables import format_table
-from common.diffusion.tensors import EXACT
 from common.errors import SettingsError
 from common.weights.demo_model import DEMO_IMAGE_MODEL
 from edge_agent.commands.prompts import check_text

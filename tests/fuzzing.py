@@ -28,20 +28,21 @@ from common.protocol.messages import (
     CodecNames,
     Count,
     Dispatch,
+    ImageRoute,
     Joined,
+    Names,
     Number,
     Numbers,
     Opening,
     Part,
     Parts,
+    Route,
     Sealed,
     Service,
     Services,
     SessionId,
     Stats,
     Step,
-    TensorPart,
-    TensorParts,
     Text,
 )  # fmt: skip
 from common.protocol.sockets import Context, Socket
@@ -66,12 +67,17 @@ def valid_value(rng: random.Random, kind: Any) -> Any:
         bool: lambda: rng.random() < 0.5,
         Number: lambda: rng.choice((0.0, 2.5, 999.0)),
         Numbers: lambda: [999.0] * rng.randrange(4),
-        TensorParts: lambda: [
-            TensorPart(rng.choice(("sample", "latents", "x")), 0, [2, 4, 16, 16], 2**20)
-        ],
+        Route: lambda: ["2-6", "6-8"][: rng.randrange(1, 3)],
+        ImageRoute: lambda: [rng.choice(("unet", "inner"))],
+        Names: lambda: [rng.choice(TEXTS) for _ in range(rng.randrange(3))],
         Services: lambda: [Service("m", "n", "2-6", 8)],
         Parts: lambda: [
-            Part(0, rng.choice((0, 1, 2**40)), rng.choice((0, 512, 2**50)))
+            rng.choice(
+                (
+                    Part(0, [rng.choice((0, 1, 2**40))], rng.choice((0, 512, 2**50))),
+                    Part(0, [2, 4, 16, 16], 2**20, rng.choice(("", "latents", "x"))),
+                )
+            )
             for _ in range(rng.randrange(1, 4))
         ],
         CodecNames: lambda: [rng.choice(TEXTS) for _ in range(rng.randrange(1, 4))],
@@ -130,8 +136,8 @@ def messages(seed: int, count: int) -> Iterator[list[bytes]]:
                     spoilt_header(rng),
                 ]
             case _:
-                step = Step(rng.randbytes(16), 0, 0, 0, 0, [Part(0, 1, 512)], 1, 0, 100)
-                opening = Opening("f" * 16, "2-6", 128, [rng.choice(TEXTS)], "")
+                step = Step(rng.randbytes(16), 0, 0, 0, 0, [Part(0, [1], 512)], 1, 0, 100)
+                opening = Opening("f" * 16, ["2-6"], 128, [rng.choice(TEXTS)], "")
                 frames_of_step = [encode_header(step), rng.randbytes(512), encode_header(opening)]
                 yield [encode_header(Dispatch(1, 0, "")), *frames_of_step]
 

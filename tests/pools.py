@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from cloud_worker.loop.batcher import make_session_key
+from cloud_worker.state.redis_store import record_key
 from common.codecs.calibration import Calibration
 from common.settings import PREFILL_ROWS
 from deploy.pool import LocalPool
@@ -25,6 +27,11 @@ OPENINGS = [
 ]
 PROMPTS = [opening.format(hero) for opening in OPENINGS for hero in HEROES]
 GREEDY = SamplingSettings()
+
+
+def record_of(session: Session, owner: str = "", part: str = "2-6") -> str:
+    """The key of what a session leaves in Redis, at a part of the demo model."""
+    return record_key(make_session_key(session.session_id, owner, part))
 
 
 def reference_tokens(

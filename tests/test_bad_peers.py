@@ -39,8 +39,8 @@ def send_all(endpoint: str, messages: list[list[bytes]]) -> None:
 def garbage(count: int) -> list[list[bytes]]:
     """Random frames, and valid steps with bytes flipped, frames missing or frames too many."""
     rng = random.Random(1)
-    step = encode_header(Step(b"s" * 16, 0, 0, 0, 0, [Part(0, 1, 32)], 1, 0, 100))
-    opening = encode_header(Opening("m", "2-6", 8, ["fp32"], ""))
+    step = encode_header(Step(b"s" * 16, 0, 0, 0, 0, [Part(0, [1], 32)], 1, 0, 100))
+    opening = encode_header(Opening("m", ["2-6"], 8, ["fp32"], ""))
     messages = []
     for _ in range(count):
         flipped = bytearray(step)
@@ -85,9 +85,9 @@ def ask(
     """Send one step of one row as fp32, with some fields changed."""
     client = pool.connect(timeout_s=20)
     span = str(ends.cut.middle)
-    part = Part(0, 1, ends.hidden * 4)
+    part = Part(0, [1], ends.hidden * 4)
     good_step = Step(random.randbytes(16), 0, 0, 0, 0, [part], 1, 0, 30_000)
-    good_opening = Opening(ends.fingerprint, span, ends.hidden, ["fp32"], "")
+    good_opening = Opening(ends.fingerprint, [span], ends.hidden, ["fp32"], "")
     client.ask(
         structs.replace(good_step, **step),
         body,
@@ -102,12 +102,12 @@ def ask(
     ("step", "opening", "body_bytes", "words"),
     [
         ({}, {}, 7, "body has 7 bytes; its parts need 512"),
-        ({"parts": [Part(0, 1, 7)]}, {}, 7, r"body has 7 bytes; fp32 \(1, 128\) needs 512"),
-        ({"parts": [Part(0, 2**40, 512)]}, {}, 512, f"the step has {2**40} rows; at most 8192"),
-        ({"parts": [Part(9, 1, 512)]}, {}, 512, "names a codec beyond the 1 it opened"),
+        ({"parts": [Part(0, [1], 7)]}, {}, 7, r"body has 7 bytes; fp32 \(1, 128\) needs 512"),
+        ({"parts": [Part(0, [2**40], 512)]}, {}, 512, f"the step has {2**40} rows; at most 8192"),
+        ({"parts": [Part(9, [1], 512)]}, {}, 512, "names a codec beyond the 1 it opened"),
         ({"reply_codec": 9}, {}, 512, "names a codec beyond the 1 it opened"),
         ({"reply_rows": 3}, {}, 512, "wants 3 of its 1 rows"),
-        ({"parts": [Part(0, 0, 0)]}, {}, 0, "wants 1 of its 0 rows"),
+        ({"parts": [Part(0, [0], 0)]}, {}, 0, "wants 1 of its 0 rows"),
         ({"position": 600}, {}, 512, "the context has 512"),
         ({}, {"hidden": 64}, 512, "session has hidden 64; the model has 128"),
         ({}, {"codecs": ["int9"]}, 512, "codec 'int9' is unknown"),

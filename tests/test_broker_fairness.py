@@ -11,8 +11,7 @@ from broker.state import BrokerState
 from common.protocol.messages import (
     Announce,
     AskAgain,
-    ImageOpening,
-    NeedRows,
+    Need,
     Opening,
     Part,
     Service,
@@ -25,8 +24,8 @@ from common.protocol.messages import (
 
 MODEL, SPAN = "f" * 16, "2-6"
 LOUD, QUIET = Peer(b"loud", connection=7), Peer(b"quiet", connection=8)
-OPENING = Opening(MODEL, SPAN, 8, ["int8"], "")
-STEP = Step(b"s" * 16, 0, 0, 0, 0, [Part(0, 1, 12)], 1, 0, 60_000)
+OPENING = Opening(MODEL, [SPAN], 8, ["int8"], "")
+STEP = Step(b"s" * 16, 0, 0, 0, 0, [Part(0, [1], 12)], 1, 0, 60_000)
 
 
 def step_of(session: int, step: int = 0) -> Step:
@@ -153,21 +152,10 @@ def test_an_edge_that_ends_its_sessions_has_no_more_than_its_share() -> None:
 # --- what no worker could make sense of
 
 
-def test_a_step_whose_kind_is_not_its_openings_is_refused_at_once() -> None:
-    state = make_state(announce("w1"))
-    image = ImageOpening(MODEL, SPAN, ["int8"], 1, 1.0, [1.0], False, "", "float32")
-    (refuse,) = state.on_step(STEP, image, LOUD, 12, now=0.0)
-    assert isinstance(refuse, Refuse)
-    assert refuse.reason == (
-        "a step of kind 'step' does not go with an opening of kind 'open_image'"
-    )
-    assert state.workers["w1"].in_flight == {}
-
-
 @pytest.mark.parametrize("rows", [8193, 2**53])
 def test_a_few_bytes_cannot_announce_rows_without_end(rows: int) -> None:
     state = make_state(announce("w1"))
-    step = structs.replace(STEP, parts=[Part(0, rows, 12)])
+    step = structs.replace(STEP, parts=[Part(0, [rows], 12)])
     (refuse,) = state.on_step(step, OPENING, LOUD, 12, now=0.0)
     assert isinstance(refuse, Refuse)
     assert refuse.reason == f"the step has {rows} rows; at most 8192"
@@ -346,7 +334,7 @@ def test_a_session_stays_in_the_precision_that_answered_first() -> None:
     _, refuse = state.on_tick(now=30.3)
     assert isinstance(refuse, Refuse)
     assert refuse.code == "no_worker"
-    assert "in float32, in which this session was begun" in refuse.reason
+    assert "in float32, in which this session is computed" in refuse.reason
     arrive(state, announce("w3"), now=30.4)
     second = structs.replace(STEP, step=2)
     assert dispatched(state.on_step(second, None, LOUD, 12, now=30.5)) == [("w3", second.key)]
@@ -387,7 +375,7 @@ def test_a_session_that_nobody_answered_yet_may_begin_elsewhere() -> None:
 def test_a_worker_that_answers_in_another_precision_is_not_believed() -> None:
     state = make_state(announce("w1"), announce("w2"))
     state.on_step(STEP, OPENING, LOUD, 12, now=0.0)
-    lie = NeedRows(*STEP.key, 1, 0, "w1", precision="float8")
+    lie = Need(*STEP.key, 1, 0, [], "w1", precision="float8")
     assert dispatched(state.on_answer(lie, now=0.1)) == [("w2", STEP.key)]
 
 
@@ -398,7 +386,7 @@ def test_a_late_worker_that_lies_does_not_queue_the_step_twice() -> None:
     state.on_tick(now=2.0)
     state.workers["w1"].draining = True
     state.on_worker_gone("w2", "died", now=2.1)
-    state.on_answer(NeedRows(*STEP.key, 1, 0, "w1", precision="float8"), now=2.2)
+    state.on_answer(Need(*STEP.key, 1, 0, [], "w1", precision="float8"), now=2.2)
     assert list(state.pools[MODEL, SPAN, "float32"].queued()) == [STEP.key]
 
 

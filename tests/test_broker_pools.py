@@ -28,7 +28,7 @@ from common.protocol.messages import (
 
 SERVICES = [Service("f" * 16, "m", "2-6", 8, name) for name in ("float32", "bfloat16")]
 SERVICES.append(Service("a" * 16, "n", "unet", 0, "float32"))
-STEP = Step(b"s" * 16, 0, 0, 0, 0, [Part(0, 1, 12)], 1, 0, 20_000)
+STEP = Step(b"s" * 16, 0, 0, 0, 0, [Part(0, [1], 12)], 1, 0, 20_000)
 
 
 class World:
@@ -70,7 +70,7 @@ class World:
         edge = Peer(b"edge-%d" % (session % 4), connection=session % 4)
         self.numbers[session] += self.rng.random() < 0.9
         service = SERVICES[0] if session % 3 else SERVICES[2]
-        opening = Opening(service.model, service.part, service.hidden, ["int8"], "")
+        opening = Opening(service.model, [service.part], service.hidden, ["int8"], "")
         step = structs.replace(
             STEP, session_id=session.to_bytes(16, "big"), step=self.numbers[session],
             deadline_ms=self.rng.choice((500, 20_000)),
@@ -198,7 +198,7 @@ def calls_of_steps(workers: int, sessions: int, services: int) -> float:
         sent: list[Action] = []
         for number, edge in enumerate(edges):
             service = offered[number % services]
-            opening = Opening(service.model, service.part, 8, ["int8"], "")
+            opening = Opening(service.model, [service.part], 8, ["int8"], "")
             step = structs.replace(STEP, session_id=number.to_bytes(16, "big"), step=round_)
             sent += state.on_step(step, opening, edge, 12, 0.0)
         while sent:

@@ -13,6 +13,7 @@ from broker.actions import (
     Forget,
     ForwardEnd,
     Note,
+    PassOn,
     Refuse,
     TellBusy,
     TellJoined,
@@ -23,7 +24,7 @@ from broker.state import BrokerState
 from common.protocol.messages import (
     Alive,
     Announce,
-    NeedRows,
+    Need,
     Opening,
     Part,
     Service,
@@ -35,8 +36,8 @@ from common.protocol.messages import (
 
 MODEL, SPAN = "f" * 16, "2-6"
 EDGE = Peer(b"edge-1")
-OPENING = Opening(MODEL, SPAN, 8, ["int8"], "")
-STEP = Step(b"s" * 16, 0, 0, 0, 0, [Part(0, 1, 12)], 1, 0, 60_000)
+OPENING = Opening(MODEL, [SPAN], 8, ["int8"], "")
+STEP = Step(b"s" * 16, 0, 0, 0, 0, [Part(0, [1], 12)], 1, 0, 60_000)
 OTHER = structs.replace(STEP, session_id=b"t" * 16)
 
 
@@ -266,16 +267,16 @@ def test_an_undeliverable_step_costs_no_attempt() -> None:
 def test_need_rows_is_an_answer_and_makes_the_worker_warm() -> None:
     state = make_state("w1", "w2")
     state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
-    need = NeedRows(*STEP.key, 1, 0, "w1")
+    need = Need(*STEP.key, 1, 0, [], "w1")
     assert state.on_answer(need, now=0.1)[0] == Answer(EDGE.address, STEP.key)
-    assert state.sessions[STEP.session_id].worker_id == "w1"
+    assert state.sessions[STEP.session_id].warm_worker(0) is state.workers["w1"]
 
 
 def test_the_end_of_a_session_reaches_its_warm_worker() -> None:
     state = make_state("w1", "w2")
     state.on_step(STEP, OPENING, EDGE, 12, now=0.0)
     state.on_answer(reply("w1"), now=0.1)
-    assert state.on_end(STEP.session_id, EDGE) == [ForwardEnd("w1", STEP.session_id, "")]
+    assert state.on_end(STEP.session_id, EDGE) == [ForwardEnd("w1", STEP.session_id, "", [SPAN])]
     assert state.sessions == {}
 
 
@@ -472,3 +473,127 @@ def test_a_session_is_not_forgotten_while_its_step_is_open(
     state.on_tick(now=300.0)
     assert STEP.session_id in state.sessions
     assert arrive(state, announce("w1"), now=300.1) == [Dispatched("w1", STEP.key, 1, 300_100_000)]
+
+
+# --- several parts in a row
+
+FIRST, SECOND = "2-4", "4-6"
+CHAIN = structs.replace(OPENING, route=[FIRST, SECOND], codecs=["int8", "fp32"], between=1)
+PASSED_ON = structs.replace(STEP, parts=[Part(1, [1], 32)])
+
+
+def serve(
+    state: BrokerState, part: str, *names: str, precision: str = "", now: float = 0.0
+) -> None:
+    for name in names:
+        service = Service(MODEL, "m", part, 8, precision)
+        arrive(state, Announce(name, [service], 4, 100), now)
+
+
+def make_chain(*seconds: str) -> BrokerState:
+    state = make_state()
+    serve(state, FIRST, "a1", "a2")
+    serve(state, SECOND, *(seconds or ("b1", "b2")))
+    return state
+
+
+def test_what_one_part_answers_goes_to_the_next_and_only_the_last_answer_to_the_edge() -> None:
+    state = make_chain()
+    assert state.on_step(STEP, CHAIN, EDGE, 12, now=0.1) == [Dispatched("a1", STEP.key, 1, 0)]
+    computed = structs.replace(reply("a1"), queue_us=7, compute_us=100)
+    assert state.on_answer(computed, now=0.2, body_bytes=32) == [
+        PassOn(PASSED_ON),
+        Dispatched("b1", STEP.key, 2, 7),
+    ]
+    record = state.steps[STEP.key]
+    assert (record.hop, record.body_bytes, record.earlier_compute_us) == (1, 32, 100)
+    assert record.account.body_bytes == 32
+    assert state.on_answer(reply("b1", attempt=2), now=0.3) == [
+        Answer(EDGE.address, STEP.key),
+        Forget(STEP.key),
+    ]
+    session = state.sessions[STEP.session_id]
+    assert [session.warm_worker(hop).name for hop in (0, 1)] == ["a1", "b1"]  # type: ignore[union-attr]
+    assert record.account.body_bytes == record.account.steps == 0
+
+
+def test_each_part_has_its_own_attempts() -> None:
+    state = make_chain()
+    state.on_step(STEP, CHAIN, EDGE, 12, now=0.01)
+    state.on_failed(failed("a1"), now=0.02)
+    state.on_answer(reply("a2", attempt=2), now=0.03, body_bytes=32)
+    assert state.on_failed(failed("b1", attempt=3), now=0.04) == [Dispatched("b2", STEP.key, 4, 0)]
+    state.on_failed(failed("b2", attempt=4), now=0.05)
+    (refuse,) = [a for a in state.on_failed(failed("b1", attempt=5), now=0.06) if type(a) is Refuse]
+    assert "worker b1: boom; worker b2: boom" in refuse.reason
+
+
+def test_an_answer_of_a_part_that_the_step_has_passed_is_late() -> None:
+    state = make_chain()
+    state.on_step(STEP, CHAIN, EDGE, 12, now=0.1)
+    for tenths in range(2, 22, 2):  # a1 is alive, and slow
+        serve(state, FIRST, "a1", "a2", now=tenths / 10)
+        serve(state, SECOND, "b1", "b2", now=tenths / 10)
+    moved = state.on_tick(now=2.2)
+    assert Dispatched("a2", STEP.key, 2, 2_100_000) in moved
+    state.on_answer(reply("a2", attempt=2), now=2.3, body_bytes=32)
+    assert state.on_answer(reply("a1", attempt=1), now=2.4, body_bytes=32) == []
+    assert state.counters["late_answers"] == 1
+    assert state.steps[STEP.key].worker_id == "b1"
+
+
+def test_what_a_later_part_lacks_goes_to_the_edge() -> None:
+    state = make_chain()
+    state.on_step(STEP, CHAIN, EDGE, 12, now=0.1)
+    state.on_answer(reply("a1"), now=0.2, body_bytes=32)
+    need = Need(*STEP.key, 2, 0, [], "b1")
+    assert state.on_answer(need, now=0.3) == [Answer(EDGE.address, STEP.key), Forget(STEP.key)]
+
+
+def test_a_worker_that_passes_on_fewer_rows_has_failed() -> None:
+    state = make_chain()
+    state.on_step(STEP, CHAIN, EDGE, 12, now=0.1)
+    short = structs.replace(reply("a1"), rows=0)
+    assert state.on_answer(short, now=0.2) == [Dispatched("a2", STEP.key, 2, 0)]
+
+
+def test_a_step_waits_for_a_part_whose_last_worker_has_died() -> None:
+    state = make_chain("b1")
+    state.on_step(STEP, CHAIN, EDGE, 12, now=0.1)
+    state.on_worker_gone("b1", "died", now=0.2)
+    assert state.on_answer(reply("a1"), now=0.3, body_bytes=32) == [PassOn(PASSED_ON)]
+    peer = Peer(b"at-b2")
+    joined = state.on_announce(Announce("b2", [Service(MODEL, "m", SECOND, 8)], 4, 100), peer, 0.4)
+    assert without_notes(joined) == [Dispatched("b2", STEP.key, 2, 100_000)]
+
+
+def test_all_parts_of_a_route_are_computed_in_one_precision() -> None:
+    state = make_state()
+    serve(state, FIRST, "a-float", precision="float32")
+    serve(state, FIRST, "a-brain", precision="bfloat16")
+    serve(state, SECOND, "b-brain", precision="bfloat16")
+    (sent,) = state.on_step(STEP, CHAIN, EDGE, 12, now=0.1)
+    assert isinstance(sent, Dispatched)
+    assert sent.worker_id == "a-brain"
+    in_float = structs.replace(CHAIN, precision="float32")
+    (refuse,) = state.on_step(OTHER, in_float, EDGE, 12, now=0.1)
+    assert isinstance(refuse, Refuse)
+    assert f"no worker serves {SECOND} of the model" in refuse.reason
+
+
+def test_the_end_of_a_session_reaches_every_part() -> None:
+    state = make_chain()
+    state.on_step(STEP, CHAIN, EDGE, 12, now=0.1)
+    state.on_answer(reply("a1"), now=0.2, body_bytes=32)
+    state.on_answer(reply("b1", attempt=2), now=0.3)
+    assert state.on_end(STEP.session_id, EDGE) == [
+        ForwardEnd("a1", STEP.session_id, "", [FIRST]),
+        ForwardEnd("b1", STEP.session_id, "", [SECOND]),
+    ]
+
+
+def test_a_codec_between_parts_that_was_not_opened_is_refused() -> None:
+    state = make_chain()
+    (refuse,) = state.on_step(STEP, structs.replace(CHAIN, between=2), EDGE, 12, now=0.1)
+    assert isinstance(refuse, Refuse)
+    assert refuse.reason == "the route has a codec beyond the 2 that it opened"

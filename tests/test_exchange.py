@@ -8,8 +8,8 @@ from common.errors import NoWorker, SettingsError, StepRefused
 from common.protocol.messages import (
     AskAgain,
     Busy,
+    Need,
     NeedOpening,
-    NeedRows,
     NeedStep,
     Opening,
     Part,
@@ -22,8 +22,8 @@ from common.protocol.wire import decode_header, encode_header
 from common.settings import MAX_BODY_BYTES
 from edge_agent.engine.exchange import Ask, BrokerGone, Exchange, LinkRate
 
-STEP = Step(b"s" * 16, 0, 0, 3, 11, [Part(0, 1, 130)], 1, 0, 60_000)
-OPENING = Opening("f" * 16, "2-6", 128, ["int8"], "")
+STEP = Step(b"s" * 16, 0, 0, 3, 11, [Part(0, [1], 130)], 1, 0, 60_000)
+OPENING = Opening("f" * 16, ["2-6"], 128, ["int8"], "")
 REPLY = StepReply(*STEP.key, 1, 1, 11, "w1", 3, 9)
 
 
@@ -127,7 +127,7 @@ def test_refusals_raise_unless_a_worker_is_waited_for() -> None:
 
 
 def test_a_need_is_an_answer() -> None:
-    need = NeedRows(*STEP.key, 1, 4, "w1")
+    need = Need(*STEP.key, 1, 4, [], "w1")
     answered = make().hear(need, b"", 50, 0.1)
     assert answered is not None
     assert answered.answer == need

@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import redis
 import torch
-from pools import PROMPTS, generate, generate_together, reference_tokens
+from pools import PROMPTS, generate, generate_together, record_of, reference_tokens
 
-from cloud_worker.state.redis_store import record_key
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.text.ends import ModelEnds
 from edge_agent.text.session import Session
@@ -55,7 +54,7 @@ def generate_with_harm(
 def wait_until_committed(pool: LocalPool, session: Session) -> None:
     """Until Redis has all rows that the workers have computed."""
     client = redis.Redis.from_url(pool.redis_url)
-    key = record_key(session.session_id)
+    key = record_of(session)
     give_up_at = time.monotonic() + 10
     want = session.stats.prompt_tokens + session.stats.new_tokens - 1
     while int(client.hget(key, "position") or 0) < want:

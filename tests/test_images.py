@@ -31,7 +31,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from common.diffusion.schedulers import SCHEDULERS, make_scheduler, read_scheduler_config
 from common.errors import NoWorker, SettingsError, StepRefused
-from common.protocol.messages import ImageOpening, ImageStep, TensorPart
+from common.protocol.messages import BOUNDARY, ImageOpening, Part, Step
 from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
 from deploy.cli import midspan
 from deploy.pool import LocalPool, PoolSettings
@@ -384,12 +384,12 @@ def test_steps_that_cannot_be_computed_are_refused_and_the_worker_lives_on(
     words: str,
 ) -> None:
     client = pool.connect(timeout_s=20)
-    part = structs.replace(TensorPart("sample", 0, [1, 4, 16, 16], 0), **tensor)
+    part = structs.replace(Part(0, [1, 4, 16, 16], 0, BOUNDARY), **tensor)
     size = 4 * int(np.prod(part.shape))
     part = structs.replace(part, body_bytes=size)
-    step = ImageStep(random.randbytes(16), 0, 0, 0, [part], 0, 20_000)
+    step = Step(random.randbytes(16), 0, 0, 0, 0, [part], 0, 0, 20_000)
     good = ImageOpening(
-        makers["unet"]._fingerprint, "unet", ["fp32"], 1, 2.5, [999.0], False, "", "float32"
+        makers["unet"]._fingerprint, ["unet"], ["fp32"], 1, 2.5, [999.0], False, "", "float32"
     )
     with pytest.raises(StepRefused, match=words):
         client.ask(

@@ -15,9 +15,9 @@ import pytest
 import redis
 import zmq
 from forks import run_midspan
-from pools import PROMPTS, generate
+from pools import PROMPTS, generate, record_of
 
-from cloud_worker.state.redis_store import RedisKvStore, record_key
+from cloud_worker.state.redis_store import RedisKvStore
 from cloud_worker.state.store import COUNTED_BYTES, Commit, CommitFailed, Committed, Load, Loaded
 from common.errors import BrokerUnavailable, StepRefused
 from common.protocol.messages import (
@@ -142,8 +142,8 @@ def test_another_edges_session_is_neither_written_nor_ended_nor_read(
             return
         body = bytes(demo_ends.hidden * 4)
         span = str(demo_ends.cut.middle)
-        opening = Opening(demo_ends.fingerprint, span, demo_ends.hidden, ["fp32"], "")
-        part = Part(0, 1, len(body))
+        opening = Opening(demo_ends.fingerprint, [span], demo_ends.hidden, ["fp32"], "")
+        part = Part(0, [1], len(body))
         step = Step(session.session_id, 0, 0, 1000, session.stats.prompt_tokens, [part], 1, 0, 9000)
         with pytest.raises(StepRefused, match="the session belongs to another edge"):
             thief.ask(step, body, opening, is_known=False, wait_for_worker=False)
@@ -231,9 +231,9 @@ def test_kv_at_rest_is_encrypted_and_any_worker_takes_over(
         if len(tokens) == 6:
             time.sleep(0.3)
             assert pool.client_keys is not None
-            owner = pool.client_keys.own.public
+            owner = pool.client_keys.own.public.decode()
             server = redis.Redis.from_url(pool.redis_url)
-            shape = server.hget(record_key(session.session_id + owner), "shape")
+            shape = server.hget(record_of(session, owner), "shape")
             assert shape.endswith(b" encrypted")
             pool.kill_worker(session.last_worker_id)
             pool.start_worker()

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import redis
 import torch
-from pools import PROMPTS, generate, reference_tokens
+from pools import PROMPTS, generate, record_of, reference_tokens
 from test_images import EXACT, WAYS, difference
 from test_store_away import RedisOnPort
 
 from chaos.thin_link import ThinLink
-from cloud_worker.state.redis_store import LOAD_LIMIT_S, record_key
+from cloud_worker.state.redis_store import LOAD_LIMIT_S
 from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.image.maker import ImageMaker, Progress
@@ -62,7 +62,7 @@ class SlowStore:
     def wait_for_rows(self, session: Session, rows: int) -> None:
         """Until all that the session has is in the store."""
         give_up_at = time.monotonic() + 20
-        while int(self.raw.hget(record_key(session.session_id), "position") or 0) < rows:  # type: ignore[arg-type]
+        while int(self.raw.hget(record_of(session), "position") or 0) < rows:  # type: ignore[arg-type]
             assert time.monotonic() < give_up_at
             time.sleep(0.01)
 

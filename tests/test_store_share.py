@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import redis
 import torch
-from pools import PROMPTS, reference_tokens
+from pools import PROMPTS, record_of, reference_tokens
 from test_store_contract import load_of, read, run_commit
 
 from cloud_worker.state.memory_store import MemoryKvStore
@@ -225,6 +225,6 @@ def wait_until_refused(pool: LocalPool, commits: int) -> None:
 def wait_for_commits(pool: LocalPool, session: Session, rows: int) -> None:
     raw = redis.Redis.from_url(pool.redis_url)
     give_up_at = time.monotonic() + 10
-    while int(raw.hget(record_key(session.session_id), "position") or 0) < rows:  # type: ignore[arg-type]
+    while int(raw.hget(record_of(session), "position") or 0) < rows:  # type: ignore[arg-type]
         assert time.monotonic() < give_up_at
         time.sleep(0.01)

@@ -20,7 +20,7 @@ from cloud_worker.state.session_cache import CacheBudget
 from cloud_worker.state.store import Commit, KvStore, Load, Loaded, Part, chunk_rows
 from cloud_worker.text.service import TextService
 from common.codecs.codec import make_codec
-from common.protocol.messages import NeedRows, NeedTensors, Opening, Step, StepReply
+from common.protocol.messages import Need, Opening, Step, StepReply
 from common.protocol.messages import Part as StepPart
 from deploy.embedded_redis import EmbeddedRedis
 
@@ -28,7 +28,7 @@ ROWS = 511  # the demo model's context less one; its KV lies in two chunks
 KEY = b"s" * 16
 SEALED_ROW = 2048 + 8
 CHUNK = chunk_rows(SEALED_ROW)
-Said = StepReply | NeedRows | NeedTensors
+Said = StepReply | Need
 
 
 class Answers:
@@ -70,8 +70,8 @@ class Server:
         noise = torch.Generator().manual_seed(position)
         body = make_codec("fp32", "up").encode(torch.randn(count, hidden, generator=noise))
         offered = self.service.service
-        opening = Opening(offered.model, offered.part, hidden, ["fp32"], "")
-        parts = [StepPart(0, count, len(body))]
+        opening = Opening(offered.model, [offered.part], hidden, ["fp32"], "")
+        parts = [StepPart(0, [count], len(body))]
         message = Step(KEY, generation, 0, step, position, parts, 1, 0, 60_000)
         return Task(message, opening, body, 1, 0, 0, time.monotonic())
 
@@ -139,7 +139,7 @@ def test_a_damaged_row_is_found_and_those_before_it_are_kept(
     (byte,) = raw.getrange(key, at, at)
     raw.setrange(key, at, bytes([byte ^ 1]))
     need, _ = second.compute(task)
-    assert isinstance(need, NeedRows)
+    assert isinstance(need, Need)
     assert need.have == row
     assert second.kv_bytes() == first.kv_bytes()[: row * 2048]
     assert second.service.stats["rows_refused"] == 1
@@ -151,7 +151,7 @@ def test_of_a_session_without_its_last_chunk_the_others_are_kept(
     task = first.task(1, ROWS, 1)
     redis.Redis.from_url(redis_server.url).delete(chunk_key(task.session_key, 1))
     need, _ = second.compute(task)
-    assert isinstance(need, NeedRows)
+    assert isinstance(need, Need)
     assert need.have == CHUNK
     assert second.kv_bytes() == first.kv_bytes()[: CHUNK * 2048]
 

@@ -13,7 +13,7 @@ from pools import PROMPTS
 
 from common.codecs.codec import make_codec
 from common.errors import StepRefused
-from common.protocol.messages import NeedRows, Opening, Part, Step, StepReply
+from common.protocol.messages import Need, Opening, Part, Step, StepReply
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.engine.client import BrokerClient
 from edge_agent.engine.exchange import Ask
@@ -39,7 +39,7 @@ class DraftingEdge:
         self._rng = random.Random(seed)
         self._session_id = secrets.token_bytes(16)
         part = str(ends.cut.middle)
-        self._opening = Opening(ends.fingerprint, part, ends.hidden, [CODEC], "")
+        self._opening = Opening(ends.fingerprint, [part], ends.hidden, [CODEC], "")
         self._caches = ends.new_caches()
         self._log = ReplayLog()
         self._number = 0
@@ -102,7 +102,7 @@ class DraftingEdge:
             answered = self._client.exchange(Ask(step, body, self._opening, False, True))
             answer = answered.answer
             self.last_worker = answer.worker_id
-            if isinstance(answer, NeedRows):
+            if isinstance(answer, Need):
                 self.rows_replayed += position - answer.have
                 results = results[: max(0, answer.have - start)]
                 position = answer.have
@@ -193,10 +193,10 @@ def test_drafts_do_not_reach_the_store(
 
 def test_more_drafts_than_rows_are_refused(pool: LocalPool, demo_ends: ModelEnds) -> None:
     client = pool.connect()
-    opening = Opening(demo_ends.fingerprint, "2-6", demo_ends.hidden, [CODEC], "")
+    opening = Opening(demo_ends.fingerprint, ["2-6"], demo_ends.hidden, [CODEC], "")
     body = bytes(4 * demo_ends.hidden)
     step = Step(
-        secrets.token_bytes(16), 0, 0, 0, 0, [Part(0, 1, len(body))], 1, 0, 9000, tentative=2
+        secrets.token_bytes(16), 0, 0, 0, 0, [Part(0, [1], len(body))], 1, 0, 9000, tentative=2
     )
     with pytest.raises(StepRefused, match="step calls 2 of its 1 rows tentative"):
         client.ask(step, body, opening, is_known=False, wait_for_worker=False)

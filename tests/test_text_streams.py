@@ -84,4 +84,4 @@ def test_a_replay_log_gives_whole_pieces_from_any_row_on() -> None:
     assert [piece.body for piece in log.read(2, max_rows=5)] == [b"aaaa", b"b"]
     assert [piece.body for piece in log.read(4, max_rows=2)] == [b"b", b"c"]
     assert [piece.body for piece in log.read(8, max_rows=1)] == [b"ddd"]
-    assert parts_of(log.read(4, 2)) == [Part(0, 1, 1), Part(0, 1, 1)]
+    assert parts_of(log.read(4, 2)) == [Part(0, [1], 1), Part(0, [1], 1)]

@@ -76,12 +76,12 @@ def test_alone_nobody_waits() -> None:
     assert shares.pick(set(), 1.0) is None
 
 
-STEP = Step(b"a" * 16, 0, 0, 0, 0, [Part(0, 1, 32)], 1, 0, 1000)
+STEP = Step(b"a" * 16, 0, 0, 0, 0, [Part(0, [1], 32)], 1, 0, 1000)
 
 
 def task(session: str, edge: int) -> Task:
     step = structs.replace(STEP, session_id=session.encode() * 16)
-    return Task(step, Opening("m", "0-2", 8, ["fp32"], ""), b"", 1, 0, 0, 0.0, edge=edge)
+    return Task(step, Opening("m", ["0-2"], 8, ["fp32"], ""), b"", 1, 0, 0, 0.0, edge=edge)
 
 
 def sessions(batch: list[Task]) -> str:

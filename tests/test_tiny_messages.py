@@ -22,14 +22,12 @@ from pools import PROMPTS, generate, reference_tokens
 from common.codecs.codec import COMPRESSED, make_codec
 from common.errors import StepRefused
 from common.protocol.messages import (
+    BOUNDARY,
     AnyOpening,
-    AnyStep,
     ImageOpening,
-    ImageStep,
     Opening,
     Part,
     Step,
-    TensorPart,
 )
 from common.protocol.wire import encode_header
 from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
@@ -99,7 +97,7 @@ def bomb(words: str, size: int, tells_size: bool, window_log: int = 21) -> Tiny:
 
 
 def sample(images: int, side: int) -> Tensor:
-    return Tensor("sample", [images, 4, side, side])
+    return Tensor(BOUNDARY, [images, 4, side, side])
 
 
 def conditioning(images: int) -> list[Tensor]:
@@ -122,7 +120,7 @@ MESSAGES: dict[str, Callable[[], Tiny]] = {
     ),
     "images without end": lambda: image("at most 64", sample(1, 16), images=2**40),
     "inner rows without end": lambda: image(
-        "1 images with 1048576 pixels", Tensor("sample", [1, 64, 512, 512]), part="inner"
+        "1 images with 1048576 pixels", Tensor(BOUNDARY, [1, 64, 512, 512]), route=["inner"]
     ),
     "a history that is large": lambda: image(
         "several sizes", sample(1, 16),
@@ -150,7 +148,7 @@ MESSAGES: dict[str, Callable[[], Tiny]] = {
     "time ids without end": lambda: image(
         "time_ids has shape", sample(1, 16), Tensor("time_ids", [1, 5_000_000], FLOATS)
     ),
-    "a codec that was not opened": lambda: image("beyond the 3", Tensor("sample", [1, 4, 8, 8], 9)),
+    "a codec that was not opened": lambda: image("beyond the 3", Tensor(BOUNDARY, [1, 4, 8, 8], 9)),
     "65,536 rows": lambda: text("at most 8192", 65_536),
     "8,192 rows": lambda: text("the context has 512", 8192),
     "many parts": lambda: text("the context has 512", 16, parts=500),
@@ -160,25 +158,25 @@ MESSAGES: dict[str, Callable[[], Tiny]] = {
 }  # fmt: skip
 
 
-def make_step(tiny: Tiny, services: list[dict[str, Any]]) -> tuple[AnyStep, bytes, AnyOpening]:
+def make_step(tiny: Tiny, services: list[dict[str, Any]]) -> tuple[Step, bytes, AnyOpening]:
     session_id = secrets.token_bytes(16)
     if tiny.rows:
         (service,) = [service for service in services if service["hidden"]]
-        parts = [Part(tiny.codec, rows, len(body)) for rows, body in tiny.rows]
+        parts = [Part(tiny.codec, [rows], len(body)) for rows, body in tiny.rows]
         step = Step(session_id, 0, 0, 0, 0, parts, 1, 0, 30_000)
-        opening = Opening(service["model"], service["part"], service["hidden"], CODECS, "")
+        opening = Opening(service["model"], [service["part"]], service["hidden"], CODECS, "")
         return step, b"".join(body for _, body in tiny.rows), opening
     model = next(service["model"] for service in services if not service["hidden"])
     fields = {
-        "part": "unet", "codecs": CODECS, "images": 1, "guidance": 1.0, "timesteps": [999.0],
+        "route": ["unet"], "codecs": CODECS, "images": 1, "guidance": 1.0, "timesteps": [999.0],
         "keeps_latents": False, "scheduler": "", "latents_dtype": "float32", **tiny.opening,
     }  # fmt: skip
     bodies = [tensor.body if tensor.codec < len(CODECS) else b"" for tensor in tiny.tensors]
     tensors = [
-        TensorPart(tensor.name, tensor.codec, tensor.shape, len(body))
+        Part(tensor.codec, tensor.shape, len(body), tensor.name)
         for tensor, body in zip(tiny.tensors, bodies, strict=True)
     ]
-    step_of_image = ImageStep(session_id, 0, 0, 0, tensors, 0, 30_000)
+    step_of_image = Step(session_id, 0, 0, 0, 0, tensors, 0, 0, 30_000)
     return step_of_image, b"".join(bodies), ImageOpening(model, **fields)
 
 

@@ -12,13 +12,18 @@ from common.errors import ProtocolError
 from common.protocol.messages import (
     KINDS,
     Announce,
+    AnyOpening,
     CodecNames,
     Count,
     ImageOpening,
+    ImageRoute,
+    Names,
     Number,
     Numbers,
+    Opening,
     Part,
     Parts,
+    Route,
     Sealed,
     Service,
     Services,
@@ -27,14 +32,12 @@ from common.protocol.messages import (
     Stats,
     Step,
     StepReply,
-    TensorPart,
-    TensorParts,
     Text,
 )  # fmt: skip
 from common.protocol.wire import check_frames, decode_header, encode_header
 from common.settings import MAX_FRAMES, MAX_HEADER_BYTES
 
-STEP = Step(b"s" * 16, 0, 0, 7, 11, [Part(0, 1, 130)], 1, 0, 60000)
+STEP = Step(b"s" * 16, 0, 0, 7, 11, [Part(0, [1], 130)], 1, 0, 60000)
 NAMES = list(Step.__struct_fields__)
 
 INTEGERS = st.integers(0, 2**53)
@@ -48,6 +51,9 @@ VALUES = {
     Number: INTEGERS.map(float),
     Numbers: st.lists(st.integers(0, 999).map(float), max_size=5),
     Shape: st.lists(INTEGERS, min_size=1, max_size=4),
+    Names: st.lists(TEXTS, max_size=3),
+    Route: st.just(["2-4", "4-6"]),
+    ImageRoute: st.sampled_from([["unet"], ["inner"]]),
     CodecNames: st.lists(st.text(max_size=9), min_size=1, max_size=3),
     Stats: st.dictionaries(st.text(max_size=9), INTEGERS, max_size=3),
 }
@@ -59,7 +65,6 @@ def any_struct(kind: type[Any]) -> st.SearchStrategy[Any]:
 
 
 VALUES[Parts] = st.lists(any_struct(Part), min_size=1, max_size=4)
-VALUES[TensorParts] = st.lists(any_struct(TensorPart), max_size=3)
 VALUES[Services] = st.lists(any_struct(Service), max_size=3)
 
 
@@ -70,6 +75,21 @@ def any_message() -> st.SearchStrategy[Any]:
 @given(any_message())
 def test_every_message_comes_back_as_it_was_sent(message: Any) -> None:
     assert decode_header(encode_header(message)) == message
+
+
+@pytest.mark.parametrize(
+    "opening",
+    [
+        ImageOpening("f" * 16, ["2-6"], ["int8"], 1, 1.0, [1.0], False, "", "float32"),
+        ImageOpening("f" * 16, ["unet", "unet"], ["int8"], 1, 1.0, [1.0], False, "", "float32"),
+        Opening("f" * 16, ["unet"], 8, ["int8"], ""),
+        Opening("f" * 16, ["2-4"] * 65, 8, ["int8"], ""),
+        Opening("f" * 16, [], 8, ["int8"], ""),
+    ],
+)
+def test_a_route_goes_through_parts_of_its_own_kind_of_model(opening: AnyOpening) -> None:
+    with pytest.raises(ProtocolError, match=f"{opening.kind} message has a bad route"):
+        decode_header(encode_header(opening))
 
 
 @given(st.binary(max_size=200))
@@ -87,7 +107,7 @@ def test_a_truncated_header_is_refused(data: st.DataObject) -> None:
 
 @given(
     st.sampled_from(NAMES),
-    st.one_of(st.none(), st.integers(-5, -1), st.just(0.5), st.lists(st.just("a"), max_size=3)),
+    st.one_of(st.none(), st.integers(-5, -1), st.just(0.5), st.lists(st.just("a"), min_size=1)),
 )
 def test_a_field_of_the_wrong_type_is_named(name: str, value: Any) -> None:
     with pytest.raises(ProtocolError, match=rf"step message has a bad {name}"):
@@ -111,7 +131,7 @@ def _with(**changes: Any) -> bytes:
         (_with(session_id=b"short"), "bad session_id: Expected `bytes` of length >= 16"),
         (_with(position=True), "bad position: Expected `int`, got `bool`"),
         (_with(position=-1), "bad position: Expected `int` >= 0"),
-        (_with(parts=[]), "bad parts: Expected `array` of length >= 1"),
+        (_with(parts=[[0, [], 9]]), "bad parts: Expected `array` of length >= 1"),
         (_with(parts=[[0, 1]]), "bad parts: Expected `array` of "),
         (msgpack.packb({"v": 1}), "header is a dict; expected"),
         (msgpack.packb(["step/2", b"s" * 16]), "Expected `array` of at least length 10"),
@@ -127,7 +147,7 @@ def test_what_is_wrong_with_a_header_is_said(frame: bytes, words: str) -> None:
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -1e300])
 def test_numbers_that_are_none_are_refused(number: float) -> None:
-    opening = ImageOpening("f" * 16, "unet", ["int8"], 1, 7.5, [999.0], False, "", "float32")
+    opening = ImageOpening("f" * 16, ["unet"], ["int8"], 1, 7.5, [999.0], False, "", "float32")
     for name, value in (("guidance", number), ("timesteps", [1.0, number])):
         fields = msgpack.unpackb(encode_header(opening))
         fields[ImageOpening.__struct_fields__.index(name) + 1] = value
@@ -136,8 +156,8 @@ def test_numbers_that_are_none_are_refused(number: float) -> None:
 
 
 def test_a_decode_step_has_a_small_header() -> None:
-    long = structs.replace(STEP, step=5000, position=5000, parts=[Part(0, 1, 4098)])
-    assert len(encode_header(long)) <= 48
+    long = structs.replace(STEP, step=5000, position=5000, parts=[Part(0, [1], 4098)])
+    assert len(encode_header(long)) <= 50
     reply = StepReply(b"s" * 16, 0, 5000, 1, 1, 5000, "w-12345678", 3000, 90_000)
     assert len(encode_header(reply)) <= 60
 

@@ -14,12 +14,12 @@ from common.protocol.messages import Opening, Part, Step
 from common.spans.kv_rows import ByteRows, KvRows, make_layout
 
 LAYOUT = make_layout([((2, 4), (2, 4)), ((1, 8), (1, 8))], torch.float32)
-OPENING = Opening("m", "0-2", 8, ["fp32"], "")
-STEP = Step(b"a" * 16, 0, 0, 0, 0, [Part(0, 1, 32)], 1, 0, 1000)
+OPENING = Opening("m", ["0-2"], 8, ["fp32"], "")
+STEP = Step(b"a" * 16, 0, 0, 0, 0, [Part(0, [1], 32)], 1, 0, 1000)
 
 
 def task(session: str, rows: int = 1) -> Task:
-    step = structs.replace(STEP, session_id=session.encode() * 16, parts=[Part(0, rows, 32)])
+    step = structs.replace(STEP, session_id=session.encode() * 16, parts=[Part(0, [rows], 32)])
     return Task(step, OPENING, b"", 1, 0, 0, 0.0)
 
 
@@ -59,7 +59,7 @@ def test_a_session_that_is_over_leaves_the_queue() -> None:
     batcher = Batcher(max_rows=9, max_steps=9)
     for name in "ab":
         batcher.add(task(name))
-    batcher.drop_session(b"a" * 16)
+    batcher.drop_session(task("a").session_key)
     assert sessions(batcher.pick()) == "b"
 
 
@@ -68,7 +68,7 @@ def make_cache(limit_rows: int) -> WarmCache:
 
 
 def use(cache: WarmCache, name: str) -> None:
-    cache.open(task(name).session_key, task(name).text_step).kv.reserve(64)
+    cache.open(task(name).session_key, task(name).step).kv.reserve(64)
 
 
 def names(cache: WarmCache) -> str:
@@ -77,7 +77,7 @@ def names(cache: WarmCache) -> str:
 
 def test_the_cache_drops_the_least_recently_used_that_is_not_busy() -> None:
     budget = CacheBudget(128 * LAYOUT.row_bytes)
-    cache = WarmCache(lambda: KvRows(LAYOUT), budget, lambda: {b"b" * 16})
+    cache = WarmCache(lambda: KvRows(LAYOUT), budget, lambda: {task("b").session_key})
     for name in "abca":
         use(cache, name)
     assert budget.evict() == 1
@@ -92,7 +92,7 @@ def test_of_several_caches_the_session_goes_that_was_used_longest_ago() -> None:
     assert budget.evict() == 1
     assert (names(first), names(second)) == ("ca", "d")
     use(second, "e")
-    assert budget.evict(keep={b"c" * 16}) == 1
+    assert budget.evict(keep={task("c").session_key}) == 1
     assert (names(first), names(second)) == ("ca", "e")
 
 

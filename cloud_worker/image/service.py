@@ -55,10 +55,11 @@ from common.diffusion.tensors import (
 from common.diffusion.unet import INNER, WHOLE, Conditioning, boundary_channels
 from common.errors import MidspanError, NonFiniteError, ProtocolError, SettingsError
 from common.protocol.messages import (
+    BOUNDARY,
     ImageOpening,
-    ImageStep,
-    NeedTensors,
+    Need,
     Service,
+    Step,
     StepKey,
     StepReply,
 )
@@ -188,13 +189,14 @@ class ImageService:
     def on_step(self, task: Task) -> None:
         """Take a step; answers at once if it cannot be computed."""
         step, opening = task.step, task.opening
-        assert isinstance(step, ImageStep)
-        assert isinstance(opening, ImageOpening)
+        if not isinstance(opening, ImageOpening):
+            self._outbox.fail(task, f"an image's step comes with {opening.kind!r}")
+            return
         try:
             check_precision(task, self.service)
             self._check(step, opening)
             self._check_tensors(step, opening)
-            tensors = unpack_tensors(step.tensors, task.body, opening.codecs)
+            tensors = unpack_tensors(step.parts, task.body, opening.codecs)
             seal = self._find_seal(task, opening)
         except MidspanError as error:
             self._outbox.fail(task, str(error))
@@ -263,20 +265,20 @@ class ImageService:
     def _channels(self) -> tuple[int, int]:
         return boundary_channels(self._executor.model.config)
 
-    def _check(self, step: ImageStep, opening: ImageOpening) -> None:
+    def _check(self, step: Step, opening: ImageOpening) -> None:
         if not 1 <= opening.images <= MAX_IMAGES:
             raise ProtocolError(f"session has {opening.images} images; at most {MAX_IMAGES}")
         if step.position >= len(opening.timesteps):
             raise ProtocolError(
                 f"step is number {step.position}; the session has {len(opening.timesteps)}"
             )
-        if max(step.reply_codec, *(part.codec for part in step.tensors), 0) >= len(opening.codecs):
+        if max(step.reply_codec, *(part.codec for part in step.parts), 0) >= len(opening.codecs):
             raise ProtocolError(f"step names a codec beyond the {len(opening.codecs)} it opened")
         for name in opening.codecs:
             check_image_codec(name)
         if not opening.keeps_latents:
             return
-        if opening.part != WHOLE:
+        if opening.route != [WHOLE]:
             raise ProtocolError("only sessions of the whole UNet may leave latents to a worker")
         name = opening.scheduler.split(" ")[0]
         if name not in SCHEDULERS:
@@ -290,44 +292,44 @@ class ImageService:
                 "must read the same scheduler_config.json"
             )
 
-    def _check_tensors(self, step: ImageStep, opening: ImageOpening) -> None:
+    def _check_tensors(self, step: Step, opening: ImageOpening) -> None:
         """Names and shapes, before anything is decoded: a small body may announce much."""
         doubled = opening.images * (2 if opening.guidance > 1 else 1)
-        inner = opening.part == INNER
+        inner = opening.route == [INNER]
         config = self._executor.model.config
         channels = self._channels()[0] if inner else config.in_channels
-        names = [part.name for part in step.tensors]
+        names = [part.name for part in step.parts]
         if len(set(names)) < len(names):
             raise ProtocolError(f"step has a tensor twice: {names}")
-        if sum(math.prod(part.shape) for part in step.tensors) > MAX_STEP_VALUES:
+        if sum(math.prod(part.shape) for part in step.parts) > MAX_STEP_VALUES:
             raise ProtocolError(f"step has more than {MAX_STEP_VALUES} values")
-        for part in step.tensors:
-            name, shape = part.name, part.shape
+        for part in step.parts:
+            name, shape, what = part.name, part.shape, part.name or "sample"
             if name in CONDITIONING:
                 count = doubled
                 self._check_conditioning(name, shape)
-            elif name in ("sample", "latents") or name.startswith(HISTORY):
-                count = doubled if name == "sample" and inner else opening.images
+            elif name in (BOUNDARY, "latents") or name.startswith(HISTORY):
+                count = doubled if name == BOUNDARY and inner else opening.images
                 if len(shape) != 4 or shape[1] != channels:
-                    raise ProtocolError(f"{name} has shape {shape}; expected (n, {channels}, h, w)")
+                    raise ProtocolError(f"{what} has shape {shape}; expected (n, {channels}, h, w)")
                 if max(shape[2:]) > MAX_SIDE:
-                    raise ProtocolError(f"{name} has sides {shape[2:]}; at most {MAX_SIDE}")
+                    raise ProtocolError(f"{what} has sides {shape[2:]}; at most {MAX_SIDE}")
             else:
                 raise ProtocolError(f"step has an unknown tensor {name!r}")
-            if name != "sample" and not is_cast(opening.codecs[part.codec]):
-                raise ProtocolError(f"{name} is in {opening.codecs[part.codec]!r}; expected fp16")
+            if name != BOUNDARY and not is_cast(opening.codecs[part.codec]):
+                raise ProtocolError(f"{what} is in {opening.codecs[part.codec]!r}; expected fp16")
             if shape[0] != count:
-                raise ProtocolError(f"{name} is of {shape[0]} images; expected {count}")
+                raise ProtocolError(f"{what} is of {shape[0]} images; expected {count}")
         self._check_work(step, doubled, inner)
-        if not opening.keeps_latents and "sample" not in names:
+        if not opening.keeps_latents and BOUNDARY not in names:
             raise ProtocolError("step has no sample")
-        sides = {tuple(p.shape[2:]) for p in step.tensors if p.name not in CONDITIONING}
+        sides = {tuple(p.shape[2:]) for p in step.parts if p.name not in CONDITIONING}
         if len(sides) > 1:
             raise ProtocolError(f"the tensors of a step have several sizes: {sorted(sides)}")
 
-    def _check_work(self, step: ImageStep, doubled: int, inner: bool) -> None:
+    def _check_work(self, step: Step, doubled: int, inner: bool) -> None:
         """A few bytes can announce images that take minutes: a step has a budget of pixels."""
-        for part in step.tensors:
+        for part in step.parts:
             if part.name in CONDITIONING:
                 continue
             pixels = math.prod(part.shape[2:]) * (4 if inner else 1)
@@ -401,8 +403,8 @@ class ImageService:
         else:
             self._waiting.pop(session.key, None)
             self.stats["tensors_asked"] += len(missing)
-            need = NeedTensors(
-                *waiting.step.key, waiting.task.attempt, missing, self._outbox.worker_id,
+            need = Need(
+                *waiting.step.key, waiting.task.attempt, 0, missing, self._outbox.worker_id,
                 tell_precision(waiting.task, self.service),
             )  # fmt: skip
             self._outbox.answer(waiting.task, need)
@@ -466,8 +468,8 @@ class ImageService:
             go_to(scheduler, position, latents.history)
             sample = latents.sample
         else:
-            sample = waiting.tensors["sample"]
-        if opening.part == WHOLE and opening.guidance > 1:
+            sample = waiting.tensors[BOUNDARY]
+        if opening.route == [WHOLE] and opening.guidance > 1:
             sample = torch.cat([sample] * 2)
         if scheduler is not None:
             sample = scheduler.scale_model_input(sample, scheduler.timesteps[position])
@@ -476,7 +478,7 @@ class ImageService:
     def _finish(self, waiting: Waiting, result: Tensor, scheduler: Any, started_at: float) -> None:
         """Guide, encode and answer; then step and save the latents that are kept here."""
         step, opening, session = waiting.step, waiting.opening, waiting.session
-        if opening.part == WHOLE and opening.guidance > 1:
+        if opening.route == [WHOLE] and opening.guidance > 1:
             without, with_text = result.chunk(2)
             result = without + opening.guidance * (with_text - without)
         codec = opening.codecs[step.reply_codec]

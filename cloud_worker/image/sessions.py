@@ -10,7 +10,7 @@ from torch import Tensor
 from cloud_worker.loop.batcher import Task
 from cloud_worker.state.row_seals import RowSeal
 from common.diffusion.unet import Conditioning
-from common.protocol.messages import ImageOpening, ImageStep, StepReply
+from common.protocol.messages import ImageOpening, Step, StepReply
 
 HISTORY = "history"
 
@@ -66,8 +66,7 @@ class Waiting:
     loads_open: int = 0
 
     @property
-    def step(self) -> ImageStep:
-        assert isinstance(self.task.step, ImageStep)
+    def step(self) -> Step:
         return self.task.step
 
     @property

@@ -6,14 +6,15 @@ from collections import deque
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from common.protocol.messages import AnyOpening, AnyStep, Opening, Step, StepKey
+from common.errors import ProtocolError
+from common.protocol.messages import AnyOpening, Opening, Step, StepKey
 
 
 @dataclass(slots=True)
 class Task:
     """A step at a worker."""
 
-    step: AnyStep
+    step: Step
     opening: AnyOpening
     body: bytes
     attempt: int
@@ -23,24 +24,46 @@ class Task:
     owner: str = ""  # the edge's public key
     edge: int = 0  # the broker's number for it
     precision: str = ""  # in which the session was begun, if somebody knows
-
-    @property
-    def text_step(self) -> Step:
-        assert isinstance(self.step, Step)
-        return self.step
+    earlier_us: int = 0  # that other workers took for the parts before this one
+    hop: int = 0  # index of this one on the session's route
 
     @property
     def text_opening(self) -> Opening:
-        assert isinstance(self.opening, Opening)
+        """Raises ProtocolError for an image's."""
+        if not isinstance(self.opening, Opening):
+            raise ProtocolError(f"a text's step comes with {self.opening.kind!r}")
         return self.opening
 
     @property
     def session_key(self) -> bytes:
-        """Names the session here and in the store: two edges that choose one id share nothing.
+        """Names the session at this part, here and in the store.
+
+        Two edges that choose one id share nothing.
 
         In the store it is also the right to touch the session, see cloud_worker/state/store.py.
         """
-        return make_session_key(self.step.session_id, self.owner)
+        return make_session_key(self.step.session_id, self.owner, self.part)
+
+    @property
+    def part(self) -> str:
+        """Of the model, whose turn it is."""
+        return self.opening.route[self.hop]
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the edge gets what comes out, and not the next part."""
+        return self.hop + 1 == len(self.opening.route)
+
+    @property
+    def reply_rows(self) -> int:
+        """Of text: how many of its last rows to answer with."""
+        return self.step.reply_rows if self.is_last else self.step.rows
+
+    @property
+    def reply_codec(self) -> str:
+        """Of text: in which to answer."""
+        opening = self.text_opening
+        return opening.codecs[self.step.reply_codec if self.is_last else opening.between]
 
     @property
     def account(self) -> str:
@@ -48,9 +71,9 @@ class Task:
         return self.owner or str(self.edge)
 
 
-def make_session_key(session_id: bytes, owner: str) -> bytes:
-    """An edge's session: its id, then the edge's key."""
-    return session_id + owner.encode()
+def make_session_key(session_id: bytes, owner: str, part: str) -> bytes:
+    """An edge's session at one part of its model: its id, the edge's key, the part."""
+    return session_id + f"{owner}/{part}".encode()
 
 
 class Batcher:
@@ -104,11 +127,11 @@ class Batcher:
         sessions: set[bytes] = set()
         rows = 0
         for task in self._in_turn():
-            fits = not batch or rows + task.text_step.rows <= self._max_rows
+            fits = not batch or rows + task.step.rows <= self._max_rows
             if fits and len(batch) < self._max_steps and task.session_key not in sessions:
                 batch.append(task)
                 sessions.add(task.session_key)
-                rows += task.text_step.rows
+                rows += task.step.rows
             else:
                 left.append(task)
         self._ready = left

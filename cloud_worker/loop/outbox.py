@@ -7,7 +7,7 @@ from typing import Protocol
 
 from cloud_worker.loop.batcher import Task
 from cloud_worker.state.store import StoreEvent
-from common.protocol.messages import NeedRows, NeedTensors, Service, StepKey, StepReply
+from common.protocol.messages import Need, Service, StepKey, StepReply
 
 
 class Outbox(Protocol):
@@ -15,9 +15,7 @@ class Outbox(Protocol):
 
     worker_id: str
 
-    def answer(
-        self, task: Task, message: StepReply | NeedRows | NeedTensors, *bodies: bytes
-    ) -> None: ...
+    def answer(self, task: Task, message: StepReply | Need, *bodies: bytes) -> None: ...
 
     def fail(self, task: Task, reason: str) -> None: ...
 

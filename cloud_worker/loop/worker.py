@@ -37,12 +37,10 @@ from common.protocol.messages import (
     DrainAccepted,
     EndSession,
     ImageOpening,
-    ImageStep,
     Joined,
     Leave,
     Message,
-    NeedRows,
-    NeedTensors,
+    Need,
     NotJoined,
     Opening,
     Step,
@@ -331,12 +329,13 @@ class Worker:
         if isinstance(message, Dispatch):
             self._on_dispatch(source, message, frames)
         elif isinstance(message, EndSession):
-            for service in self._services.values():
-                service.on_end(make_session_key(message.session_id, message.owner))
+            for part in message.route:
+                self._end(make_session_key(message.session_id, message.owner, part), part)
         elif isinstance(message, CancelStep):
             self._cancelled.discard(message.key)
-            for service in self._services.values():
-                service.on_cancel(make_session_key(message.session_id, message.owner), message.key)
+            for (_, part), service in self._services.items():
+                session_key = make_session_key(message.session_id, message.owner, part)
+                service.on_cancel(session_key, message.key)
             self._send(source, StepDropped(*message.key, message.attempt, self.worker_id))
         elif isinstance(message, DrainAccepted):
             self._drain_accepted.add(source)
@@ -348,6 +347,14 @@ class Worker:
             self._on_not_joined(source, message)
         else:
             raise ProtocolError(f"a broker may not send {message.kind!r}")
+
+    def _end(self, session_key: bytes, part: str) -> None:
+        """A session is over at a part of its model, which another worker may have served."""
+        services = [s for (_, served), s in self._services.items() if served == part]
+        for service in services:
+            service.on_end(session_key)
+        if not services:
+            self._store.begin_delete(session_key)
 
     def _on_not_joined(self, source: int, message: NotJoined) -> None:
         broker = self._settings.brokers[source]
@@ -366,21 +373,21 @@ class Worker:
         if len(frames) != 4:
             raise ProtocolError(f"dispatch has {len(frames) - 1} further frames; expected 3")
         step = decode_header(frames[1])
-        if not isinstance(step, Step | ImageStep):
+        if not isinstance(step, Step):
             raise ProtocolError(f"dispatch carries {step.kind!r}; expected a step")
         try:
-            opening = _read_opening(step, frames[3])
+            opening = _read_opening(dispatch.hop, frames[3])
         except ProtocolError as error:  # whoever can be answered is
             self._fail(source, step.key, dispatch.attempt, str(error))
             return
         task = Task(
             step, opening, frames[2], dispatch.attempt, source, dispatch.queue_us,
             time.monotonic(), dispatch.owner, dispatch.edge,
-            opening.precision or dispatch.precision,
+            opening.precision or dispatch.precision, dispatch.compute_us, dispatch.hop,
         )  # fmt: skip
-        service = self._services.get((opening.model, opening.part))
+        service = self._services.get((opening.model, task.part))
         if service is None:
-            self.fail(task, f"step is for {opening.model} {opening.part}, not for this worker")
+            self.fail(task, f"step is for {opening.model} {task.part}, not for this worker")
             return
         try:
             service.on_step(task)
@@ -390,9 +397,7 @@ class Worker:
 
     # --- the services' outbox
 
-    def answer(
-        self, task: Task, message: StepReply | NeedRows | NeedTensors, *bodies: bytes
-    ) -> None:
+    def answer(self, task: Task, message: StepReply | Need, *bodies: bytes) -> None:
         """Answer a step to the broker that it came from."""
         self._send(task.source, message, *bodies)
 
@@ -420,11 +425,11 @@ class Worker:
         return task.step.key in self._cancelled
 
 
-def _read_opening(step: Step | ImageStep, frame: bytes) -> Opening | ImageOpening:
-    """The opening of a step's session. Raises ProtocolError if it is not of the step's kind."""
+def _read_opening(hop: int, frame: bytes) -> Opening | ImageOpening:
+    """The opening of a step's session. Raises ProtocolError unless it goes as far as `hop`."""
     opening = decode_opening(frame)
-    if isinstance(step, Step) and isinstance(opening, Opening):
-        return opening
-    if isinstance(step, ImageStep) and isinstance(opening, ImageOpening):
-        return opening
-    raise ProtocolError(f"dispatch carries {step.kind!r} and {opening.kind!r}")
+    if not isinstance(opening, Opening | ImageOpening):
+        raise ProtocolError(f"dispatch carries {opening.kind!r}; expected an opening")
+    if hop >= len(opening.route):
+        raise ProtocolError(f"step is at hop {hop}; its route has {len(opening.route)}")
+    return opening

@@ -16,6 +16,7 @@ from common.codecs.calibration import Calibration
 from common.codecs.codec import Codec, make_codec
 from common.codecs.spec import parse_codec
 from common.errors import ProtocolError
+from common.protocol.messages import BOUNDARY
 from common.spans.attention import Segment
 from common.spans.span_model import SpanModel
 
@@ -46,7 +47,7 @@ class TextExecutor:
 
     def check(self, task: Task) -> None:
         """Raise a MidspanError if a step cannot be computed, whoever tries."""
-        step, opening = task.text_step, task.text_opening
+        step, opening = task.step, task.text_opening
         if opening.hidden != self.model.hidden:
             raise ProtocolError(
                 f"session has hidden {opening.hidden}; the model has {self.model.hidden}"
@@ -60,10 +61,16 @@ class TextExecutor:
         self._check_calibration(task)
         if max(step.reply_codec, *(part.codec for part in step.parts)) >= len(opening.codecs):
             raise ProtocolError(f"step names a codec beyond the {len(opening.codecs)} it opened")
-        self._codec(opening.codecs[step.reply_codec], "down")
+        if self._codec(task.reply_codec, "down").needs_uplink and len(opening.route) > 1:
+            raise ProtocolError(
+                f"codec {task.reply_codec} builds on what the edge sent, which the last of several "
+                "parts does not see"
+            )
         for part in step.parts:
+            if part.name != BOUNDARY or len(part.shape) != 1 or not part.shape[0]:
+                raise ProtocolError(f"step has a part {part.name!r} {part.shape}; expected rows")
             codec = self._codec(opening.codecs[part.codec], "up")
-            codec.check_body(part.body_bytes, part.rows, opening.hidden)
+            codec.check_body(part.body_bytes, part.shape[0], opening.hidden)
         announced = sum(part.body_bytes for part in step.parts)
         if len(task.body) != announced:
             raise ProtocolError(f"body has {len(task.body)} bytes; its parts need {announced}")
@@ -86,7 +93,7 @@ class TextExecutor:
         except Exception as error:  # whatever a peer's numbers do, the worker lives on
             log.debug("a batch of %d failed", len(batch), exc_info=True)
             for task, session in batch:
-                session.cut_back(task.text_step.position)
+                session.cut_back(task.step.position)
             if len(batch) == 1:
                 return [Computed(failure=f"{type(error).__name__}: {str(error)[:500]}")]
             return [computed for pair in batch for computed in self.run([pair])]
@@ -94,8 +101,7 @@ class TextExecutor:
     def _run_together(self, batch: Sequence[tuple[Task, WarmSession]]) -> list[Computed]:
         uplinks = self._decode_all([task for task, _ in batch])
         segments = [
-            Segment(session.kv, task.text_step.position, task.text_step.rows)
-            for task, session in batch
+            Segment(session.kv, task.step.position, task.step.rows) for task, session in batch
         ]
         rows = uplinks[0] if len(uplinks) == 1 else torch.cat(uplinks)
         results = self.model.run(rows.to(self.model.device, self.model.dtype), segments)
@@ -106,8 +112,8 @@ class TextExecutor:
         decoded: list[Tensor | None] = [None] * len(tasks)
         singles: dict[Codec, list[int]] = {}
         for index, task in enumerate(tasks):
-            if task.text_step.rows == 1:
-                name = task.text_opening.codecs[task.text_step.parts[0].codec]
+            if task.step.rows == 1:
+                name = task.text_opening.codecs[task.step.parts[0].codec]
                 singles.setdefault(self._codec(name, "up"), []).append(index)
             else:
                 decoded[index] = self._decode(task)
@@ -127,9 +133,9 @@ class TextExecutor:
         ups: list[Tensor] = []
         at = 0
         for index, (task, uplink) in enumerate(zip(tasks, uplinks, strict=True)):
-            at += task.text_step.rows
-            wanted = task.text_step.reply_rows
-            codec = self._codec(task.text_opening.codecs[task.text_step.reply_codec], "down")
+            at += task.step.rows
+            wanted = task.reply_rows
+            codec = self._codec(task.reply_codec, "down")
             downs.append(results[at - wanted : at])
             ups.append(uplink[len(uplink) - wanted :])
             if wanted == 1:
@@ -146,9 +152,9 @@ class TextExecutor:
         """The boundary rows of a step, float32 (T, D)."""
         decoded = []
         at = 0
-        for part in task.text_step.parts:
+        for part in task.step.parts:
             codec = self._codec(task.text_opening.codecs[part.codec], "up")
             body = task.body[at : at + part.body_bytes]
-            decoded.append(codec.decode(body, part.rows, task.text_opening.hidden))
+            decoded.append(codec.decode(body, part.shape[0], task.text_opening.hidden))
             at += part.body_bytes
         return decoded[0] if len(decoded) == 1 else torch.cat(decoded)

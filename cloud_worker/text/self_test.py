@@ -32,9 +32,9 @@ def check_executor(executor: TextExecutor, service: Service) -> WarmSession:
     hidden = executor.model.hidden
     rows = torch.randn(ROWS, hidden, generator=torch.Generator().manual_seed(0))
     body = make_codec(CODEC, "up").encode(rows)
-    opening = Opening(service.model, service.part, hidden, [CODEC], "")
+    opening = Opening(service.model, [service.part], hidden, [CODEC], "")
     session_id = secrets.token_bytes(16)
-    step = Step(session_id, 0, 0, 0, 0, [Part(0, ROWS, len(body))], ROWS, 0, 1000)
+    step = Step(session_id, 0, 0, 0, 0, [Part(0, [ROWS], len(body))], ROWS, 0, 1000)
     task = Task(step, opening, body, 1, 0, 0, time.monotonic())
     session = WarmSession(task.session_key, executor.model.new_kv(), 0, 0)
     executor.check(task)

@@ -29,7 +29,7 @@ from cloud_worker.text.executor import Computed, TextExecutor
 from cloud_worker.text.self_test import check_executor, check_store
 from cloud_worker.text.warm_cache import WarmCache, WarmSession
 from common.errors import MidspanError, SettingsError
-from common.protocol.messages import NeedRows, Service, StepKey, StepReply
+from common.protocol.messages import Need, Service, StepKey, StepReply
 from common.security.keys import KeyPair
 from common.security.sealing import open_sealed
 
@@ -139,7 +139,7 @@ class TextService:
             self._run_batch(batch)
 
     def on_step(self, task: Task) -> None:
-        step = task.text_step
+        step = task.step
         try:
             check_precision(task, self.service)
             self._executor.check(task)
@@ -172,7 +172,7 @@ class TextService:
 
     def _prepare(self, task: Task, session: WarmSession) -> None:
         """Make a step ready, or begin to load the rows that it needs."""
-        step = task.text_step
+        step = task.step
         if session.kv.length == step.position:
             self._batcher.add(task)
         else:
@@ -222,7 +222,7 @@ class TextService:
     def _take_rows(self, session_key: bytes, generation: int, part: Part) -> bool:
         """Put rows of a load into the session that waits for them; whether it wants the next."""
         task, session = self._loading.get(session_key), self._warm.find(session_key)
-        if task is None or session is None or task.text_step.generation != generation:
+        if task is None or session is None or task.step.generation != generation:
             return False
         kv, seal, stored_row_bytes = session.kv, session.seal, self._stored_row_bytes(session)
         assert seal is not None
@@ -231,7 +231,7 @@ class TextService:
         if known < 0 or count <= 0:
             return known >= 0
         start, rows = kv.length, part.rows[known * stored_row_bytes :]
-        room = task.text_step.end if part.end >= task.text_step.position else part.end
+        room = task.step.end if part.end >= task.step.position else part.end
         try:
             kv.reserve(room)
             taken = kv.take_rows(
@@ -257,18 +257,18 @@ class TextService:
 
     def _on_loaded(self, event: Loaded, session: WarmSession | None) -> None:
         task = self._loading.get(event.session_key)
-        if task is None or session is None or task.text_step.generation != event.generation:
+        if task is None or session is None or task.step.generation != event.generation:
             return
         self.stats["loads_given_up"] += event.given_up
         del self._loading[event.session_key]
-        step = task.text_step
+        step = task.step
         if session.kv.length >= step.position:
             session.cut_back(step.position)
             self._batcher.add(task)
             return
         self.stats["rows_asked"] += step.position - session.kv.length
-        need = NeedRows(
-            *step.key, task.attempt, session.kv.length, self._outbox.worker_id,
+        need = Need(
+            *step.key, task.attempt, session.kv.length, [], self._outbox.worker_id,
             tell_precision(task, self.service),
         )  # fmt: skip
         self._outbox.answer(task, need)
@@ -279,8 +279,8 @@ class TextService:
         started_at = time.monotonic()
         pairs = []
         for task in batch:
-            session = self._warm.open(task.session_key, task.text_step)
-            if session.kv.length == task.text_step.position:
+            session = self._warm.open(task.session_key, task.step)
+            if session.kv.length == task.step.position:
                 pairs.append((task, session))
             else:
                 self._prepare(task, session)
@@ -293,10 +293,10 @@ class TextService:
             if computed.failure:
                 self._outbox.fail(task, computed.failure)
                 continue
-            session.last_step = task.text_step.step
-            session.final = task.text_step.final
+            session.last_step = task.step.step
+            session.final = task.step.final
             self.stats["steps"] += 1
-            self.stats["rows"] += task.text_step.rows
+            self.stats["rows"] += task.step.rows
             self._reply(task, computed, session, started_at, done_at)
         for _, session in pairs:
             self._commit(session)
@@ -313,15 +313,15 @@ class TextService:
         started_at: float,
         done_at: float,
     ) -> None:
-        step = task.text_step
+        step = task.step
         reply = StepReply(
             *step.key,
             attempt=task.attempt,
-            rows=step.reply_rows,
+            rows=task.reply_rows,
             committed=session.committed,
             worker_id=self._outbox.worker_id,
             queue_us=task.broker_queue_us + round((started_at - task.arrived_at) * 1e6),
-            compute_us=round((done_at - started_at) * 1e6),
+            compute_us=task.earlier_us + round((done_at - started_at) * 1e6),
             precision=tell_precision(task, self.service),
         )
         keep = len(computed.body) <= KEEP_REPLY_BYTES

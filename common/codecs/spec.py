@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from common.errors import SettingsError
 
 DEFAULT_CODEC = "int8"
+EXACT = "fp32"
 
 SHORT_NAMES = {
     "int8": "int8:token:sym",

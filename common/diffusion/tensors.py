@@ -15,11 +15,10 @@ from torch import Tensor
 
 from common.codecs.codec import Codec, make_codec
 from common.codecs.lambda_split import PREFIX, LambdaSplitCodec
-from common.codecs.spec import parse_codec
+from common.codecs.spec import EXACT, parse_codec
 from common.errors import ProtocolError, SettingsError
-from common.protocol.messages import TensorPart
+from common.protocol.messages import Part
 
-EXACT = "fp32"
 MAX_VALUES = 1 << 28
 
 
@@ -65,7 +64,7 @@ def decode_tensor(body: bytes, shape: Sequence[int], codec: str) -> Tensor:
 
 def pack_tensors(
     tensors: dict[str, Tensor], codecs: dict[str, str], names: list[str]
-) -> tuple[list[TensorPart], bytes]:
+) -> tuple[list[Part], bytes]:
     """A step's tensors, by name, each with its codec (EXACT if none is given), and the body.
 
     `names` are the opening's codecs.
@@ -74,12 +73,12 @@ def pack_tensors(
     for name, tensor in tensors.items():
         codec = codecs.get(name, EXACT)
         body = encode_tensor(tensor, codec)
-        parts.append(TensorPart(name, names.index(codec), list(tensor.shape), len(body)))
+        parts.append(Part(names.index(codec), list(tensor.shape), len(body), name))
         bodies.append(body)
     return parts, b"".join(bodies)
 
 
-def unpack_tensors(parts: list[TensorPart], body: bytes, names: list[str]) -> dict[str, Tensor]:
+def unpack_tensors(parts: list[Part], body: bytes, names: list[str]) -> dict[str, Tensor]:
     """The reverse. Raises ProtocolError or NonFiniteError."""
     announced = sum(part.body_bytes for part in parts)
     if len(body) != announced:

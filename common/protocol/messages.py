@@ -1,13 +1,16 @@
 """The messages of the protocol, one struct each. `common/protocol/wire.py` puts them on the wire.
 
-    edge -> broker    Step or ImageStep (with its opening if need be), EndSession, StatusQuery
+    edge -> broker    Step (with its session's opening if need be), EndSession, StatusQuery
     edge -> broker    AskAgain, for a step that was sent
-    broker -> edge    StepReply, NeedRows, NeedTensors, NeedOpening, NeedStep, StepPending,
-                      StepRefused, Busy, StatusReport
+    broker -> edge    StepReply, Need, NeedOpening, NeedStep, StepPending, StepRefused, Busy,
+                      StatusReport
     broker -> worker  Dispatch (in front of a step and its opening), CancelStep, EndSession,
                       Joined, NotJoined, DrainAccepted
-    worker -> broker  Announce, Alive, Drain, Leave, StepReply, NeedRows, NeedTensors, StepFailed,
-                      StepDropped
+    worker -> broker  Announce, Alive, Drain, Leave, StepReply, Need, StepFailed, StepDropped
+
+A step passes the parts of a model that its session's `route` names, one after another: what the
+worker of one answers, the broker hands to a worker of the next. Only the last answer goes to the
+edge, and whatever a worker lacks: the edge then sends it again, from the first part on.
 
 A peer is known by its connection (and its CURVE key, where keys are used), never by what it says
 of itself: a message that names another worker, or another edge's session, is refused.
@@ -27,6 +30,7 @@ from msgspec import field as struct_field
 PROTOCOL = 2  # each kind's name on the wire ends with it, so no other version is ever read wrongly
 
 StepKey = tuple[bytes, int, int]  # session_id, generation, step
+BOUNDARY = ""  # names what crosses the cut itself: a text's rows, an image's sample
 
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Text = Annotated[str, Meta(max_length=4096)]
@@ -38,6 +42,12 @@ MAX_TIMESTEPS = 1000
 Numbers = Annotated[list[Number], Meta(max_length=MAX_TIMESTEPS)]
 CodecNames = Annotated[list[Text], Meta(min_length=1, max_length=8)]
 Shape = Annotated[list[Count], Meta(min_length=1, max_length=4)]
+MAX_HOPS = 64
+SpanName = Annotated[str, Meta(pattern=r"^\d{1,6}-\d{1,6}$")]
+Route = Annotated[list[SpanName], Meta(min_length=1, max_length=MAX_HOPS)]
+UnetPart = Annotated[str, Meta(pattern=r"^(unet|inner)$")]
+ImageRoute = Annotated[list[UnetPart], Meta(min_length=1, max_length=1)]
+Names = Annotated[list[Text], Meta(max_length=MAX_HOPS)]
 Stats = Annotated[dict[Text, bool | int | float | str], Meta(max_length=64)]
 
 
@@ -61,35 +71,40 @@ class Opening(WireMessage, frozen=True, tag=f"open/{PROTOCOL}"):
     """
 
     model: Text  # fingerprint
-    part: Text  # of the model: for text the middle layers, a-b
+    route: Route  # parts of the model in a row: spans a-b of its middle layers
     hidden: Count  # D
     codecs: CodecNames  # steps name them by their index
     calibration: Text  # fingerprint, or empty if no codec needs one
     sealed_key: Sealed = b""  # of the session's KV at rest, for the workers only
     precision: Text = ""  # of the workers that began the session; empty until one has answered
+    between: Count = 0  # codec of rows on their way from one part of the route to the next
 
 
 class Part(Item, frozen=True):
-    """Rows of a step's body that were encoded together."""
+    """Values of a step's body that were encoded together."""
 
     codec: Count  # index into the opening's codecs
-    rows: Count
+    shape: Shape  # of a tensor; of a text's rows only how many, each of the opening's `hidden`
     body_bytes: Count
+    name: Text = BOUNDARY  # else latents, history0, prompt_embeds, text_embeds or time_ids
 
 
-Parts = Annotated[list[Part], Meta(min_length=1, max_length=512)]
+Parts = Annotated[list[Part], Meta(max_length=512)]
 
 
 class Step(WireMessage, frozen=True, tag=f"step/{PROTOCOL}"):
-    """Compute boundary rows of a session from row `position` on; one body frame."""
+    """Compute what a session has at its boundary from `position` on; one body frame.
+
+    For text that is rows of a sequence, for images the denoising step of that index.
+    """
 
     session_id: SessionId
     generation: Count
     fork: Count  # rows below this are the same as in generation - 1
     step: Count  # rises with every request of a session
-    position: Count  # index of the first row in the body
+    position: Count  # of the first row in the body; of images, index into the timesteps
     parts: Parts  # one after another in the body
-    reply_rows: Count  # how many of the last rows to answer with; 0 for rows that are replayed
+    reply_rows: Count  # of text: how many of the last rows to answer with; 0 for a replay
     reply_codec: Count  # index into the opening's codecs
     deadline_ms: Count  # time left to the whole step when it was sent
     shun: Text = ""  # a worker whose answer could not be used: rather not that one
@@ -102,7 +117,8 @@ class Step(WireMessage, frozen=True, tag=f"step/{PROTOCOL}"):
 
     @property
     def rows(self) -> int:
-        return sum(part.rows for part in self.parts)
+        """Of text."""
+        return sum(part.shape[0] for part in self.parts)
 
     @property
     def end(self) -> int:
@@ -114,10 +130,10 @@ class Step(WireMessage, frozen=True, tag=f"step/{PROTOCOL}"):
 
 
 class ImageOpening(WireMessage, frozen=True, tag=f"open_image/{PROTOCOL}"):
-    """What stays the same while an image is made. `part` of the model is `unet` or `inner`."""
+    """What stays the same while an image is made. Its route is one part, `unet` or `inner`."""
 
     model: Text  # fingerprint of the UNet
-    part: Text
+    route: ImageRoute
     codecs: CodecNames  # steps name them by their index
     images: Count  # B, made at once
     guidance: Number  # scale; at most 1 is none, and the batch is not doubled
@@ -133,36 +149,6 @@ class ImageOpening(WireMessage, frozen=True, tag=f"open_image/{PROTOCOL}"):
             raise ValueError("guidance and timesteps must be finite")
 
 
-class TensorPart(Item, frozen=True):
-    """One encoded tensor of an image step's body."""
-
-    name: Text  # sample, latents, history0, prompt_embeds, text_embeds or time_ids
-    codec: Count  # index into the opening's codecs
-    shape: Shape
-    body_bytes: Count
-
-
-TensorParts = Annotated[list[TensorPart], Meta(max_length=16)]
-
-
-class ImageStep(WireMessage, frozen=True, tag=f"image/{PROTOCOL}"):
-    """Compute one denoising step of an image session; one body frame with its tensors."""
-
-    session_id: SessionId
-    generation: Count
-    step: Count  # rises with every request of a session
-    position: Count  # index into the opening's timesteps
-    tensors: TensorParts  # one after another in the body
-    reply_codec: Count  # index into the opening's codecs
-    deadline_ms: Count  # time left to the whole step when it was sent
-    shun: Text = ""  # a worker whose answer could not be used: rather not that one
-
-    @property
-    def key(self) -> StepKey:
-        return (self.session_id, self.generation, self.step)
-
-
-AnyStep = Step | ImageStep
 AnyOpening = Opening | ImageOpening
 
 
@@ -179,31 +165,29 @@ class OfStep(WireMessage, frozen=True):
 
 
 class StepReply(OfStep, frozen=True, tag=f"reply/{PROTOCOL}"):
-    """The last `rows` rows of a step, computed; one body frame (none when rows is 0)."""
+    """A step, computed: the last `rows` rows of text, or a tensor, in one body frame.
+
+    From a part of the route that is not the last come all rows, for the next.
+    """
 
     attempt: Count
     rows: Count
     committed: Count  # rows of this session known to be in the store
     worker_id: Text
-    queue_us: Count  # waited in the broker and in the worker
+    queue_us: Count  # waited in the broker and in the workers of all parts
     compute_us: Count  # in the middle layers, with decoding and encoding
     precision: Text = ""  # the worker's, as long as the session's is not known
 
 
-class NeedRows(OfStep, frozen=True, tag=f"need_rows/{PROTOCOL}"):
-    """The worker has KV up to `have` only: send the rows from there on."""
+class Need(OfStep, frozen=True, tag=f"need/{PROTOCOL}"):
+    """A worker lacks something of the session: send it, with the step or before it.
+
+    That is the rows from `have` on, or if there are `names`, the tensors that these stand for.
+    """
 
     attempt: Count
     have: Count
-    worker_id: Text
-    precision: Text = ""  # as in StepReply
-
-
-class NeedTensors(OfStep, frozen=True, tag=f"need_tensors/{PROTOCOL}"):
-    """The worker lacks these tensors of an image session: send the step again with them."""
-
-    attempt: Count
-    names: CodecNames
+    names: Names
     worker_id: Text
     precision: Text = ""  # as in StepReply
 
@@ -263,7 +247,8 @@ class EndSession(WireMessage, frozen=True, tag=f"end/{PROTOCOL}"):
     """The session is over: whoever holds something of it may forget it."""
 
     session_id: SessionId
-    owner: Text = ""  # filled in by the broker; what an edge says here is not believed
+    owner: Text = ""  # filled in by the broker, as `route`; an edge is not believed
+    route: Names = struct_field(default_factory=list)
 
 
 class StatusQuery(WireMessage, frozen=True, tag=f"status?/{PROTOCOL}"):
@@ -278,10 +263,12 @@ class Dispatch(WireMessage, frozen=True, tag=f"dispatch/{PROTOCOL}"):
     """Goes in front of a Step on its way to a worker. `attempt` comes back with the answer."""
 
     attempt: Count
-    queue_us: Count
+    queue_us: Count  # waited until now, and in the workers of earlier parts
     owner: Text  # the edge's public key, or empty where keys are not used
     edge: Count = 0  # a number for it, so that a worker can take edges in turn
     precision: Text = ""  # in which the session was begun, once a worker has answered
+    compute_us: Count = 0  # that the workers of earlier parts took
+    hop: Count = 0  # index into the opening's route: whose turn it is
 
 
 class Service(Item, frozen=True):
@@ -358,8 +345,8 @@ class Leave(WireMessage, frozen=True, tag=f"leave/{PROTOCOL}"):
 
 
 Message = (
-    Opening | Step | ImageOpening | ImageStep | StepReply | NeedRows | NeedTensors | NeedOpening
-    | NeedStep | StepFailed | StepDropped | CancelStep | AskAgain | StepPending | StepRefused | Busy
+    Opening | Step | ImageOpening | StepReply | Need | NeedOpening | NeedStep | StepFailed
+    | StepDropped | CancelStep | AskAgain | StepPending | StepRefused | Busy
     | EndSession | StatusQuery | StatusReport | Dispatch | Announce | Alive | Joined | NotJoined
     | OtherProtocol | Drain | DrainAccepted | Leave
 )  # fmt: skip

@@ -10,7 +10,7 @@ import msgpack
 import zmq
 
 from common.errors import BrokerUnavailable
-from common.protocol.messages import AnyOpening, AnyStep, EndSession, StatusQuery, StatusReport
+from common.protocol.messages import AnyOpening, EndSession, StatusQuery, StatusReport, Step
 from common.protocol.wire import encode_header
 from common.security.keys import ClientKeys
 from edge_agent.engine.exchange import (
@@ -91,7 +91,7 @@ class BrokerClient:
 
     def ask(
         self,
-        step: AnyStep,
+        step: Step,
         body: bytes,
         opening: AnyOpening,
         *,

@@ -18,13 +18,12 @@ from dataclasses import dataclass
 from common.errors import NoWorker, SettingsError, StepRefused
 from common.protocol.messages import (
     AnyOpening,
-    AnyStep,
     AskAgain,
     Busy,
     Message,
+    Need,
     NeedOpening,
-    NeedRows,
-    NeedTensors,
+    Step,
     StepKey,
     StepPending,
     StepReply,
@@ -40,7 +39,7 @@ NO_WORKER_RETRY_S = 0.25
 SLOWEST_LINK = 4000.0  # bytes per second that a link must carry
 RATE_FROM_BYTES = 4096  # smaller messages say nothing about the rate
 
-Answer = StepReply | NeedRows | NeedTensors
+Answer = StepReply | Need
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +49,7 @@ class Ask:
     The opening goes along unless the broker `is_known` to have it, and when it asks for it.
     """
 
-    step: AnyStep
+    step: Step
     body: bytes
     opening: AnyOpening
     is_known: bool
@@ -180,7 +179,7 @@ class Exchange:
         if self._sent_at is not None:
             self._rate.learn(wire_bytes(self._frames) + len(body), now - self._sent_at)
             self._sent_at = None
-        if isinstance(message, StepReply | NeedRows | NeedTensors):
+        if isinstance(message, StepReply | Need):
             return Answered(message, body, self.bytes_up, self.bytes_down, self.asked_again)
         if isinstance(message, StepPending):
             self._send_at = min(self._send_at, now + ASK_AGAIN_S)

@@ -189,7 +189,7 @@ class ImageMaker:
         timesteps = [float(time) for time in scheduler.timesteps]
         opening = ImageOpening(
             model=self._fingerprint,
-            part=settings.cut,
+            route=[settings.cut],
             codecs=list_codecs(settings.codec_up, settings.codec_down),
             images=settings.count,
             guidance=settings.guidance,

@@ -19,11 +19,12 @@ import torch
 from msgspec import structs
 from torch import Tensor, nn
 
+from common.codecs.spec import EXACT
 from common.diffusion.schedulers import read_history
-from common.diffusion.tensors import EXACT, decode_tensor, pack_tensors
+from common.diffusion.tensors import decode_tensor, pack_tensors
 from common.diffusion.unet import Conditioning, UnetPart, boundary_channels
 from common.errors import NonFiniteError, ProtocolError, StepRefused
-from common.protocol.messages import ImageOpening, ImageStep, NeedRows, NeedTensors, StepReply
+from common.protocol.messages import BOUNDARY, ImageOpening, Need, Step, StepReply
 from common.settings import MAX_ATTEMPTS
 from edge_agent.engine.client import BrokerClient
 
@@ -162,7 +163,7 @@ class RemoteUNet(nn.Module):
         assert self._opening is not None
         halves = 2 if self._opening.guidance > 1 else 1
         own = sample.chunk(halves)[0]
-        tensors = {} if self._opening.keeps_latents else {"sample": own}
+        tensors = {} if self._opening.keeps_latents else {BOUNDARY: own}
         noise = self._ask(position, tensors, conditioning, tuple(own.shape))
         return torch.cat([noise] * halves)
 
@@ -174,7 +175,7 @@ class RemoteUNet(nn.Module):
         if position % self._reuse == 0 or self._deep is None:
             channels = boundary_channels(self.config)[1]
             shape = (len(boundary), channels, *boundary.shape[2:])
-            deep = self._ask(position, {"sample": boundary}, conditioning, shape)
+            deep = self._ask(position, {BOUNDARY: boundary}, conditioning, shape)
             self._deep = deep.to(outer.device, outer.dtype)
         return outer.run_after(self._deep, state)
 
@@ -224,7 +225,7 @@ class RemoteUNet(nn.Module):
             self.last_worker_id = answer.worker_id
             self.stats.pool_s += time.monotonic() - sent_at
             self.stats.middle_s += answer.compute_us / 1e6
-            self.on_travel(Travelled(position, tensors.get("sample"), down))
+            self.on_travel(Travelled(position, tensors.get(BOUNDARY), down))
             return down
 
     def _state(self, names: list[str], conditioning: Conditioning) -> dict[str, Tensor]:
@@ -241,16 +242,16 @@ class RemoteUNet(nn.Module):
                 tensors[f"history{index}"] = output
         return tensors
 
-    def _read_need(self, answer: StepReply | NeedRows | NeedTensors) -> list[str]:
+    def _read_need(self, answer: StepReply | Need) -> list[str]:
         """What a worker lacks. Raises ProtocolError for what it cannot lack, naming it."""
         if isinstance(answer, StepReply):
             return []
         keeps_latents = self._opening is not None and self._opening.keeps_latents
         known = {"conditioning", "latents"} if keeps_latents else {"conditioning"}
-        names = answer.names if isinstance(answer, NeedTensors) else [answer.kind]
-        if not names or set(names) - known:
-            raise ProtocolError(f"worker {answer.worker_id} asks an image for {names}")
-        return names
+        if not answer.names or set(answer.names) - known:
+            lacking = answer.names or "rows"
+            raise ProtocolError(f"worker {answer.worker_id} asks an image for {lacking}")
+        return answer.names
 
     def _note_precision(self, precision: str) -> None:
         """The first answer settles it for the session; a broker that has forgotten is told."""
@@ -259,17 +260,19 @@ class RemoteUNet(nn.Module):
 
     def _send(
         self, position: int, tensors: dict[str, Tensor], reply_bytes: int
-    ) -> tuple[StepReply | NeedRows | NeedTensors, bytes]:
+    ) -> tuple[StepReply | Need, bytes]:
         opening = self._opening
         assert opening is not None
-        chosen = dict.fromkeys(CONDITIONING, conditioning_codec(self._up)) | {"sample": self._up}
+        chosen = dict.fromkeys(CONDITIONING, conditioning_codec(self._up)) | {BOUNDARY: self._up}
         parts, body = pack_tensors(tensors, chosen, opening.codecs)
-        step = ImageStep(
+        step = Step(
             session_id=self._session_id,
             generation=0,
+            fork=0,
             step=self._step,
             position=position,
-            tensors=parts,
+            parts=parts,
+            reply_rows=0,
             reply_codec=opening.codecs.index(self._down),
             deadline_ms=round(self._deadline_s * 1000),
             shun=self._shun,

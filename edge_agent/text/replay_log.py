@@ -59,4 +59,4 @@ class ReplayLog:
 
 def parts_of(pieces: list[Encoded]) -> list[Part]:
     """How a step describes these pieces."""
-    return [Part(piece.codec, piece.rows, len(piece.body)) for piece in pieces]
+    return [Part(piece.codec, [piece.rows], len(piece.body)) for piece in pieces]

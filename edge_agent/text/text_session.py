@@ -10,6 +10,7 @@ that a slow worker still writes are refused, so that what was rolled back stays 
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import time
 from collections import Counter
@@ -23,11 +24,12 @@ from torch import Tensor
 
 from common.codecs.calibration import Calibration
 from common.codecs.codec import make_codec
-from common.codecs.spec import DEFAULT_CODEC
+from common.codecs.spec import DEFAULT_CODEC, EXACT
 from common.errors import MidspanError, NonFiniteError, ProtocolError, SettingsError, StepRefused
-from common.protocol.messages import NeedRows, NeedTensors, Opening, Step, StepReply
+from common.protocol.messages import Need, Opening, Step, StepReply
 from common.security.sealing import draw_key, seal
 from common.settings import MAX_ATTEMPTS, PREFILL_ROWS
+from common.spans.cut import Span
 from edge_agent.engine.exchange import Answered, Ask
 from edge_agent.text.ends import ModelEnds, Scores
 from edge_agent.text.replay_log import Encoded, ReplayLog, parts_of
@@ -41,7 +43,11 @@ MAX_REPLAYS = 16  # in one step; every worker that dies on the way costs one or 
 
 @dataclass(frozen=True, slots=True)
 class SessionSettings:
-    """How a session talks to the pool: codecs of prompt and decode steps, up and down."""
+    """How a session talks to the pool: codecs of prompt and decode steps, up and down.
+
+    `route` are the spans that compute its middle layers one after another, each on a worker that
+    serves it; none is all of them in one span. Between them rows are in the codec `between`.
+    """
 
     prompt_up: str = DEFAULT_CODEC
     prompt_down: str = DEFAULT_CODEC
@@ -49,12 +55,23 @@ class SessionSettings:
     decode_down: str = DEFAULT_CODEC
     prefill_rows: int = PREFILL_ROWS
     step_deadline_s: float = 60.0
+    route: Sequence[Span] = ()
+    between: str = EXACT
 
     @property
     def codecs(self) -> list[str]:
         """The names in use, each once."""
         used = (self.prompt_up, self.prompt_down, self.decode_up, self.decode_down)
-        return list(dict.fromkeys(used))
+        return list(dict.fromkeys((*used, self.between) if self.route else used))
+
+    def route_over(self, middle: Span) -> list[str]:
+        """The parts that a session passes. Raises SettingsError unless they are the middle."""
+        route = list(self.route) or [middle]
+        joined = all(a.last == b.first for a, b in itertools.pairwise(route))
+        if not joined or (route[0].first, route[-1].last) != (middle.first, middle.last):
+            spans = ", ".join(map(str, route))
+            raise SettingsError(f"the route {spans} is not the middle {middle}, span after span")
+        return [str(span) for span in route]
 
 
 def uniform_settings(codec: str, **others: Any) -> SessionSettings:
@@ -86,11 +103,18 @@ class TextSession:
         self._names = self._settings.codecs
         self._up = [make_codec(name, "up", calibration) for name in self._names]
         self._down = [make_codec(name, "down", calibration) for name in self._names]
+        for codec in self._down:
+            if codec.needs_uplink and len(self._settings.route) > 1:
+                raise SettingsError(
+                    f"codec {codec.spec} builds on the rows that were sent, and the last of "
+                    "several spans gets others; choose another one"
+                )
         needed = any(codec.spec.needs_calibration for codec in self._up)
         self._opening = Opening(
-            ends.fingerprint, str(ends.cut.middle), ends.hidden, self._names,
+            ends.fingerprint, self._settings.route_over(ends.cut.middle), ends.hidden, self._names,
             calibration.fingerprint if calibration is not None and needed else "",
             seal(draw_key(), pool_key) if pool_key is not None else b"",
+            between=self._names.index(self._settings.between) if self._settings.route else 0,
         )  # fmt: skip
         self._caches = ends.new_caches()
         self._log = ReplayLog()
@@ -248,20 +272,20 @@ class TextSession:
             reply_rows = max(0, last - max(position, start))
             answered: Answered = yield self._ask(pieces, reply_rows, down)
             self._count_answer(answered)
-            said, body = answered.answer, answered.body
+            answer, body = answered.answer, answered.body
             try:
-                answer = _check_kind(said, first)
+                _check_need(answer, first)
                 if isinstance(answer, StepReply):
                     rows = yield from self._decode(answer, body, pieces, reply_rows, down)
             except (NonFiniteError, ProtocolError) as error:
                 unusable += 1
                 self.stats.answers_unusable += 1
-                self._shun = said.worker_id
+                self._shun = answer.worker_id
                 if unusable >= MAX_ATTEMPTS:
                     raise StepRefused(f"{unusable} answers could not be used: {error}") from error
                 continue
             self._note_precision(answer.precision)
-            if isinstance(answer, NeedRows):
+            if isinstance(answer, Need):
                 self.stats.rows_replayed += position - answer.have
                 received = max(0, answer.have - start)
                 parts = [torch.cat(parts)[:received]] if parts and received else []
@@ -349,13 +373,14 @@ def _name_worker(error: MidspanError, worker_id: str) -> MidspanError:
     return type(error)(f"worker {worker_id} answered badly: {error}")
 
 
-def _check_kind(answer: StepReply | NeedRows | NeedTensors, first: int) -> StepReply | NeedRows:
-    """An answer that a step from row `first` on can have. Raises ProtocolError."""
-    if isinstance(answer, NeedTensors):
+def _check_need(answer: StepReply | Need, first: int) -> None:
+    """Raise ProtocolError for what a worker cannot lack of a step from row `first` on."""
+    if isinstance(answer, StepReply):
+        return
+    if answer.names:
         raise ProtocolError(f"worker {answer.worker_id} asks text for {answer.names}")
-    if isinstance(answer, NeedRows) and answer.have >= first:
+    if answer.have >= first:
         raise ProtocolError(
             f"worker {answer.worker_id} asks for rows from {answer.have} on, "
             f"which a step at {first} has sent"
         )
-    return answer

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from common.console.listeners import name_listener
+from common.console.log_lines import set_up_logging
 from common.console.option_types import COUNT
-from common.console.processes import set_up_logging
 from common.errors import SettingsError
 from common.security.keys import is_public
 from common.settings import (

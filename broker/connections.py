@@ -32,7 +32,7 @@ from typing import Any
 
 from broker.peer import Peer
 from common.console.log_limit import LogLimit
-from common.console.processes import read_memory_bytes
+from common.console.memory import read_memory_bytes
 
 log = logging.getLogger("midspan.broker")
 

@@ -40,7 +40,7 @@ from broker.port import Port
 from broker.report import make_report
 from broker.state import BrokerState
 from common.console.log_limit import LogLimit
-from common.console.processes import read_memory_bytes
+from common.console.memory import read_memory_bytes
 from common.errors import ProtocolError, SettingsError
 from common.protocol.messages import (
     Alive,

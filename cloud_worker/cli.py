@@ -8,8 +8,9 @@ from pathlib import Path
 
 import click
 
+from common.console.log_lines import set_up_logging
 from common.console.option_types import COUNT, THREADS
-from common.console.processes import freeze_loaded_objects, set_up_logging, set_up_torch
+from common.console.processes import freeze_loaded_objects, set_up_torch
 from common.security.keys import load_client_keys, read_pair
 from common.settings import HEARTBEAT_S, REDIS_PORT, REDIS_URL, WORKER_ENDPOINT, parse_endpoint
 

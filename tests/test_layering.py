@@ -1,4 +1,4 @@
-"""Who may import whom; see docs/design.md."""
+"""What is imported when a command runs. Who may import whom: the contracts in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -13,16 +13,6 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
     "broker", "chaos", "cloud_worker", "common", "deploy", "edge_agent", "evaluation", "midspan",
 )  # fmt: skip
-ALLOWED = {
-    "common": {"common"},
-    "broker": {"broker", "common"},
-    "cloud_worker": {"cloud_worker", "common"},
-    "edge_agent": {"edge_agent", "common"},
-    "deploy": {"broker", "cloud_worker", "common", "deploy", "edge_agent"},
-    "evaluation": set(PACKAGES) - {"midspan", "chaos"},
-    "chaos": set(PACKAGES) - {"midspan", "evaluation"},
-    "midspan": set(PACKAGES),  # nothing below knows it
-}
 FILES = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
 
 
@@ -34,13 +24,6 @@ def imported_modules(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             modules.add(node.module)
     return modules
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_module_imports_only_what_its_layer_may(path: Path) -> None:
-    package = path.relative_to(ROOT).parts[0]
-    ours = {module.partition(".")[0] for module in imported_modules(path)} & set(PACKAGES)
-    assert ours <= ALLOWED[package]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

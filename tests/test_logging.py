@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from common.console.processes import OneLineFormatter
+from common.console.log_lines import OneLineFormatter
 
 
 def test_a_name_with_line_breaks_forges_no_line() -> None:

@@ -1,4 +1,4 @@
-"""What midspan processes do when they start: log format, torch threads, an eye on who started them.
+"""What midspan processes do when they start: torch threads, an eye on who started them.
 
 A process that another one of ours started ends with it. It holds the reading end of a pipe, whose
 number is in the environment, and the pipe ends when nobody can write any more: however the other
@@ -8,7 +8,6 @@ one ended, and with no thread of it involved, as there is with PR_SET_PDEATHSIG.
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import signal
 import threading
@@ -16,21 +15,6 @@ import time
 
 LIFELINE = "MIDSPAN_LIFELINE_FD"
 ORPHAN_LIMIT_S = 15.0  # to drain in
-
-
-class OneLineFormatter(logging.Formatter):
-    """What a peer calls itself may go into a message, but begins no line of its own."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        line = super().formatMessage(record)
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
-
-
-def set_up_logging(verbose: bool) -> None:
-    """Log to stderr, one line each. Prompts and texts are never logged at any level."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(OneLineFormatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])
 
 
 def freeze_loaded_objects() -> None:
@@ -74,13 +58,3 @@ def _wait_for_end(lifeline_fd: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(ORPHAN_LIMIT_S)
     os._exit(1)
-
-
-def read_memory_bytes() -> int:
-    """Resident memory of this process; 0 where the system does not say (Linux does)."""
-    try:
-        with open("/proc/self/statm", "rb") as file:
-            pages = int(file.read().split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")

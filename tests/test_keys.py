@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import zmq
 from click.testing import CliRunner
+from zmq.utils import z85
 
 from cloud_worker.state.row_seals import Checksum, ForgedRows, KvCipher, RowSeal, unseal
 from common.errors import ProtocolError, SettingsError
@@ -25,6 +26,13 @@ from common.security.keys import (
 )
 from common.security.sealing import draw_key, open_sealed, seal
 from deploy.cli import midspan
+
+FIELD = 2**255 - 19
+LOW_ORDER_POINTS = (  # all of Curve25519: https://cr.yp.to/ecdh.html#validate
+    0, 1, FIELD - 1, FIELD, FIELD + 1,
+    325606250916557431795983626356110631294008115727848805560023387167927233504,
+    39382357235489614581723060781553021112529911719440698176882885853963445705823,
+)  # fmt: skip
 
 
 def new_pair() -> KeyPair:
@@ -114,6 +122,20 @@ def test_a_sealed_key_opens_with_the_pool_key_and_no_other() -> None:
     for broken in (sealed[:-1], b"", b"x" * 80, seal(key, new_pair().public)):
         with pytest.raises(ProtocolError, match="does not open with this worker's --pool-key"):
             open_sealed(broken, pool)
+
+
+def test_a_sealed_key_of_another_length_is_refused() -> None:
+    pool = new_pair()
+    with pytest.raises(ProtocolError, match="has 31 bytes; expected 32"):
+        open_sealed(seal(bytes(31), pool.public), pool)
+
+
+@pytest.mark.parametrize("sign", [0, 1 << 255])
+@pytest.mark.parametrize("point", LOW_ORDER_POINTS)
+def test_no_key_is_sealed_for_a_point_whose_secret_everyone_knows(point: int, sign: int) -> None:
+    public = z85.encode((point | sign).to_bytes(32, "little"))
+    with pytest.raises(SettingsError, match="is no public key of a pool"):
+        seal(draw_key(), public)
 
 
 @pytest.mark.parametrize("encrypted", [False, True])

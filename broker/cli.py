@@ -14,6 +14,7 @@ import click
 from common.console.listeners import name_listener
 from common.console.log_lines import set_up_logging
 from common.console.option_types import COUNT
+from common.console.options import insecure_option, verbose_option
 from common.errors import SettingsError
 from common.security.keys import is_public
 from common.settings import (
@@ -77,8 +78,8 @@ log = logging.getLogger("midspan.broker")
     type=click.Path(path_type=Path),
     help="Directory with broker.key_secret and authorized/: admit only these (midspan keys).",
 )
-@click.option("--insecure", is_flag=True, help="Bind an address that others reach, without keys.")
-@click.option("--verbose", is_flag=True, help="Log more.")
+@insecure_option
+@verbose_option
 def broker(
     edges: str,
     workers: str,

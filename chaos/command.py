@@ -21,6 +21,7 @@ import click
 
 from chaos.saboteur import HarmedPool, Saboteur
 from common.console.option_types import COUNT, FiniteRange
+from common.console.options import cut_option, group_options, model_option
 from common.console.tables import format_table
 from common.errors import BrokerUnavailable, MidspanError
 from deploy.pool import LocalPool, PoolSettings
@@ -101,53 +102,82 @@ class PullLedger:
         return sum(self._by_worker.values())
 
 
+@dataclass(frozen=True, slots=True)
+class ChaosSettings:
+    """What the options said."""
+
+    sessions: int
+    workers: int
+    duration_s: float
+    every_s: float  # between faults, on average
+    engines: int
+    tokens: int  # of one answer
+    seed: int
+    model_name: str | None
+    cut_text: str | None
+    codec: str
+
+
+chaos_options = group_options(
+    "settings",
+    ChaosSettings,
+    click.option("--sessions", default=16, show_default=True, type=click.IntRange(1, 1000)),
+    click.option("--workers", default=4, show_default=True, type=click.IntRange(1, 1000)),
+    click.option(
+        "--duration",
+        "duration_s",
+        default=60.0,
+        show_default=True,
+        type=FiniteRange(0, 1e7),
+        help="Seconds.",
+    ),
+    click.option(
+        "--every",
+        "every_s",
+        default=2.0,
+        show_default=True,
+        type=FiniteRange(0.01, 1e7),
+        help="Seconds between faults, on average.",
+    ),
+    click.option(
+        "--engines",
+        default=1,
+        show_default=True,
+        type=COUNT,
+        help="Edges that the sessions are of.",
+    ),
+    click.option(
+        "--tokens",
+        default=60,
+        show_default=True,
+        type=COUNT,
+        help="Of one answer; a session has two.",
+    ),
+    click.option("--seed", default=1, show_default=True),
+    model_option,
+    cut_option,
+    click.option("--codec", default="fp32", show_default=True),
+)
+
+
 @click.command()
-@click.option("--sessions", default=16, show_default=True, type=click.IntRange(1, 1000))
-@click.option("--workers", default=4, show_default=True, type=click.IntRange(1, 1000))
-@click.option(
-    "--duration",
-    "duration_s",
-    default=60.0,
-    show_default=True,
-    type=FiniteRange(0, 1e7),
-    help="Seconds.",
-)
-@click.option(
-    "--every",
-    "every_s",
-    default=2.0,
-    show_default=True,
-    type=FiniteRange(0.01, 1e7),
-    help="Seconds between faults, on average.",
-)
-@click.option(
-    "--engines", default=1, show_default=True, type=COUNT, help="Edges that the sessions are of."
-)
-@click.option(
-    "--tokens", default=60, show_default=True, type=COUNT, help="Of one answer; a session has two."
-)
-@click.option("--seed", default=1, show_default=True)
-@click.option("--model", help="Hugging Face directory.  [default: the demo model]")
-@click.option("--cut", help="As A:B.  [default: middle half]")
-@click.option("--codec", default="fp32", show_default=True)
+@chaos_options
 @click.option("--json", "as_json", is_flag=True)
-def chaos(
-    sessions: int,
-    workers: int,
-    duration_s: float,
-    every_s: float,
-    engines: int,
-    tokens: int,
-    seed: int,
-    model: str | None,
-    cut: str | None,
-    codec: str,
-    as_json: bool,
-) -> None:
+def chaos(settings: ChaosSettings, as_json: bool) -> None:
     """Break a pool on purpose, on a seeded schedule, and compare every token.
 
     Exits with 1 if a session failed or a token differs from an undisturbed run.
     """
+    outcome = run_chaos(settings)
+    result = outcome.to_json()
+    click.echo(json.dumps(result) if as_json else format_outcome(result))
+    wrong = outcome.tokens_different + outcome.tokens_lost + outcome.tokens_doubled
+    if outcome.sessions_failed or wrong:
+        raise MidspanError("the pool did not keep its promise")
+
+
+def run_chaos(settings: ChaosSettings) -> Outcome:
+    """Start a pool, have sessions generate in it while it is harmed, and count."""
     from common.console.processes import set_up_torch
     from common.weights.demo_model import find_model
     from edge_agent.engine.engine import Engine
@@ -156,65 +186,74 @@ def chaos(
     from edge_agent.text.tokenizer import TextTokenizer
 
     set_up_torch(threads=1)
-    directory = find_model(model)
-    ends, tokenizer = load_ends(directory, cut), TextTokenizer(directory)
+    directory = find_model(settings.model_name)
+    ends, tokenizer = load_ends(directory, settings.cut_text), TextTokenizer(directory)
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
-    settings = PoolSettings(workers=workers, model=str(directory), span=str(ends.cut.middle))
-    with HarmedPool(settings, seed) as pool, contextlib.ExitStack() as stack:
-        edit = tokenizer.encode(EDIT)[1:]
-        addresses = [pool.edge_address() for _ in range(engines)]
-        running = [
-            stack.enter_context(
-                Engine(ends, [address], uniform_settings(codec), max_sessions=sessions)
-            )
+    edit = tokenizer.encode(EDIT)[1:]
+    pool_settings = PoolSettings(
+        workers=settings.workers, model=str(directory), span=str(ends.cut.middle)
+    )
+    codecs = uniform_settings(settings.codec)
+    with HarmedPool(pool_settings, settings.seed) as pool, contextlib.ExitStack() as stack:
+        addresses = [pool.edge_address() for _ in range(settings.engines)]
+        engines = [
+            stack.enter_context(Engine(ends, [address], codecs, max_sessions=settings.sessions))
             for address in addresses
         ]
-        wanted = [_converse(running[0], prompt, edit, tokens)[0] for prompt in prompts]
+        wanted = [_converse(engines[0], prompt, edit, settings.tokens)[0] for prompt in prompts]
         outcome = Outcome()
-        stop_at = time.monotonic() + duration_s
+        stop_at = time.monotonic() + settings.duration_s
 
         def keep_generating(index: int) -> None:
             turn = index
             while time.monotonic() < stop_at:
                 which = turn % len(prompts)
                 try:
-                    engine = running[index % engines]
-                    answer = _converse(engine, prompts[which], edit, tokens)
+                    engine = engines[index % settings.engines]
+                    answer = _converse(engine, prompts[which], edit, settings.tokens)
                 except MidspanError as error:
                     outcome.add_failure(error)
                 else:
                     outcome.add(answer[0], wanted[which], *answer[1:])
                 turn += 1
 
-        threads = [threading.Thread(target=keep_generating, args=(i,)) for i in range(sessions)]
+        sessions = range(settings.sessions)
+        threads = [threading.Thread(target=keep_generating, args=(index,)) for index in sessions]
         for thread in threads:
             thread.start()
-        rng = random.Random(seed)
-        saboteur, ledger = Saboteur(pool, rng), PullLedger()
-        next_at = time.monotonic() + every_s
-        while next_at < stop_at:
-            time.sleep(max(0.0, next_at - time.monotonic()))
-            next_at += every_s * rng.uniform(0.5, 1.5)
-            ledger.read(pool)
-            outcome.faults[saboteur.do_harm()] += 1
-            pool.heal()  # a worker cannot start while Redis is away; as a supervisor would
+        ledger = harm_until(stop_at, pool, settings, outcome.faults)
         for thread in threads:
             thread.join()
         ledger.read(pool)
         outcome.bytes_pulled = ledger.bytes_pulled
-    result = outcome.to_json()
-    if as_json:
-        click.echo(json.dumps(result))
-    else:
-        faults = result.pop("faults")
-        if not result["errors"]:
-            del result["errors"]
-        rows = [(name.replace("_", " "), value) for name, value in result.items()]
-        rows += [(f"fault: {name}", count) for name, count in sorted(faults.items())]
-        click.echo(format_table(("what", "how many"), rows))
-    wrong = outcome.tokens_different + outcome.tokens_lost + outcome.tokens_doubled
-    if outcome.sessions_failed or wrong:
-        raise MidspanError("the pool did not keep its promise")
+    return outcome
+
+
+def harm_until(
+    stop_at: float, pool: HarmedPool, settings: ChaosSettings, faults: Counter[str]
+) -> PullLedger:
+    """Do harm on the schedule of the seed and count the faults; what workers pulled until then."""
+    rng = random.Random(settings.seed)
+    saboteur, ledger = Saboteur(pool, rng), PullLedger()
+    next_at = time.monotonic() + settings.every_s
+    while next_at < stop_at:
+        time.sleep(max(0.0, next_at - time.monotonic()))
+        next_at += settings.every_s * rng.uniform(0.5, 1.5)
+        ledger.read(pool)
+        faults[saboteur.do_harm()] += 1
+        pool.heal()  # a worker cannot start while Redis is away; as a supervisor would
+    return ledger
+
+
+def format_outcome(result: dict[str, Any]) -> str:
+    """The table that is printed without --json; errors are in it if there are any."""
+    rows = [
+        (name.replace("_", " "), value)
+        for name, value in result.items()
+        if name != "faults" and (name != "errors" or value)
+    ]
+    rows += [(f"fault: {name}", count) for name, count in sorted(result["faults"].items())]
+    return format_table(("what", "how many"), rows)
 
 
 def _converse(

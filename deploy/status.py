@@ -12,7 +12,7 @@ import click
 from common.console.tables import format_table
 from common.errors import MidspanError
 from deploy.checks import check_services, find_failure, find_store_faults, find_stores_down
-from edge_agent.commands.connection_options import connect, connection_options
+from edge_agent.commands.connection_options import Connection, connection_options
 
 
 @click.command()
@@ -30,15 +30,13 @@ from edge_agent.commands.connection_options import connect, connection_options
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the whole report as JSON.")
 def status(
-    brokers: tuple[str, ...],
-    key: Path | None,
-    broker_key: str | None,
+    connection: Connection,
     with_check: bool,
     image_model: Path | None,
     as_json: bool,
 ) -> None:
     """Show workers, sessions and queues."""
-    client = connect(brokers, key, broker_key, timeout_s=10.0)
+    client = connection.connect(timeout_s=10.0)
     try:
         report = client.status()
         checks = check_services(client, report, image_model) if with_check else []

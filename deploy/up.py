@@ -10,6 +10,12 @@ from pathlib import Path
 import click
 
 from common.console.option_types import THREADS
+from common.console.options import (
+    calibration_option,
+    dtype_option,
+    image_model_option,
+    insecure_option,
+)
 from common.settings import EDGE_ENDPOINT, REDIS_PORT, REDIS_URL, WORKER_ENDPOINT, parse_endpoint
 from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
 
@@ -17,14 +23,10 @@ from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
 @click.command()
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(1, 1000))
 @click.option("--model", help="Hugging Face directory.  [default: both demo models]")
-@click.option("--image-model", help="SDXL pipeline: a directory in diffusers format.")
+@image_model_option
 @click.option("--span", help="Layers the workers serve, as a-b.  [default: the middle half]")
-@click.option(
-    "--calibration",
-    type=click.Path(path_type=Path),
-    help="For calibrated codecs.  [default: the one in the model directory]",
-)
-@click.option("--dtype", default="float32", show_default=True)
+@calibration_option
+@dtype_option
 @click.option("--threads", type=THREADS, help="Of each worker.  [default: cores / N]")
 @click.option(
     "--redis-url",
@@ -37,7 +39,7 @@ from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
     type=click.Path(path_type=Path),
     help="Admit only authorized keys (midspan keys); what is missing in there is made.",
 )
-@click.option("--insecure", is_flag=True, help="Bind an address that others reach, without keys.")
+@insecure_option
 @click.option("--edges", default=EDGE_ENDPOINT, show_default=True)
 @click.option("--worker-endpoint", default=WORKER_ENDPOINT, show_default=True)
 def up(

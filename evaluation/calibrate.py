@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from common.console.option_types import MAX_COUNT, THREADS
+from common.console.option_types import MAX_COUNT
+from common.console.options import cut_option, threads_option
 from common.console.outputs import check_directory
+from evaluation.options import documents_option
 
 if TYPE_CHECKING:
     from common.codecs.calibration import Calibration
@@ -22,7 +24,7 @@ AT_LEAST_TWO = click.IntRange(2, MAX_COUNT)  # one token predicts nothing
 @click.command()
 @click.argument("model")
 @click.option("--text", type=click.Path(path_type=Path), required=True, help="Text to measure on.")
-@click.option("--cut", "cut_text", help="Where the middle begins and ends.  [default: middle half]")
+@cut_option
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path),
     help="Directory to write.  [default: calibration/A-B in the model directory]",
@@ -41,8 +43,8 @@ AT_LEAST_TWO = click.IntRange(2, MAX_COUNT)  # one token predicts nothing
     type=AT_LEAST_TWO,
     help="Tokens of one forward pass.",
 )
-@click.option("--documents", is_flag=True, help="Blank lines in the text separate documents.")
-@click.option("--threads", type=THREADS, help="torch threads.  [default: all cores]")
+@documents_option
+@threads_option
 def calibrate(
     model: str,
     text: Path,

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from common.console.options import calibration_option
 from common.console.outputs import check_writable
 from common.console.tables import format_table
 from evaluation.images import image_command
+from evaluation.options import codecs_option, csv_option, documents_option, json_option, plot_option
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,19 +51,16 @@ evaluate.add_command(image_command)
 @evaluate.command()
 @click.argument("model")
 @click.option("--text", type=click.Path(path_type=Path), required=True, help="Text to score.")
-@click.option("--codec", "codecs", multiple=True, help="Repeat for several.")
+@codecs_option
 @click.option("--cut", "cuts", multiple=True, help="As A:B; repeat for several.")
-@click.option(
-    "--calibration", type=click.Path(path_type=Path),
-    help="For calibrated codecs.  [default: the one in the model directory]",
-)  # fmt: skip
+@calibration_option
 @click.option("--window", type=click.IntRange(min=2), help="Tokens.  [default: the context]")
 @click.option("--stride", type=click.IntRange(min=1), help="Tokens.  [default: half a window]")
 @click.option("--tokens", type=click.IntRange(min=2), help="Score the first N only.")
-@click.option("--documents", is_flag=True, help="Blank lines in the text separate documents.")
-@click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write a CSV file.")
-@click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Write a PNG.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@documents_option
+@csv_option
+@plot_option
+@json_option
 def codec(
     model: str,
     text: Path,
@@ -128,14 +127,15 @@ def measure_codecs(
 ) -> list[Measurement]:
     """All codecs at one cut; the first one is the baseline of the loss."""
     from deploy.pool import LocalPool, PoolSettings
-    from edge_agent.commands.codec_options import find_calibration, read_codec_options
+    from edge_agent.commands.codec_options import CodecChoice
     from edge_agent.engine.client import BrokerClient
     from edge_agent.text.perplexity import PerplexityMeter, sliding_windows
     from edge_agent.text.session import Session
 
-    calibration = find_calibration(ends, calibration_directory)
+    choices = [CodecChoice(name, calibration=calibration_directory) for name in names]
+    calibration = choices[0].find_calibration(ends)
     windows = list(sliding_windows(len(token_ids), window, stride))
-    settings = [read_codec_options(name, None, None) for name in names]
+    settings = [choice.read_settings() for choice in choices]
     client = BrokerClient(["tcp://127.0.0.1:1"])
     for setting in settings:
         Session(ends, client, setting, calibration)  # refuses what is missing before we start

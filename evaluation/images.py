@@ -21,6 +21,7 @@ from common.console.tables import format_table
 from common.errors import SettingsError
 from common.weights.demo_model import DEMO_IMAGE_MODEL
 from edge_agent.commands.prompts import check_text
+from evaluation.options import codecs_option, csv_option, json_option, plot_option
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -61,7 +62,7 @@ class ImageMeasurement:
 @click.argument("model", default=DEMO_IMAGE_MODEL)
 @click.option("--prompt", "prompts", multiple=True, help="Repeat for several.")
 @click.option("--seed", "seeds", multiple=True, type=SEED, default=(0, 1), show_default=True)
-@click.option("--codec", "codecs", multiple=True, help="Repeat for several.")
+@codecs_option
 @click.option(
     "--path",
     "paths",
@@ -82,15 +83,15 @@ class ImageMeasurement:
 )
 @click.option("--steps", default=15, show_default=True, type=click.IntRange(1))
 @click.option("--guidance", default=2.5, show_default=True)
-@click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write a CSV file.")
-@click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Write a PNG.")
+@csv_option
+@plot_option
 @click.option(
     "--sheet",
     "sheet_path",
     type=click.Path(path_type=Path),
     help="Write a contact sheet: rows are prompts, columns codecs of the last path.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@json_option
 def image_command(
     model: str,
     prompts: tuple[str, ...],

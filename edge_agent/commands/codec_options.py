@@ -5,13 +5,14 @@ Each takes a name, or two as UP,DOWN for the two directions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from common.codecs.spec import DEFAULT_CODEC, parse_codec
+from common.console.options import calibration_option, group_options
 from common.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -20,34 +21,44 @@ if TYPE_CHECKING:
     from edge_agent.text.text_session import SessionSettings
 
 
-def codec_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options to a click command; their values go to `read_codec_options`."""
-    options = (
-        click.option(
-            "--codec", default=DEFAULT_CODEC, show_default=True,
-            help="What rows are sent as: fp32, fp16, bf16, int8, compact, smallest or the grammar.",
-        ),
-        click.option("--codec-prefill", help="Another one for the prompt."),
-        click.option("--codec-decode", help="Another one for the tokens after it."),
-        click.option(
-            "--calibration", type=click.Path(path_type=Path),
-            help="For calibrated codecs.  [default: the one in the model directory]",
-        ),
-    )  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
+@dataclass(frozen=True, slots=True)
+class CodecChoice:
+    """What the options said."""
+
+    codec: str
+    codec_prefill: str | None = None
+    codec_decode: str | None = None
+    calibration: Path | None = None
+
+    def read_settings(self, **others: Any) -> SessionSettings:
+        """Session settings with these codecs. Raises SettingsError for a name that is unknown."""
+        from edge_agent.text.text_session import SessionSettings
+
+        prompt_up, prompt_down = _split(self.codec_prefill or self.codec)
+        decode_up, decode_down = _split(self.codec_decode or self.codec)
+        return SessionSettings(prompt_up, prompt_down, decode_up, decode_down, **others)
+
+    def find_calibration(self, ends: ModelEnds) -> Calibration | None:
+        """The calibration to use with these ends, if there is one. Raises CheckpointError."""
+        from common.codecs.calibration import open_calibration
+
+        span = (ends.cut.begin, ends.cut.end)
+        return open_calibration(self.calibration, ends.directory, ends.fingerprint, span)
 
 
-def read_codec_options(
-    codec: str, codec_prefill: str | None, codec_decode: str | None, **others: Any
-) -> SessionSettings:
-    """Session settings with these codecs. Raises SettingsError for a name that is not known."""
-    from edge_agent.text.text_session import SessionSettings
-
-    prompt_up, prompt_down = _split(codec_prefill or codec)
-    decode_up, decode_down = _split(codec_decode or codec)
-    return SessionSettings(prompt_up, prompt_down, decode_up, decode_down, **others)
+codec_options = group_options(
+    "codecs",
+    CodecChoice,
+    click.option(
+        "--codec",
+        default=DEFAULT_CODEC,
+        show_default=True,
+        help="What rows are sent as: fp32, fp16, bf16, int8, compact, smallest or the grammar.",
+    ),
+    click.option("--codec-prefill", help="Another one for the prompt."),
+    click.option("--codec-decode", help="Another one for the tokens after it."),
+    calibration_option,
+)
 
 
 def _split(text: str) -> tuple[str, str]:
@@ -57,11 +68,3 @@ def _split(text: str) -> tuple[str, str]:
     for name in names:
         parse_codec(name)
     return names[0], names[-1]
-
-
-def find_calibration(ends: ModelEnds, directory: Path | None) -> Calibration | None:
-    """The calibration to use with these ends, if there is one. Raises CheckpointError."""
-    from common.codecs.calibration import open_calibration
-
-    span = (ends.cut.begin, ends.cut.end)
-    return open_calibration(directory, ends.directory, ends.fingerprint, span)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-import click
-
+from common.console.options import broker_option, group_options, key_options
 from common.errors import SettingsError
 from common.security.keys import load_client_keys
 from common.settings import EDGE_ENDPOINT, parse_endpoint
@@ -17,37 +16,28 @@ if TYPE_CHECKING:
 
 MIN_TIMEOUT_S, MAX_TIMEOUT_S = 0.001, 1_000_000
 
-Command = TypeVar("Command", bound=Callable[..., object])
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """What the options said."""
+
+    brokers: tuple[str, ...]
+    key: Path | None
+    broker_key: str | None
+
+    def connect(self, timeout_s: float) -> BrokerClient:
+        """A client as the options say. Raises SettingsError for a bad address or key."""
+        from edge_agent.engine.client import BrokerClient
+
+        if not MIN_TIMEOUT_S <= timeout_s <= MAX_TIMEOUT_S:  # nor is NaN
+            raise SettingsError(
+                f"--timeout is {timeout_s}; expected seconds, more than 0, "
+                f"at most {MAX_TIMEOUT_S:,}"
+            )
+        endpoints = [parse_endpoint(broker, "--broker") for broker in self.brokers]
+        return BrokerClient(endpoints, timeout_s, load_client_keys(self.key, self.broker_key))
 
 
-def connection_options(command: Command) -> Command:
-    """Add the options; the command gets brokers, key and broker_key."""
-    options = (
-        click.option(
-            "--broker",
-            "brokers",
-            multiple=True,
-            default=[EDGE_ENDPOINT],
-            show_default=True,
-            help="A broker's address for edges; repeat it for several.",
-        ),
-        click.option("--key", type=click.Path(path_type=Path), help="This edge's .key_secret."),
-        click.option("--broker-key", help="The broker's public key: its .key file, or the text."),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def connect(
-    brokers: Sequence[str], key: Path | None, broker_key: str | None, timeout_s: float = 60.0
-) -> BrokerClient:
-    """A client as the options say. Raises SettingsError for a bad address or key."""
-    from edge_agent.engine.client import BrokerClient
-
-    if not MIN_TIMEOUT_S <= timeout_s <= MAX_TIMEOUT_S:  # nor is NaN
-        raise SettingsError(
-            f"--timeout is {timeout_s}; expected seconds, more than 0, at most {MAX_TIMEOUT_S:,}"
-        )
-    endpoints = [parse_endpoint(broker, "--broker") for broker in brokers]
-    return BrokerClient(endpoints, timeout_s, load_client_keys(key, broker_key))
+connection_options = group_options(
+    "connection", Connection, broker_option(EDGE_ENDPOINT, "edges"), key_options("This edge")
+)

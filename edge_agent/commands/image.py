@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from common.console.option_types import SEED, THREADS
+from common.console.options import device_option, dtype_option, threads_option
 from common.console.outputs import check_directory, check_writable
 from common.console.processes import set_up_torch
 from common.console.tables import format_table
 from common.security.keys import read_public
 from common.weights.demo_model import DEMO_IMAGE_MODEL
-from edge_agent.commands.connection_options import connect, connection_options
-from edge_agent.commands.prompts import check_text, read_prompt
+from edge_agent.commands.connection_options import Connection, connection_options
+from edge_agent.commands.picture_options import Picture, picture_options
+from edge_agent.commands.prompts import read_prompt
+from edge_agent.commands.run_options import encrypt_option, report_options, timeout_option
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from edge_agent.image.maker import ImageMaker, ImageSettings, Progress
-
-MAX_SIDE = 8192  # of a picture in pixels; workers take no larger latents
 
 
 @click.command()
@@ -46,41 +45,7 @@ MAX_SIDE = 8192  # of a picture in pixels; workers take no larger latents
     help="SDXL pipeline: a directory in diffusers format.",
 )
 @connection_options
-@click.option("--negative", default="", help="What the picture shall not show.")
-@click.option("--steps", default=20, show_default=True)
-@click.option("--guidance", default=2.5, show_default=True, help="Scale; 1 is none.")
-@click.option("--seed", default=0, type=SEED, show_default=True)
-@click.option("--size", help="As WIDTHxHEIGHT or one number.  [default: the model's own]")
-@click.option("--count", default=1, show_default=True, help="Images made at once.")
-@click.option(
-    "--scheduler",
-    default="euler",
-    show_default=True,
-    type=click.Choice(["euler", "ddim", "dpm++2m"]),
-)
-@click.option(
-    "--image-cut",
-    "cut",
-    default="unet",
-    show_default=True,
-    type=click.Choice(["unet", "inner"]),
-    help="What the workers compute: the whole UNet, or its inner blocks.",
-)
-@click.option(
-    "--image-sync",
-    "sync",
-    default="edge",
-    show_default=True,
-    type=click.Choice(["edge", "cloud"]),
-    help="Who keeps the latents; cloud sends nothing up after the first step.",
-)
-@click.option("--codec", default="int8", show_default=True, help="Of what travels, up and down.")
-@click.option(
-    "--reuse",
-    default=1,
-    show_default=True,
-    help="With cut inner: ask the pool every so many steps only.",
-)
+@picture_options
 @click.option("--preview-every", type=click.IntRange(min=1), help="Save a preview every K steps.")
 @click.option(
     "--save-noise",
@@ -88,38 +53,18 @@ MAX_SIDE = 8192  # of a picture in pixels; workers take no larger latents
     type=click.Path(path_type=Path, file_okay=False),
     help="Save pictures of what travelled.",
 )
-@click.option(
-    "--encrypt-kv",
-    "pool_key",
-    metavar="POOL_KEY",
-    help="Have what is stored encrypted for workers with this pool key.",
-)
-@click.option("--dtype", default="float32", show_default=True)
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--threads", type=THREADS, help="torch threads.  [default: all cores]")
-@click.option(
-    "--timeout", "timeout_s", default=120.0, show_default=True, help="Seconds for a step."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one object: files and stats.")
-@click.option("--stats", "with_stats", is_flag=True, help="Print what it cost, to stderr.")
+@encrypt_option
+@dtype_option
+@device_option
+@threads_option
+@timeout_option(120.0)
+@report_options("files and stats")
 def image(
     prompt: str,
     output: Path,
     model_name: str,
-    brokers: tuple[str, ...],
-    key: Path | None,
-    broker_key: str | None,
-    negative: str,
-    steps: int,
-    guidance: float,
-    seed: int,
-    size: str | None,
-    count: int,
-    scheduler: str,
-    cut: str,
-    sync: str,
-    codec: str,
-    reuse: int,
+    connection: Connection,
+    picture: Picture,
     preview_every: int | None,
     noise_directory: Path | None,
     pool_key: str | None,
@@ -137,33 +82,23 @@ def image(
     noise of every step, which is the picture; with inner they see features of it.
     """
     from common.weights.demo_model import find_model
-    from edge_agent.image.maker import ImageMaker, ImageSettings
+    from edge_agent.image.maker import ImageMaker
 
     prompt = read_prompt(prompt)
-    check_text("--negative", negative)
-    width, height = parse_size(size)
-    settings = ImageSettings(
-        prompt, negative, steps, guidance, seed, height, width, count, scheduler, cut, sync,
-        codec, codec, reuse,
-    )  # fmt: skip
-    settings.check()
-    if negative and guidance <= 1:
-        click.echo(
-            f"warning: --negative does nothing with --guidance {guidance:g}; it guides above 1",
-            err=True,
-        )
+    settings = picture.read_settings(prompt)
+    picture.warn_of_negative()
     check_output(output)
     if noise_directory is not None:
         check_directory(noise_directory)
-    client = connect(brokers, key, broker_key, timeout_s)
+    client = connection.connect(timeout_s)
     try:
         client.status()  # a broker that is not there is better known before models are loaded
         set_up_torch(threads or os.cpu_count())
         maker = ImageMaker(
-            find_model(model_name), client, cut, dtype, device, timeout_s,
+            find_model(model_name), client, picture.cut, dtype, device, timeout_s,
             read_public(pool_key) if pool_key else None,
         )  # fmt: skip
-        for text in (prompt, negative):
+        for text in (prompt, picture.negative):
             warn_of_cut_off(maker, text)
         images = make_with_progress(maker, settings, output, preview_every, noise_directory)
     finally:
@@ -177,20 +112,6 @@ def image(
         click.echo(str(file))
     if with_stats:
         click.echo(f"\n{format_image_stats(stats)}", err=True)
-
-
-def parse_size(text: str | None) -> tuple[int | None, int | None]:
-    """`512x768` or `512` to width and height. Raises SettingsError."""
-    from common.errors import SettingsError
-
-    if text is None:
-        return None, None
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(re.fullmatch("[0-9]{1,9}", side) for side in sides):
-        raise SettingsError(f"--size is {text!r}; expected WIDTHxHEIGHT, as 1024x768, or a number")
-    if max(map(int, sides)) > MAX_SIDE:
-        raise SettingsError(f"--size is {text!r}; expected at most {MAX_SIDE} pixels")
-    return int(sides[0]), int(sides[-1])
 
 
 def check_output(output: Path) -> None:

@@ -1,0 +1,113 @@
+"""What picture to make, and how, on the command line: the options of `midspan image`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from common.console.option_types import SEED
+from common.console.options import group_options
+from common.errors import SettingsError
+from edge_agent.commands.prompts import check_text
+
+if TYPE_CHECKING:
+    from edge_agent.image.maker import ImageSettings
+
+MAX_SIDE = 8192  # of a picture in pixels; workers take no larger latents
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """What the options said."""
+
+    negative: str
+    steps: int
+    guidance: float
+    seed: int
+    size: str | None
+    count: int
+    scheduler: str
+    cut: str
+    sync: str
+    codec: str
+    reuse: int
+
+    def read_settings(self, prompt: str) -> ImageSettings:
+        """For a picture of `prompt`. Raises SettingsError, which names what is out of range."""
+        from edge_agent.image.maker import ImageSettings
+
+        check_text("--negative", self.negative)
+        width, height = parse_size(self.size)
+        settings = ImageSettings(
+            prompt, self.negative, self.steps, self.guidance, self.seed, height, width,
+            self.count, self.scheduler, self.cut, self.sync, self.codec, self.codec, self.reuse,
+        )  # fmt: skip
+        settings.check()
+        return settings
+
+    def warn_of_negative(self) -> None:
+        """Say that --negative does nothing, if it does."""
+        if self.negative and self.guidance <= 1:
+            click.echo(
+                f"warning: --negative does nothing with --guidance {self.guidance:g}; "
+                "it guides above 1",
+                err=True,
+            )
+
+
+picture_options = group_options(
+    "picture",
+    Picture,
+    click.option("--negative", default="", help="What the picture shall not show."),
+    click.option("--steps", default=20, show_default=True),
+    click.option("--guidance", default=2.5, show_default=True, help="Scale; 1 is none."),
+    click.option("--seed", default=0, type=SEED, show_default=True),
+    click.option("--size", help="As WIDTHxHEIGHT or one number.  [default: the model's own]"),
+    click.option("--count", default=1, show_default=True, help="Images made at once."),
+    click.option(
+        "--scheduler",
+        default="euler",
+        show_default=True,
+        type=click.Choice(["euler", "ddim", "dpm++2m"]),
+    ),
+    click.option(
+        "--image-cut",
+        "cut",
+        default="unet",
+        show_default=True,
+        type=click.Choice(["unet", "inner"]),
+        help="What the workers compute: the whole UNet, or its inner blocks.",
+    ),
+    click.option(
+        "--image-sync",
+        "sync",
+        default="edge",
+        show_default=True,
+        type=click.Choice(["edge", "cloud"]),
+        help="Who keeps the latents; cloud sends nothing up after the first step.",
+    ),
+    click.option(
+        "--codec", default="int8", show_default=True, help="Of what travels, up and down."
+    ),
+    click.option(
+        "--reuse",
+        default=1,
+        show_default=True,
+        help="With cut inner: ask the pool every so many steps only.",
+    ),
+)
+
+
+def parse_size(text: str | None) -> tuple[int | None, int | None]:
+    """`512x768` or `512` to width and height. Raises SettingsError."""
+    if text is None:
+        return None, None
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(re.fullmatch("[0-9]{1,9}", side) for side in sides):
+        raise SettingsError(f"--size is {text!r}; expected WIDTHxHEIGHT, as 1024x768, or a number")
+    if max(map(int, sides)) > MAX_SIDE:
+        raise SettingsError(f"--size is {text!r}; expected at most {MAX_SIDE} pixels")
+    return int(sides[0]), int(sides[-1])

@@ -1,0 +1,29 @@
+"""Options of the commands that have the pool compute something: how long it may take, and more."""
+
+from __future__ import annotations
+
+import click
+
+from common.console.options import Decorator, add_options
+
+encrypt_option = click.option(
+    "--encrypt-kv",
+    "pool_key",
+    metavar="POOL_KEY",
+    help="Have what is stored encrypted for workers with this pool key (a .key file, or the text).",
+)
+
+
+def timeout_option(default_s: float) -> Decorator:
+    """--timeout, as `timeout_s`."""
+    return click.option(
+        "--timeout", "timeout_s", default=default_s, show_default=True, help="Seconds for a step."
+    )
+
+
+def report_options(fields: str) -> Decorator:
+    """--json and --stats, as `as_json` and `with_stats`."""
+    return add_options(
+        click.option("--json", "as_json", is_flag=True, help=f"Print one object: {fields}."),
+        click.option("--stats", "with_stats", is_flag=True, help="Print what it cost, to stderr."),
+    )

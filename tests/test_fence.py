@@ -125,11 +125,13 @@ class Race:
 
 
 def race(url: str, seed: int = 1, cut_backs: bool = True) -> int:
-    """Race STEPS steps and return how many reads were wrong."""
+    """How many reads were wrong in the first of STEPS raced steps that had any."""
     running = Race(url, seed)
     try:
         for index in range(STEPS):
             running.run_step()
+            if running.wrong:
+                break
             if cut_backs and index % 40 == 39:
                 running.cut_back()
         return running.wrong

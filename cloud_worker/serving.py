@@ -6,12 +6,14 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cloud_worker.image.executor import ImageExecutor
 from cloud_worker.image.service import ImageService
 from cloud_worker.loop.batcher import Batcher
-from cloud_worker.loop.outbox import Outbox, StepService
-from cloud_worker.state.session_cache import CacheBudget
+from cloud_worker.loop.outbox import Outbox
+from cloud_worker.loop.stage_service import StageService
+from cloud_worker.state.stage_cache import CacheBudget
 from cloud_worker.state.store import KvStore
 from cloud_worker.text.executor import TextExecutor
 from cloud_worker.text.service import TextService
@@ -31,7 +33,7 @@ from common.weights.loading import (
 
 log = logging.getLogger("midspan.worker")
 
-ServiceMaker = Callable[[Outbox], StepService]
+ServiceMaker = Callable[[Outbox], StageService[Any]]
 
 
 @dataclass(frozen=True, slots=True)

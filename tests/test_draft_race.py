@@ -20,15 +20,15 @@ from typing import Any
 import pytest
 import torch
 
-from cloud_worker.loop.batcher import Batcher, Task
+from cloud_worker.loop.batcher import Batcher, Task, make_session_key
 from cloud_worker.state.redis_store import RedisKvStore
 from cloud_worker.state.row_seals import Checksum, ForgedRows, unseal
-from cloud_worker.state.session_cache import CacheBudget
+from cloud_worker.state.stage_cache import CacheBudget
 from cloud_worker.state.store import Load, Loaded
 from cloud_worker.text.executor import Computed
 from cloud_worker.text.service import TextService
-from cloud_worker.text.warm_cache import WarmSession
-from common.protocol.messages import NeedRows, NeedTensors, Opening, Part, Service, Step, StepReply
+from cloud_worker.text.stage import TextStage
+from common.protocol.messages import Need, Opening, Part, Service, Step, StepReply
 from common.spans.kv_rows import KvLayout, KvRows
 from deploy.embedded_redis import EmbeddedRedis
 
@@ -39,7 +39,7 @@ SESSIONS = 20
 TURNS = 60  # of a session
 MOST_DRAFTS = 4
 OFFERED = Service("model", "model", "1-2", 1)
-OPENING = Opening("model", "1-2", 1, ["fp32"], "")
+OPENING = Opening("model", ["1-2"], 1, ["fp32"], "")
 
 
 class Keeper:
@@ -53,10 +53,10 @@ class Keeper:
     def check(self, task: Task) -> None:
         """All steps are well-formed."""
 
-    def run(self, batch: Sequence[tuple[Task, WarmSession]]) -> list[Computed]:
-        return [self._run_one(task.text_step, task.body, session) for task, session in batch]
+    def run(self, batch: Sequence[tuple[Task, TextStage]]) -> list[Computed]:
+        return [self._run_one(task.step, task.body, session) for task, session in batch]
 
-    def _run_one(self, step: Step, body: bytes, session: WarmSession) -> Computed:
+    def _run_one(self, step: Step, body: bytes, session: TextStage) -> Computed:
         before = session.kv.read_bytes(0, step.position)
         session.kv.reserve(step.end)
         rows = torch.frombuffer(bytearray(body), dtype=torch.uint8).view(-1, ROW_BYTES)
@@ -70,7 +70,7 @@ class Worker:
 
     def __init__(self, url: str, name: str) -> None:
         self.worker_id = name
-        self.answers: list[tuple[NeedRows | StepReply, bytes]] = []
+        self.answers: list[tuple[Need | StepReply, bytes]] = []
         self.store = RedisKvStore(url, timeout_s=5)
         self.forget()
 
@@ -82,10 +82,7 @@ class Worker:
             batcher=Batcher(512, 32), budget=CacheBudget(64 << 20), pool_key=None,
         )  # fmt: skip
 
-    def answer(
-        self, task: Task, message: StepReply | NeedRows | NeedTensors, *bodies: bytes
-    ) -> None:
-        assert not isinstance(message, NeedTensors)
+    def answer(self, task: Task, message: StepReply | Need, *bodies: bytes) -> None:
         self.answers.append((message, b"".join(bodies)))
 
     def fail(self, task: Task, reason: str) -> None:
@@ -122,7 +119,7 @@ class DraftRace:
             store.close()
 
     def begin_session(self) -> None:
-        self.session_key = secrets.token_bytes(16)
+        self.session_id = secrets.token_bytes(16)
         self.generation, self.fork, self.number = 0, 0, 0
         self.rows = [self.new_row() for _ in range(3)]
         self.ask(0, drafts=0)
@@ -171,13 +168,13 @@ class DraftRace:
         body = b"".join(self.rows[position:])
         count = len(self.rows) - position
         step = Step(
-            self.session_key, self.generation, self.fork, self.number, position,
-            [Part(0, count, len(body))], count, 0, 60_000, tentative=drafts,
+            self.session_id, self.generation, self.fork, self.number, position,
+            [Part(0, [count], len(body))], count, 0, 60_000, tentative=drafts,
         )  # fmt: skip
         self.before[step.key] = b"".join(self.rows[:position])
         return Task(step, OPENING, body, 1, 0, 0, time.monotonic())
 
-    def wait_for(self, worker: Worker, task: Task) -> NeedRows | StepReply:
+    def wait_for(self, worker: Worker, task: Task) -> Need | StepReply:
         give_up_at = time.monotonic() + 10
         while True:
             for answer in self.collect(worker):
@@ -185,7 +182,7 @@ class DraftRace:
                     return answer
             assert time.monotonic() < give_up_at
 
-    def collect(self, worker: Worker) -> list[NeedRows | StepReply]:
+    def collect(self, worker: Worker) -> list[Need | StepReply]:
         """What a worker has said, after a turn of its loop; what it computed on is checked."""
         worker.turn()
         answers, worker.answers = worker.answers, []
@@ -205,12 +202,11 @@ class DraftRace:
 
     def check_store(self) -> None:
         """The store has rows that hold, and nothing else."""
-        seal = Checksum(self.session_key)
+        key = make_session_key(self.session_id, "", OFFERED.part)
+        seal = Checksum(key)
         size = ROW_BYTES + seal.overhead
         shape = f"model 1-2 {LAYOUT.dtype} {ROW_BYTES} {seal.name}"
-        self.reader.begin_load(
-            Load(self.session_key, shape, self.generation, self.fork, 0, 1 << 10, size)
-        )
+        self.reader.begin_load(Load(key, shape, self.generation, self.fork, 0, 1 << 10, size))
         events: list[Any] = []
         give_up_at = time.monotonic() + 10
         while not events:
@@ -260,11 +256,11 @@ def mutate(function: Callable[..., Any], old: str, new: str) -> Callable[..., An
 @pytest.mark.parametrize(
     ("owner", "name", "old", "new"),
     [
-        (TextService, "_run_batch", "task.text_step.final", "task.text_step.end"),
-        (TextService, "_commit", "end = min(session.final,", "end = min(session.kv.length,"),
-        (WarmSession, "adjust_to", "else min(step.position, self.final)", "else step.position"),
-        (WarmSession, "adjust_to", "step.fork, self.final)", "step.fork)"),
-        (WarmSession, "adjust_to", "+ 1)\n", "+ 1, self.last_step + 2)\n"),
+        (TextService, "_compute", "task.step.final", "task.step.end"),
+        (TextService, "_commit", "end = min(stage.final,", "end = min(stage.kv.length,"),
+        (TextStage, "adjust_to", "else min(step.position, self.final)", "else step.position"),
+        (TextStage, "adjust_to", "step.fork, self.final)", "step.fork)"),
+        (TextStage, "adjust_to", "+ 1)\n", "+ 1, self.last_step + 2)\n"),
     ],
     ids=[
         "all rows are final", "drafts are committed", "drafts outlive missed steps",

@@ -16,7 +16,7 @@ from cloud_worker.loop.batcher import Task
 from cloud_worker.serving import ServingSettings, load_text_service
 from cloud_worker.state.memory_store import MemoryKvStore
 from cloud_worker.state.redis_store import RedisKvStore, chunk_key
-from cloud_worker.state.session_cache import CacheBudget
+from cloud_worker.state.stage_cache import CacheBudget
 from cloud_worker.state.store import Commit, KvStore, Load, Loaded, Part, chunk_rows
 from cloud_worker.text.service import TextService
 from common.codecs.codec import make_codec
@@ -96,7 +96,7 @@ class Server:
         self.turn_until(self.service.is_settled)
 
     def kv_bytes(self) -> bytes:
-        session = self.service._warm.find(self.task(0, 0, 1).session_key)
+        session = self.service._stages.find(self.task(0, 0, 1).session_key)
         return b"" if session is None else session.kv.read_bytes(0, session.kv.length)
 
 
@@ -224,7 +224,7 @@ def test_rows_that_are_coming_are_not_committed(demo_directory: Path) -> None:
     task = second.task(1, 100, 1)
     second.service.on_step(task)
     assert store.hand_over(store.held[0], 0, 40)
-    session = second.service._warm.find(task.session_key)
+    session = second.service._stages.find(task.session_key)
     assert session is not None
     session.committed = 0  # as after a cut-back of an encrypted session
     before = len(store.commits)

@@ -30,7 +30,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from cloud_worker.serving import ServingSettings, load_text_service
 from cloud_worker.state.memory_store import MemoryKvStore
-from cloud_worker.state.session_cache import CacheBudget
+from cloud_worker.state.stage_cache import CacheBudget
 from common.errors import CheckpointError
 from common.spans import twin_check
 from common.spans.attention import Segment

@@ -8,8 +8,9 @@ import torch
 from msgspec import structs
 
 from cloud_worker.loop.batcher import Batcher, Task
-from cloud_worker.state.session_cache import CacheBudget
-from cloud_worker.text.warm_cache import WarmCache
+from cloud_worker.state.row_seals import Checksum
+from cloud_worker.state.stage_cache import CacheBudget, StageCache
+from cloud_worker.text.stage import TextStage
 from common.protocol.messages import Opening, Part, Step
 from common.spans.kv_rows import ByteRows, KvRows, make_layout
 
@@ -63,21 +64,27 @@ def test_a_session_that_is_over_leaves_the_queue() -> None:
     assert sessions(batcher.pick()) == "b"
 
 
-def make_cache(limit_rows: int) -> WarmCache:
-    return WarmCache(lambda: KvRows(LAYOUT), CacheBudget(limit_rows * LAYOUT.row_bytes))
+def make_cache(limit_rows: int) -> StageCache[TextStage]:
+    return StageCache(CacheBudget(limit_rows * LAYOUT.row_bytes), frozenset)
 
 
-def use(cache: WarmCache, name: str) -> None:
-    cache.open(task(name).session_key, task(name).step).kv.reserve(64)
+def make_stage(key: bytes = b"key", generation: int = 0) -> TextStage:
+    return TextStage(key, Checksum(key), KvRows(LAYOUT), generation, 0)
 
 
-def names(cache: WarmCache) -> str:
-    return "".join(chr(session.session_key[0]) for session in cache)
+def use(cache: StageCache[TextStage], name: str) -> None:
+    key = task(name).session_key
+    stage = cache.use(key, lambda: make_stage(key))
+    stage.kv.reserve(64)
+
+
+def names(cache: StageCache[TextStage]) -> str:
+    return "".join(chr(stage.key[0]) for stage in cache)
 
 
 def test_the_cache_drops_the_least_recently_used_that_is_not_busy() -> None:
     budget = CacheBudget(128 * LAYOUT.row_bytes)
-    cache = WarmCache(lambda: KvRows(LAYOUT), budget, lambda: {task("b").session_key})
+    cache = StageCache[TextStage](budget, lambda: {task("b").session_key})
     for name in "abca":
         use(cache, name)
     assert budget.evict() == 1
@@ -86,7 +93,7 @@ def test_the_cache_drops_the_least_recently_used_that_is_not_busy() -> None:
 
 def test_of_several_caches_the_session_goes_that_was_used_longest_ago() -> None:
     budget = CacheBudget(3 * 64 * LAYOUT.row_bytes)
-    first, second = (WarmCache(lambda: KvRows(LAYOUT), budget) for _ in range(2))
+    first, second = (StageCache[TextStage](budget, frozenset) for _ in range(2))
     for cache, name in ((first, "a"), (second, "b"), (first, "c"), (second, "d"), (first, "a")):
         use(cache, name)
     assert budget.evict() == 1
@@ -98,7 +105,7 @@ def test_of_several_caches_the_session_goes_that_was_used_longest_ago() -> None:
 
 def test_one_cache_may_have_all_of_the_room_that_no_other_needs() -> None:
     budget = CacheBudget(4 * 64 * LAYOUT.row_bytes)
-    first, second = (WarmCache(lambda: KvRows(LAYOUT), budget) for _ in range(2))
+    first, second = (StageCache[TextStage](budget, frozenset) for _ in range(2))
     for name in "abcd":
         use(first, name)
     assert (budget.evict(), names(first), names(second)) == (0, "abcd", "")
@@ -111,7 +118,7 @@ def test_one_cache_may_have_all_of_the_room_that_no_other_needs() -> None:
 def test_a_session_keeps_the_rows_that_are_valid_for_a_step(
     generation: int, fork: int, position: int, keeps: int
 ) -> None:
-    session = make_cache(1).open(STEP.session_id, STEP)
+    session = make_stage()
     session.kv.reserve(8)
     session.kv.length = session.committed = session.final = 8
     step = structs.replace(STEP, generation=generation, fork=fork, position=position)
@@ -126,7 +133,7 @@ def test_a_session_keeps_the_rows_that_are_valid_for_a_step(
 def test_drafts_are_worth_something_to_the_next_step_only(
     number: int, generation: int, position: int, keeps: int
 ) -> None:
-    session = make_cache(1).open(STEP.session_id, STEP)
+    session = make_stage()
     session.kv.reserve(8)
     session.kv.length, session.final, session.committed, session.last_step = 8, 5, 5, 3
     step = structs.replace(STEP, step=number, generation=generation, fork=8, position=position)
@@ -136,7 +143,7 @@ def test_drafts_are_worth_something_to_the_next_step_only(
 
 
 def test_a_step_of_an_older_generation_is_out_of_date() -> None:
-    session = make_cache(1).open(STEP.session_id, structs.replace(STEP, generation=3))
+    session = make_stage(generation=3)
     assert not session.adjust_to(structs.replace(STEP, generation=2))
 
 

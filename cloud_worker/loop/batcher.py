@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -26,6 +27,7 @@ class Task:
     precision: str = ""  # in which the session was begun, if somebody knows
     earlier_us: int = 0  # that other workers took for the parts before this one
     hop: int = 0  # index of this one on the session's route
+    was_looked_up: bool = False  # what it lacks: it is not in the store either
 
     @property
     def text_opening(self) -> Opening:
@@ -83,9 +85,18 @@ class Batcher:
     of its own. A session is in a batch at most once: its second step needs the first one's KV.
     """
 
-    def __init__(self, max_rows: int, max_steps: int) -> None:
+    def __init__(
+        self,
+        max_rows: int,
+        max_steps: int,
+        count_rows: Callable[[Task], int] = lambda task: task.step.rows,
+        shape_of: Callable[[Task], object] = lambda task: None,
+    ) -> None:
+        """Steps of one shape only are in a batch together."""
         self._max_rows = max_rows
         self._max_steps = max_steps
+        self._count_rows = count_rows
+        self._shape_of = shape_of
         self._ready: deque[Task] = deque()
         self._last_edge = 0
 
@@ -125,13 +136,14 @@ class Batcher:
         batch: list[Task] = []
         left: deque[Task] = deque()
         sessions: set[bytes] = set()
-        rows = 0
+        rows, shape = 0, None
         for task in self._in_turn():
-            fits = not batch or rows + task.step.rows <= self._max_rows
+            own_rows, own_shape = self._count_rows(task), self._shape_of(task)
+            fits = not batch or (rows + own_rows <= self._max_rows and own_shape == shape)
             if fits and len(batch) < self._max_steps and task.session_key not in sessions:
                 batch.append(task)
                 sessions.add(task.session_key)
-                rows += task.step.rows
+                rows, shape = rows + own_rows, own_shape
             else:
                 left.append(task)
         self._ready = left

@@ -18,12 +18,14 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import zmq
 
 from cloud_worker.loop.batcher import Task, make_session_key
 from cloud_worker.loop.heartbeat import UNSENT_LIMIT, Heartbeat
-from cloud_worker.loop.outbox import Outbox, StepService
+from cloud_worker.loop.outbox import Outbox
+from cloud_worker.loop.stage_service import StageService
 from cloud_worker.loop.time_shares import TimeShares
 from cloud_worker.state.store import KvStore
 from common.console.log_limit import LogLimit
@@ -84,7 +86,7 @@ class Worker:
     def __init__(
         self,
         store: KvStore,
-        make_services: Callable[[Outbox], Sequence[StepService]],
+        make_services: Callable[[Outbox], Sequence[StageService[Any]]],
         settings: WorkerSettings,
         worker_id: str = "",
         on_ready: Callable[[str], None] = lambda _: None,
@@ -178,7 +180,7 @@ class Worker:
             self._store.close()
             self._context.destroy(linger=1000)
 
-    def _prove_ready(self, service: StepService) -> None:
+    def _prove_ready(self, service: StageService[Any]) -> None:
         """A worker that a broker hears of has computed a step, stored what it left and read that.
 
         It serves without a store that does not do that, which may be full or paused: sessions are

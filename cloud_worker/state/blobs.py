@@ -40,15 +40,18 @@ class _Save:
 
 
 class Blobs:
-    """Saves and loads blobs by key. `writer` names this worker to the fence."""
+    """Saves and loads blobs by key. `writer` names this worker to the fence.
 
-    def __init__(self, store: KvStore, shape: str, writer: str) -> None:
+    Counts loads_given_up and commits_over_share in `stats`.
+    """
+
+    def __init__(self, store: KvStore, shape: str, writer: str, stats: dict[str, int]) -> None:
         self._store = store
         self._shape = shape
         self._writer = writer
         self._saves: dict[bytes, _Save] = {}
         self._loads: dict[bytes, tuple[int, RowSeal, Callable[[bytes], None]]] = {}
-        self.loads_given_up = self.commits_over_share = 0
+        self._stats = stats
 
     def is_settled(self) -> bool:
         """Whether nothing is on its way into the store."""
@@ -112,7 +115,8 @@ class Blobs:
             save.written = event.position
             self._write_next(event.session_key)
         elif isinstance(event, Committed | CommitRefused | CommitFailed):
-            self.commits_over_share += isinstance(event, CommitRefused) and event.code == "over"
+            is_over = isinstance(event, CommitRefused) and event.code == "over"
+            self._stats["commits_over_share"] += is_over
             del self._saves[event.session_key]  # done, overtaken, or for the edge to send again
 
     def _write_next(self, key: bytes) -> None:
@@ -130,7 +134,7 @@ class Blobs:
         if wanted is None or wanted[0] != event.generation:
             return
         generation, seal, then = self._loads.pop(event.session_key)
-        self.loads_given_up += event.given_up
+        self._stats["loads_given_up"] += event.given_up
         try:
             then(unseal_blob(seal, event.rows, generation))
         except ForgedRows:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cloud_worker.loop.batcher import Task
-from cloud_worker.text.warm_cache import WarmSession
+from cloud_worker.text.stage import TextStage
 from common.codecs.calibration import Calibration
 from common.codecs.codec import Codec, make_codec
 from common.codecs.spec import parse_codec
@@ -86,23 +86,21 @@ class TextExecutor:
         if not theirs and any(parse_codec(n).needs_calibration for n in task.text_opening.codecs):
             raise ProtocolError("the session names a calibrated codec but no calibration")
 
-    def run(self, batch: Sequence[tuple[Task, WarmSession]]) -> list[Computed]:
+    def run(self, batch: Sequence[tuple[Task, TextStage]]) -> list[Computed]:
         """Compute all steps in one pass. If that fails, each on its own, to find the culprit."""
         try:
             return self._run_together(batch)
         except Exception as error:  # whatever a peer's numbers do, the worker lives on
             log.debug("a batch of %d failed", len(batch), exc_info=True)
-            for task, session in batch:
-                session.cut_back(task.step.position)
+            for task, stage in batch:
+                stage.cut_back(task.step.position)
             if len(batch) == 1:
                 return [Computed(failure=f"{type(error).__name__}: {str(error)[:500]}")]
             return [computed for pair in batch for computed in self.run([pair])]
 
-    def _run_together(self, batch: Sequence[tuple[Task, WarmSession]]) -> list[Computed]:
+    def _run_together(self, batch: Sequence[tuple[Task, TextStage]]) -> list[Computed]:
         uplinks = self._decode_all([task for task, _ in batch])
-        segments = [
-            Segment(session.kv, task.step.position, task.step.rows) for task, session in batch
-        ]
+        segments = [Segment(stage.kv, task.step.position, task.step.rows) for task, stage in batch]
         rows = uplinks[0] if len(uplinks) == 1 else torch.cat(uplinks)
         results = self.model.run(rows.to(self.model.device, self.model.dtype), segments)
         return self._encode_all([task for task, _ in batch], uplinks, results)

@@ -1,4 +1,4 @@
-"""Image sessions in a worker's memory, and the names of what they leave in the store."""
+"""An image session at its part of a UNet: conditioning and latents."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cloud_worker.loop.batcher import Task
-from cloud_worker.state.row_seals import RowSeal
+from cloud_worker.state.stage import OVERHEAD_BYTES, Stage
 from common.diffusion.unet import Conditioning
-from common.protocol.messages import ImageOpening, Step, StepReply
 
+CONDITIONING = ("prompt_embeds", "text_embeds", "time_ids")
+LATENTS = "latents"
 HISTORY = "history"
 
 
@@ -25,19 +25,17 @@ class Latents:
 
     def to_tensors(self) -> dict[str, Tensor]:
         named = {f"{HISTORY}{index}": tensor for index, tensor in enumerate(self.history)}
-        return {"latents": self.sample, **named}
+        return {LATENTS: self.sample, **named}
 
 
 @dataclass(slots=True)
-class ImageSession:
-    """One image session in memory: a cache, worth nothing once lost."""
+class ImageStage(Stage):
+    """One image session: its conditioning, and its latents where the worker keeps them."""
 
-    key: bytes
-    seal: RowSeal
     conditioning: Conditioning | None = None
     latents: Latents | None = None
     before: Latents | None = None  # of the step before, in case that is asked for again
-    last_reply: tuple[StepReply, bytes] | None = None
+    sample: Tensor | None = None  # that came with the step that waits
 
     def find_latents(self, position: int) -> Latents | None:
         """Those before a step, if they are here."""
@@ -45,42 +43,15 @@ class ImageSession:
         return next((x for x in known if x is not None and x.position == position), None)
 
     @property
-    def size(self) -> int:
+    def items_size(self) -> int:
         tensors: list[Tensor] = []
         for latents in (self.latents, self.before):
             tensors += [latents.sample, *latents.history] if latents is not None else []
         if self.conditioning is not None:
             tensors += [self.conditioning.prompt_embeds, self.conditioning.text_embeds]
-        reply = len(self.last_reply[1]) if self.last_reply else 0
-        return reply + 1000 + sum(tensor.nbytes for tensor in tensors)
-
-
-@dataclass(slots=True)
-class Waiting:
-    """A step on its way to being computed."""
-
-    task: Task
-    session: ImageSession
-    tensors: dict[str, Tensor]
-    asked_store: bool = False
-    loads_open: int = 0
-
-    @property
-    def step(self) -> Step:
-        return self.task.step
-
-    @property
-    def opening(self) -> ImageOpening:
-        assert isinstance(self.task.opening, ImageOpening)
-        return self.task.opening
-
-
-def conditioning_key(session_key: bytes) -> bytes:
-    return session_key + b"/conditioning"
-
-
-def latents_key(session_key: bytes) -> bytes:
-    return session_key + b"/latents"
+        if self.sample is not None:
+            tensors.append(self.sample)
+        return OVERHEAD_BYTES + sum(tensor.nbytes for tensor in tensors)
 
 
 def conditioning_fields(conditioning: Conditioning) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,4 +62,4 @@ def read_latents(tensors: dict[str, Tensor], position: int, dtype: torch.dtype) 
     """Latents and history out of a step's or a blob's tensors."""
     names = sorted(name for name in tensors if name.startswith(HISTORY))
     history = [tensors[name].to(dtype) for name in names]
-    return Latents(position, tensors["latents"].to(dtype), history)
+    return Latents(position, tensors[LATENTS].to(dtype), history)

@@ -59,14 +59,27 @@ def new(name: str, directory: Path) -> None:
 @click.option("--name", help="What to call it.  [default: the file's name]")
 @directory_option
 def authorize_command(public_key: str, role: str, name: str | None, directory: Path) -> None:
-    """Admit PUBLIC_KEY, a .key file or its 40 characters, to the broker with these keys."""
-    public = read_public(public_key)
+    """Admit PUBLIC_KEY, a .key file or its 40 characters, to the broker with these keys.
+
+    A file is looked for where the keys lie, too.
+    """
+    directory = directory.expanduser()
+    file = find_key(public_key, directory)
+    public = read_public(public_key if file is None else str(file))
     if name is None:
-        if not Path(public_key).exists():
+        if file is None:
             raise SettingsError("a key given as text needs a --name")
-        name = Path(public_key).stem
-    path = authorize(directory.expanduser(), public, role, name)
+        name = file.stem
+    path = authorize(directory, public, role, name)
     click.echo(f"{role} {name} is admitted from now on; remove {path} to take that back")
+
+
+def find_key(path_or_text: str, directory: Path) -> Path | None:
+    """The file that is meant: a path, or else a name in `directory`. None if there is neither."""
+    for file in (Path(path_or_text).expanduser(), directory / path_or_text):
+        if file.is_file():
+            return file
+    return None
 
 
 @keys.command("list")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from forks import error_line, run_midspan
 from pools import PROMPTS, generate
 from random_models import save_random_model
@@ -18,8 +19,11 @@ from transformers import LlamaConfig
 
 from common.errors import BrokerUnavailable
 from deploy.child import Child, midspan_command
+from deploy.cli import midspan
 from deploy.pool import LocalPool, PoolSettings
+from edge_agent.commands import ask
 from edge_agent.text.ends import ModelEnds
+from edge_agent.text.generation import Generation
 from edge_agent.text.session import Session
 from edge_agent.text.tokenizer import TextTokenizer
 
@@ -51,6 +55,26 @@ def test_ask_streams_a_text_and_says_what_it_cost(pool: LocalPool) -> None:
     assert len(done.stdout.split()) > 10
     for words in ("tokens/s", "bytes per token", "head", "network", "queue", "middle", "w1"):
         assert words in done.stderr
+
+
+def test_an_answer_that_ctrl_c_ends_has_cost_something_too(
+    pool: LocalPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Generation.stream
+
+    def stream(generation: Generation) -> Iterator[str]:
+        for piece in whole(generation):
+            yield piece
+            if len(generation.token_ids) == 6:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(Generation, "stream", stream)
+    monkeypatch.setattr(ask, "freeze_loaded_objects", lambda: None)  # this process lives on
+    command = ["ask", PROMPTS[0], "--broker", pool.edge_endpoint, "--stats", "--threads", "1"]
+    done = CliRunner().invoke(midspan, command)
+    assert done.exit_code == 1
+    assert done.stderr.startswith("what it cost")
+    assert "6 new after" in done.stderr
 
 
 def test_ask_prints_one_object_with_json(pool: LocalPool, demo_directory: Path) -> None:

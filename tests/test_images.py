@@ -432,6 +432,15 @@ def test_the_command_writes_pictures_previews_and_noise(pool: LocalPool, tmp_pat
     assert len(list((tmp_path / "noise").glob("*.png"))) == 8
 
 
+def test_stats_in_a_file_are_the_table_and_nothing_else(pool: LocalPool, tmp_path: Path) -> None:
+    done = run_midspan(
+        "image", PROMPT, "-o", str(tmp_path / "out.png"), "--steps", "2", "--threads", "1",
+        "--stats", "--broker", pool.edge_endpoint,
+    )  # fmt: skip
+    assert done.stdout == f"{tmp_path / 'out.png'}\n"
+    assert done.stderr.startswith("what it cost")
+
+
 def test_half_precision_on_both_sides_is_close_and_stays_in_step(
     directory: Path, whole: StableDiffusionXLPipeline
 ) -> None:

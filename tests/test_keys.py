@@ -114,6 +114,21 @@ def test_the_keys_commands(tmp_path: Path) -> None:
     assert "the key nonsense does not exist" in bad.output
 
 
+def test_a_key_to_authorize_is_looked_for_where_the_keys_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys, here = tmp_path / "keys", tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    create_key(keys, "phone")
+    command = ["keys", "authorize", "phone.key", "--as", "edge", "--dir", str(keys)]
+    assert CliRunner().invoke(midspan, command).exit_code == 0
+    assert list_authorized(keys, "edge") == {read_public(str(keys / "phone.key")): "phone"}
+    create_key(here, "phone")  # one at the path itself goes first
+    taken = CliRunner().invoke(midspan, command)
+    assert "another edge is authorized as 'phone'" in taken.output
+
+
 def test_a_sealed_key_opens_with_the_pool_key_and_no_other() -> None:
     pool, key = new_pair(), draw_key()
     sealed = seal(key, pool.public)

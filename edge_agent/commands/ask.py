@@ -18,7 +18,12 @@ from common.weights.demo_model import find_model
 from edge_agent.commands.codec_options import CodecChoice, codec_options
 from edge_agent.commands.connection_options import Connection, connection_options
 from edge_agent.commands.prompts import check_text, read_prompt
-from edge_agent.commands.run_options import encrypt_option, report_options, timeout_option
+from edge_agent.commands.run_options import (
+    encrypt_option,
+    print_stats,
+    report_options,
+    timeout_option,
+)
 from edge_agent.commands.sampling_options import Sampling, sampling_options
 
 
@@ -92,13 +97,12 @@ def ask(
         client.close()
         if not as_json:
             click.echo()  # an error that cuts the text off begins a line of its own
-    stats = generation.stats.to_json() | {"finish_reason": generation.finish_reason}
+            if with_stats and generation.token_ids:
+                print_stats(format_stats(generation.stats.to_json()))
     if as_json:
+        stats = generation.stats.to_json() | {"finish_reason": generation.finish_reason}
         answer = {"text": generation.text, "token_ids": generation.token_ids, "stats": stats}
         click.echo(json.dumps(answer))
-        return
-    if with_stats:
-        click.echo(f"\n{format_stats(stats)}", err=True)
 
 
 def check_stops(stops: Sequence[str]) -> None:

@@ -19,7 +19,12 @@ from common.weights.demo_model import DEMO_IMAGE_MODEL
 from edge_agent.commands.connection_options import Connection, connection_options
 from edge_agent.commands.picture_options import Picture, picture_options
 from edge_agent.commands.prompts import read_prompt
-from edge_agent.commands.run_options import encrypt_option, report_options, timeout_option
+from edge_agent.commands.run_options import (
+    encrypt_option,
+    print_stats,
+    report_options,
+    timeout_option,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -111,7 +116,7 @@ def image(
     for file in files:
         click.echo(str(file))
     if with_stats:
-        click.echo(f"\n{format_image_stats(stats)}", err=True)
+        print_stats(format_image_stats(stats))
 
 
 def check_output(output: Path) -> None:
@@ -148,8 +153,8 @@ def make_with_progress(
 
     noise = NoisePictures(noise_directory) if noise_directory else None
     stderr = sys.stderr
-    steps = range(settings.steps)
-    with click.progressbar(steps, label="steps", file=stderr) as bar:
+    steps, hidden = range(settings.steps), not stderr.isatty()
+    with click.progressbar(steps, label="steps", file=stderr, hidden=hidden) as bar:
 
         def on_step(progress: Progress) -> None:
             bar.update(1)

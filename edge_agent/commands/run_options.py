@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from common.console.options import Decorator, add_options
@@ -27,3 +29,8 @@ def report_options(fields: str) -> Decorator:
         click.option("--json", "as_json", is_flag=True, help=f"Print one object: {fields}."),
         click.option("--stats", "with_stats", is_flag=True, help="Print what it cost, to stderr."),
     )
+
+
+def print_stats(table: str) -> None:
+    """Write what --stats asks for to stderr; on a terminal, apart from what stands above it."""
+    click.echo(f"\n{table}" if sys.stderr.isatty() else table, err=True)

@@ -61,7 +61,8 @@ def test_the_command_measures_writes_and_draws(tmp_path: Path) -> None:
     assert len(measured) == 6
     for path in ("unet-cloud", "inner"):
         exact, coarse = measured[path, 1, "fp32"], measured[path, 1, "int8"]
-        assert (exact["ssim"], exact["psnr"], exact["share"]) == (1.0, 99.0, 1.0)
+        assert (exact["ssim"], exact["psnr"]) == (1.0, 99.0)
+        assert exact["share"] == pytest.approx(1.0, abs=0.001)  # headers have times in them
         assert 0.98 < coarse["ssim"] < 1
         assert coarse["share"] < 0.5
     assert measured["inner", 2, "fp32"]["share"] < 0.6

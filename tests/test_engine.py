@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import time
 from collections.abc import Iterator
@@ -143,19 +144,21 @@ def test_no_more_are_taken_than_may_wait_and_those_get_their_turn(
 
 
 def test_one_bad_prompt_fails_alone(
-    engine: Engine, prompts: list[list[int]], wanted: list[list[int]]
+    pool: LocalPool, demo_ends: ModelEnds, prompts: list[list[int]], wanted: list[list[int]]
 ) -> None:
-    good = [engine.submit(prompts[i], COUNT) for i in range(3)]
-    long = engine.submit([5] * 600, COUNT)
-    unknown = engine.submit([1, 10**6], COUNT)  # no such token: the batch of heads fails
-    nothing = engine.submit(prompts[0], 0)
-    with pytest.raises(SettingsError, match="the prompt has 600 tokens"):
-        read(long)
-    with pytest.raises(IndexError):
-        read(unknown)
-    with pytest.raises(SettingsError, match="the number of new tokens is 0"):
-        read(nothing)
-    assert [read(stream) for stream in good] == wanted[:3]
+    credulous = dataclasses.replace(demo_ends, vocabulary=10**9)
+    with Engine(credulous, [pool.edge_endpoint], EXACT) as engine:
+        good = [engine.submit(prompts[i], COUNT) for i in range(3)]
+        long = engine.submit([5] * 600, COUNT)
+        unknown = engine.submit([1, 10**6], COUNT)  # no such token: the batch of heads fails
+        nothing = engine.submit(prompts[0], 0)
+        with pytest.raises(SettingsError, match="the prompt has 600 tokens"):
+            read(long)
+        with pytest.raises(IndexError):
+            read(unknown)
+        with pytest.raises(SettingsError, match="the number of new tokens is 0"):
+            read(nothing)
+        assert [read(stream) for stream in good] == wanted[:3]
 
 
 def test_a_conversation_computes_only_what_is_new(

@@ -29,7 +29,7 @@ class Sampling:
         from edge_agent.text.sampler import SamplingSettings
 
         return SamplingSettings(
-            self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.seed
+            self.temperature, self.top_k, self.top_p, self.repetition_penalty, seed=self.seed
         )
 
     def warn_of_greedy(self) -> None:

@@ -34,6 +34,7 @@ from common.security.keys import ClientKeys
 from edge_agent.engine.exchange import Ask, BrokerGone, Exchange, LinkRate
 from edge_agent.engine.link import BrokerLink, key_of
 from edge_agent.text.ends import ModelEnds
+from edge_agent.text.logprobs import TokenLogprob
 from edge_agent.text.sampler import SamplingSettings
 from edge_agent.text.stats import GenerationStats
 from edge_agent.text.text_session import SessionSettings, TextSession
@@ -41,8 +42,10 @@ from edge_agent.text.work import (
     DecodeRow,
     EncodeRow,
     NewToken,
+    PromptScored,
     RunHead,
     RunTail,
+    ScoreRows,
     Work,
     Working,
 )
@@ -68,6 +71,7 @@ class Token:
     bytes_up: int  # of the answer so far
     bytes_down: int
     at_s: float  # since the answer was asked for
+    logprob: TokenLogprob | None = None  # where they were asked for
 
 
 class TokenStream:
@@ -85,6 +89,7 @@ class TokenStream:
         self._wakers: list[Callable[[], object]] = []  # of event loops that wait for it
         self.stats = GenerationStats()  # complete when the stream has ended
         self.ended_by_itself = False  # with an end-of-sequence token
+        self.prompt_logprobs: list[TokenLogprob] = []  # of its tokens after the first, if wanted
 
     def cancel(self) -> None:
         """Stop the answer; the stream ends, and what the pool holds for it is given up."""
@@ -158,17 +163,48 @@ class Conversation:
         prompt_ids: Sequence[int],
         max_new_tokens: int,
         sampling: SamplingSettings | None = None,
+        *,
+        top_logprobs: int | None = None,
+        score_prompt: bool = False,
     ) -> TokenStream:
         """Ask for an answer to a whole prompt, the earlier turns included. One at a time.
 
-        Raises TooManySessions when the engine takes no more now, or while an answer of this
-        conversation is not over, and EngineClosed.
+        As TextSession.answer. Raises TooManySessions when the engine takes no more now, or while
+        an answer of this conversation is not over, and EngineClosed.
         """
-        return self._engine._submit(self, prompt_ids, max_new_tokens, sampling, ends=False)
+        wanted = Wanted(
+            list(prompt_ids),
+            max_new_tokens,
+            sampling or SamplingSettings(),
+            top_logprobs,
+            score_prompt,
+        )
+        return self._engine._submit(self, wanted, ends_session=False)
+
+    def count_shared(self, prompt_ids: Sequence[int]) -> int:
+        """How many of a prompt's tokens need not be computed again. Not while it is answering."""
+        return self._text.count_shared(prompt_ids)
 
     def close(self) -> None:
         """Tell the pool that it may forget the session."""
         self._engine._command(lambda: self._engine._end_session(self.session_id))
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """An answer, as it was asked for: the arguments of TextSession.answer."""
+
+    prompt_ids: Sequence[int]
+    max_new_tokens: int
+    sampling: SamplingSettings
+    top_logprobs: int | None = None
+    score_prompt: bool = False
+
+    def begin(self, text: TextSession) -> Working:
+        return text.answer(
+            self.prompt_ids, self.max_new_tokens, self.sampling, self.top_logprobs,
+            self.score_prompt,
+        )  # fmt: skip
 
 
 @dataclass(slots=True, eq=False)
@@ -177,9 +213,7 @@ class _Running:
 
     stream: TokenStream
     text: TextSession
-    prompt_ids: Sequence[int]
-    max_new_tokens: int
-    sampling: SamplingSettings
+    wanted: Wanted
     ends_session: bool
     working: Working | None = None
     exchange: Exchange | None = None
@@ -225,6 +259,7 @@ class Engine:
         self._order = itertools.count()
         self._heads: list[tuple[_Running, RunHead]] = []
         self._tails: list[tuple[_Running, RunTail]] = []
+        self._scorings: deque[tuple[_Running, ScoreRows]] = deque()
         self._encodings: list[tuple[_Running, EncodeRow]] = []
         self._decodings: list[tuple[_Running, DecodeRow]] = []
         self._ready_since = 0.0  # the first of the answers that are here
@@ -244,13 +279,22 @@ class Engine:
         prompt_ids: Sequence[int],
         max_new_tokens: int,
         sampling: SamplingSettings | None = None,
+        *,
+        top_logprobs: int | None = None,
+        score_prompt: bool = False,
     ) -> TokenStream:
         """Ask for an answer in a session of its own.
 
-        Raises TooManySessions when no more are taken now, EngineClosed.
+        As TextSession.answer. Raises TooManySessions when no more are taken now, EngineClosed.
         """
-        conversation = self.open()
-        return self._submit(conversation, prompt_ids, max_new_tokens, sampling, ends=True)
+        wanted = Wanted(
+            list(prompt_ids),
+            max_new_tokens,
+            sampling or SamplingSettings(),
+            top_logprobs,
+            score_prompt,
+        )
+        return self._submit(self.open(), wanted, ends_session=True)
 
     def open(self) -> Conversation:
         """A session for several turns; `close` it."""
@@ -266,18 +310,10 @@ class Engine:
         self._thread.join()
 
     def _submit(
-        self,
-        conversation: Conversation,
-        prompt_ids: Sequence[int],
-        max_new_tokens: int,
-        sampling: SamplingSettings | None,
-        ends: bool,
+        self, conversation: Conversation, wanted: Wanted, ends_session: bool
     ) -> TokenStream:
         stream = TokenStream(self, conversation)
-        running = _Running(
-            stream, conversation._text, list(prompt_ids), max_new_tokens,
-            sampling or SamplingSettings(), ends,
-        )  # fmt: skip
+        running = _Running(stream, conversation._text, wanted, ends_session)
         with self._lock:
             if self._closing:
                 raise EngineClosed("the engine is closed")
@@ -341,6 +377,8 @@ class Engine:
         due_at = self._due[0][0] if self._due else now + IDLE_POLL_S
         if self._is_anything_ready:
             due_at = min(due_at, self._hold_until)
+        if self._scorings:
+            due_at = now
         wait_s = max(0.0, min(due_at - now, IDLE_POLL_S))
         poller.poll(math.ceil(wait_s * 1000))
         for each in (socket, events):
@@ -356,9 +394,7 @@ class Engine:
         while self._waiting and len(self._running) < self._max_sessions:
             running = self._waiting.popleft()
             self._running[running.stream] = running
-            running.working = running.text.answer(
-                running.prompt_ids, running.max_new_tokens, running.sampling
-            )
+            running.working = running.wanted.begin(running.text)
             self._go_on(running, None)
 
     def _receive(self) -> None:
@@ -398,7 +434,7 @@ class Engine:
 
         Not for long: what comes later forms a group of its own, in the pool while this one is here.
         """
-        if self._heads or not self._by_key:
+        if self._heads or self._scorings or not self._by_key:
             return True
         return self._is_anything_ready and time.monotonic() >= self._hold_until
 
@@ -427,6 +463,12 @@ class Engine:
             self._run_rows(
                 encodings,
                 lambda codec, works: codec.encode_each(torch.cat([work.row for work in works])),
+            )
+        if self._scorings:  # one at a time: prompts that are scored are long
+            running, work = self._scorings.popleft()
+            self._run_batch(
+                [(running, work.caches, work.rows)],
+                lambda batch: [self._ends.score_tail(rows, caches) for _, caches, rows in batch],
             )
         if had_answers:
             self._batch_s += (time.monotonic() - begun_at - self._batch_s) / 8
@@ -500,6 +542,9 @@ class Engine:
                 self._note_ready()
                 self._tails.append((running, work))
                 return
+            if isinstance(work, ScoreRows):
+                self._scorings.append((running, work))
+                return
             if isinstance(work, DecodeRow):
                 self._note_ready()
                 self._decodings.append((running, work))
@@ -510,7 +555,10 @@ class Engine:
             if isinstance(work, Ask):
                 self._begin_exchange(running, work)
                 return
-            self._tell(running, work)
+            if isinstance(work, PromptScored):
+                running.stream.prompt_logprobs = work.logprobs
+            else:
+                self._tell(running, work)
             result = None
 
     def _note_ready(self) -> None:
@@ -521,8 +569,11 @@ class Engine:
         stats, text = running.text.stats, running.text
         at_s = time.monotonic() - running.asked_at
         running.stream._put(
-            Token(new.token_id, text.last_worker_id, stats.bytes_up, stats.bytes_down, at_s)
-        )
+            Token(
+                new.token_id, text.last_worker_id, stats.bytes_up, stats.bytes_down, at_s,
+                new.logprob,
+            )
+        )  # fmt: skip
 
     # --- exchanges
 
@@ -624,6 +675,7 @@ class Engine:
     def _drop_work(self, running: _Running) -> None:
         """What it waits for here is not computed: its caches may be the next answer's by then."""
         self._tails = [each for each in self._tails if each[0] is not running]
+        self._scorings = deque(each for each in self._scorings if each[0] is not running)
         self._heads = [each for each in self._heads if each[0] is not running]
         self._encodings = [each for each in self._encodings if each[0] is not running]
         self._decodings = [each for each in self._decodings if each[0] is not running]

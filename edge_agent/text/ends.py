@@ -29,6 +29,7 @@ class ModelEnds:
     cut: Cut
     hidden: int
     context: int | None
+    vocabulary: int  # token ids are below this
     eos_ids: frozenset[int]
     head: SpanModel
     tail: SpanModel
@@ -67,6 +68,11 @@ class Scores:
     are_finite: bool
 
 
+def scores_of(logits: Tensor) -> Scores:
+    """Of logits (vocabulary,), float32."""
+    return Scores(logits, int(logits.argmax()), bool(torch.isfinite(logits).all()))
+
+
 @dataclass(slots=True)
 class EndCaches:
     """The KV of one session in head and tail."""
@@ -93,6 +99,7 @@ def load_ends(directory: str | Path, cut: str | None = None, dtype: str = "float
         cut=parsed,
         hidden=config.hidden_size,
         context=context_length(config),
+        vocabulary=config.vocab_size,
         eos_ids=_read_eos_ids(checkpoint, config.eos_token_id),
         head=load_span(checkpoint, parsed.head(), torch_dtype, part="head"),
         tail=load_span(checkpoint, parsed.tail(num_layers), torch_dtype, part="tail"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import (
+    LogitsProcessor,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -20,6 +22,7 @@ from edge_agent.text.ends import Scores
 # beyond these, logits of float32 become infinite or all the same
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-4, 1e4
 MAX_PENALTY = 1e4
+BAN = -100.0  # a bias that keeps a token out, whatever its logit is
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,10 @@ class SamplingSettings:
     temperature: float = 0.0
     top_k: int = 0  # 0: all
     top_p: float = 1.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = 1.0  # divides the logits of all tokens in the text, as CTRL's
+    presence_penalty: float = 0.0  # taken from the logits of tokens that were generated
+    frequency_penalty: float = 0.0  # likewise, as often as they were
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id to what is added
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -47,14 +53,29 @@ class SamplingSettings:
                 f"repetition penalty is {self.repetition_penalty}; expected more than 0, "
                 f"{1 / MAX_PENALTY:g} to {MAX_PENALTY:g}"
             )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -MAX_PENALTY <= (value := getattr(self, name)) <= MAX_PENALTY:
+                words = name.replace("_", " ")
+                raise SettingsError(
+                    f"{words} is {value}; expected {-MAX_PENALTY:g} to {MAX_PENALTY:g}"
+                )
+        for token_id, bias in self.logit_bias.items():
+            if token_id < 0 or not BAN <= bias <= -BAN:
+                raise SettingsError(
+                    f"logit bias of token {token_id} is {bias}; expected {BAN:g} to {-BAN:g} for "
+                    "the number of a token"
+                )
         if self.seed is not None and not -(2**63) <= self.seed < 2**64:
             raise SettingsError(f"the seed is {self.seed}; expected 64 bits")
 
 
 class Sampler:
-    """Chooses one token after another; with a seed always the same ones."""
+    """Chooses one token after another; with a seed always the same ones.
 
-    def __init__(self, settings: SamplingSettings) -> None:
+    The text begins with `prompt_tokens` that it has not chosen.
+    """
+
+    def __init__(self, settings: SamplingSettings, prompt_tokens: int = 0) -> None:
         self._greedy = settings.temperature == 0
         self._generator = torch.Generator()
         if settings.seed is not None:
@@ -62,6 +83,12 @@ class Sampler:
         else:
             self._generator.seed()
         self._processors = LogitsProcessorList()
+        if settings.logit_bias:
+            self._processors.append(LogitBias(settings.logit_bias))
+        if settings.presence_penalty or settings.frequency_penalty:
+            self._processors.append(
+                UsePenalty(settings.presence_penalty, settings.frequency_penalty, prompt_tokens)
+            )
         if settings.repetition_penalty != 1:
             self._processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
         if not self._greedy:
@@ -88,3 +115,34 @@ class Sampler:
             return int(logits.argmax())
         probabilities = torch.softmax(logits, dim=-1)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+
+class LogitBias(LogitsProcessor):  # type: ignore[misc]
+    """Adds a number to the logits of some tokens; BAN keeps one out."""
+
+    def __init__(self, bias: Mapping[int, float]) -> None:
+        self._ids = torch.tensor(list(bias))
+        values = [-torch.inf if value <= BAN else value for value in bias.values()]
+        self._values = torch.tensor(values)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """`scores` (1, vocabulary) with the bias. Raises SettingsError for an id beyond those."""
+        if int(self._ids.max()) >= scores.shape[1]:
+            raise SettingsError(
+                f"logit bias names token {int(self._ids.max())}; the model has {scores.shape[1]}"
+            )
+        return scores.index_add(1, self._ids, self._values[None])
+
+
+class UsePenalty(LogitsProcessor):  # type: ignore[misc]
+    """OpenAI's presence and frequency penalties: of the tokens after the prompt."""
+
+    def __init__(self, presence: float, frequency: float, prompt_tokens: int) -> None:
+        self._presence = presence
+        self._frequency = frequency
+        self._prompt_tokens = prompt_tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """`scores` (1, vocabulary) after `input_ids` (1, T)."""
+        ids, counts = torch.unique(input_ids[0, self._prompt_tokens :], return_counts=True)
+        return scores.index_add(1, ids, -(self._presence + self._frequency * counts)[None])

@@ -14,7 +14,7 @@ from edge_agent.text.ends import ModelEnds
 from edge_agent.text.sampler import SamplingSettings
 from edge_agent.text.stats import GenerationStats
 from edge_agent.text.text_session import SessionSettings, TextSession
-from edge_agent.text.work import DecodeRow, EncodeRow, NewToken, RunHead, RunTail, Work
+from edge_agent.text.work import DecodeRow, EncodeRow, NewToken, RunHead, RunTail, ScoreRows, Work
 
 
 class Session:
@@ -121,6 +121,8 @@ class Session:
                 return self._ends.run_heads([(token_ids, caches)])[0]
             case RunTail(rows, caches):
                 return self._ends.run_tails([(rows, caches)])[0]
+            case ScoreRows(rows, caches):
+                return self._ends.score_tail(rows, caches)
             case EncodeRow() | DecodeRow():
                 return work.do()
             case Ask():

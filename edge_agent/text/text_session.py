@@ -31,13 +31,25 @@ from common.security.sealing import draw_key, seal
 from common.settings import MAX_ATTEMPTS, PREFILL_ROWS
 from common.spans.cut import Span
 from edge_agent.engine.exchange import Answered, Ask
-from edge_agent.text.ends import ModelEnds, Scores
+from edge_agent.text.ends import ModelEnds, Scores, scores_of
+from edge_agent.text.logprobs import TokenLogprob, check_top, rank
 from edge_agent.text.replay_log import Encoded, ReplayLog, parts_of
 from edge_agent.text.sampler import Sampler, SamplingSettings
 from edge_agent.text.stats import GenerationStats
-from edge_agent.text.work import DecodeRow, EncodeRow, NewToken, RunHead, RunTail, Work, Working
+from edge_agent.text.work import (
+    DecodeRow,
+    EncodeRow,
+    NewToken,
+    PromptScored,
+    RunHead,
+    RunTail,
+    ScoreRows,
+    Work,
+    Working,
+)
 
 MOST_BYTES_PER_VALUE = 4  # of boundary rows, whatever the codec
+SCORED_ROWS = 128  # whose logits are held at once
 MAX_REPLAYS = 16  # in one step; every worker that dies on the way costs one or two
 
 
@@ -134,36 +146,65 @@ class TextSession:
         return self._generation
 
     def answer(
-        self, prompt_ids: Sequence[int], max_new_tokens: int, sampling: SamplingSettings
+        self,
+        prompt_ids: Sequence[int],
+        max_new_tokens: int,
+        sampling: SamplingSettings,
+        top_logprobs: int | None = None,
+        score_prompt: bool = False,
     ) -> Working:
         """Give NewTokens until the end of the text, `max_new_tokens`, or the end of the context.
 
-        The session may be used again afterwards, also after an error. Raises SettingsError if the
-        prompt does not fit into the context, StepRefused when the pool cannot go on.
+        With `top_logprobs` each has its log-probability, and those of so many likeliest tokens;
+        with `score_prompt` the prompt's come first, as PromptScored, and no new tokens need be
+        asked for. The session may be used again afterwards, also after an error. Raises
+        SettingsError if the prompt does not fit into the context, StepRefused when the pool cannot
+        go on.
         """
-        limit = self._check_length(len(prompt_ids), max_new_tokens)
-        sampler = Sampler(sampling)
+        limit = self._check_prompt(prompt_ids, max_new_tokens, score_prompt)
+        check_top(top_logprobs)
+        sampler = Sampler(sampling, len(prompt_ids))
         token_ids = list(prompt_ids)
         started_at = time.monotonic()
         self.stats = GenerationStats(prompt_tokens=len(token_ids))
-        known = self.cut_back(self._shared_with(token_ids))
-        scores = yield from self._run(token_ids[known:], is_prompt=True)
+        self.ended_by_itself = False
+        if score_prompt:
+            self.cut_back(0)
+            scores = yield from self._score_prompt(token_ids, top_logprobs or 0)
+        else:
+            known = self.cut_back(self.count_shared(token_ids))
+            scores = yield from self._run(token_ids[known:], is_prompt=True)
         for index in range(limit):
             token = sampler.choose(scores, token_ids)
             self.ended_by_itself = token in self._ends.eos_ids
             self._count_token(index, started_at)
-            yield NewToken(token)
+            if top_logprobs is None:
+                yield NewToken(token)
+            else:
+                yield NewToken(token, *rank(scores.logits[None], [token], top_logprobs))
             token_ids.append(token)
             if self.ended_by_itself or index + 1 == limit:
                 return
             scores = yield from self._run([token], is_prompt=False)
+
+    def _score_prompt(self, token_ids: list[int], top: int) -> Generator[Work, Any, Scores]:
+        """Run a prompt and give its PromptScored; the scores after its last token."""
+        rows, _, _ = yield from self._run_middle(token_ids, is_prompt=True)
+        logprobs: list[TokenLogprob] = []
+        for chunk in torch.split(rows, SCORED_ROWS):
+            logits: Tensor = yield ScoreRows(chunk, self._caches)
+            done = len(logprobs)
+            following = token_ids[done + 1 : done + 1 + len(chunk)]
+            logprobs += rank(logits[: len(following)], following, top)
+        yield PromptScored(logprobs)
+        return scores_of(logits[-1])
 
     def middle_rows(self, token_ids: Sequence[int]) -> Generator[Work, Any, Tensor]:
         """The pool's rows (T, D) for a text, as one prompt."""
         rows, _, _ = yield from self._run_middle(token_ids, is_prompt=True)
         return rows
 
-    def _shared_with(self, prompt_ids: Sequence[int]) -> int:
+    def count_shared(self, prompt_ids: Sequence[int]) -> int:
         """How many rows of the session hold for a prompt; its last token is always run."""
         pairs = zip(self._token_ids, prompt_ids[:-1], strict=False)
         differing = (index for index, (old, new) in enumerate(pairs) if old != new)
@@ -196,19 +237,35 @@ class TextSession:
             stats.first_token_s = stats.total_s
             stats.prompt_bytes_up, stats.prompt_bytes_down = stats.bytes_up, stats.bytes_down
 
-    def _check_length(self, prompt_tokens: int, max_new_tokens: int) -> int:
-        """How many tokens may be generated."""
-        if max_new_tokens < 1:
-            raise SettingsError(f"the number of new tokens is {max_new_tokens}; expected 1 or more")
+    def _check_prompt(
+        self, prompt_ids: Sequence[int], max_new_tokens: int, score_prompt: bool
+    ) -> int:
+        """How many tokens may be generated. Raises SettingsError."""
+        least = 0 if score_prompt else 1
+        if max_new_tokens < least:
+            raise SettingsError(
+                f"the number of new tokens is {max_new_tokens}; expected {least} or more"
+            )
+        if not prompt_ids:
+            raise SettingsError("the prompt has no tokens")
+        beyond = [
+            i for i in (min(prompt_ids), max(prompt_ids)) if not 0 <= i < self._ends.vocabulary
+        ]
+        if beyond:
+            raise SettingsError(
+                f"the prompt has token {beyond[0]}; {self._ends.name} has 0 to "
+                f"{self._ends.vocabulary - 1}"
+            )
         context = self._ends.context
         if context is None:
             return max_new_tokens
-        if prompt_tokens >= context:
+        room = context - len(prompt_ids)
+        if room < min(1, max_new_tokens):
             raise SettingsError(
-                f"the prompt has {prompt_tokens} tokens; {self._ends.name} has a context of "
+                f"the prompt has {len(prompt_ids)} tokens; {self._ends.name} has a context of "
                 f"{context}, so at most {context - 1} leave room for an answer"
             )
-        return min(max_new_tokens, context - prompt_tokens)
+        return min(max_new_tokens, room)
 
     def score_tail(self, rows: Tensor) -> Tensor:
         """Logits after every one of the pool's rows, (T, vocabulary)."""

@@ -17,6 +17,7 @@ from common.codecs.codec import Codec
 from common.errors import MidspanError
 from edge_agent.engine.exchange import Ask
 from edge_agent.text.ends import EndCaches
+from edge_agent.text.logprobs import TokenLogprob
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,12 +68,28 @@ class DecodeRow:
             return error
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoreRows:
+    """Boundary rows (T, D) through the tail; the result are logits after each, (T, vocabulary)."""
+
+    rows: Tensor
+    caches: EndCaches
+
+
 @dataclass(frozen=True, slots=True)
 class NewToken:
     """A token to be handed to whoever asked; no result."""
 
     token_id: int
+    logprob: TokenLogprob | None = None
 
 
-Work = RunHead | RunTail | EncodeRow | DecodeRow | Ask | NewToken
+@dataclass(frozen=True, slots=True)
+class PromptScored:
+    """Log-probabilities of the prompt's tokens after its first; no result."""
+
+    logprobs: list[TokenLogprob]
+
+
+Work = RunHead | RunTail | ScoreRows | EncodeRow | DecodeRow | Ask | NewToken | PromptScored
 Working = Generator[Work, Any, None]

@@ -8,7 +8,6 @@ doubled, it goes through the pipeline's own guidance unchanged.
 from __future__ import annotations
 
 import math
-import secrets
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -16,21 +15,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from msgspec import structs
 from torch import Tensor, nn
 
 from common.codecs.spec import EXACT
 from common.diffusion.schedulers import read_history
 from common.diffusion.tensors import decode_tensor, pack_tensors
 from common.diffusion.unet import Conditioning, UnetPart, boundary_channels
-from common.errors import NonFiniteError, ProtocolError, StepRefused
-from common.protocol.messages import BOUNDARY, ImageOpening, Need, Step, StepReply
-from common.settings import MAX_ATTEMPTS
+from common.errors import NonFiniteError, ProtocolError
+from common.protocol.messages import BOUNDARY, ImageOpening, Need, StepReply
 from edge_agent.engine.client import BrokerClient
+from edge_agent.engine.session_asks import SessionAsks
 
 CONDITIONING = ("prompt_embeds", "text_embeds")
 CONDITIONING_CODEC = "fp16+zstd"  # an empty negative prompt is all zeros
-MAX_RESENDS = 16  # in one step; every worker that dies on the way costs one or two
 
 
 @dataclass(slots=True)
@@ -94,7 +91,7 @@ class RemoteUNet(nn.Module):
         self._client = client
         self._outer = [outer] if outer is not None else []  # not a module of this one
         self._deadline_s = deadline_s
-        self._opening: ImageOpening | None = None
+        self._asks: SessionAsks | None = None
         self._scheduler: Any = None
 
     def begin(
@@ -103,15 +100,12 @@ class RemoteUNet(nn.Module):
         """Begin a session; the opening names `list_codecs`."""
         self.stats = ImageStats()
         self._opening = opening
-        self._session_id = secrets.token_bytes(16)
+        self._asks = SessionAsks(opening)
         self._up, self._down = codec_up, codec_down
         self._reuse = reuse
         self._scheduler = scheduler
         self._raw_latents: Tensor | None = None
-        self._step = 0
         self._position = 0
-        self._is_known = False
-        self._shun = ""
         self._deep: Tensor | None = None
         self._started = self._client.bytes_up, self._client.bytes_down
         if opening.keeps_latents:
@@ -119,9 +113,9 @@ class RemoteUNet(nn.Module):
 
     def end(self) -> None:
         """Tell the pool that it may forget the session."""
-        if self._opening is not None:
-            self._client.end_session(self._session_id)
-            self._opening = None
+        if self._asks is not None:
+            self._client.end_session(self._asks.session_id)
+            self._asks = None
 
     def _watch_latents(self, scheduler: Any) -> None:
         """See the latents before the scheduler scales them: a worker may need them anew."""
@@ -143,7 +137,7 @@ class RemoteUNet(nn.Module):
         **_: Any,
     ) -> tuple[Tensor]:
         """The noise in `sample` (n, 4, h, w), as UNet2DConditionModel.forward gives it."""
-        assert self._opening is not None, "begin was not called"
+        assert self._asks is not None, "begin was not called"
         conditioning = Conditioning(
             encoder_hidden_states, added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"]
         )
@@ -160,7 +154,6 @@ class RemoteUNet(nn.Module):
         return (noise.to(sample.device, sample.dtype),)
 
     def _run_whole(self, sample: Tensor, conditioning: Conditioning, position: int) -> Tensor:
-        assert self._opening is not None
         halves = 2 if self._opening.guidance > 1 else 1
         own = sample.chunk(halves)[0]
         tensors = {} if self._opening.keeps_latents else {BOUNDARY: own}
@@ -189,36 +182,29 @@ class RemoteUNet(nn.Module):
         shape: tuple[int, ...],
     ) -> Tensor:
         """Have a step computed; sends what a worker lacks. The answer, float32, of that shape."""
+        asks = self._asks
+        assert asks is not None
         sent_at = time.monotonic()
-        lacking = [] if self._is_known else ["conditioning"]
-        if not self._is_known and self._opening is not None and self._opening.keeps_latents:
+        lacking = [] if asks.is_known else ["conditioning"]
+        if not asks.is_known and self._opening.keeps_latents:
             lacking.append("latents")
-        resends = unusable = 0
-        askers: Counter[str] = Counter()  # workers that lacked something in this step
+        asks.begin_work()
         while True:
             sending = {**tensors, **self._state(lacking, conditioning)}
-            answer, body = self._send(position, sending, math.prod(shape) * 4)
-            self._is_known = True
+            answer, body = self._send(asks, position, sending, math.prod(shape) * 4)
+            asks.is_known = True
             try:
                 lacking = self._read_need(answer)
                 if isinstance(answer, StepReply):
                     down = decode_tensor(body, shape, self._down)
             except (NonFiniteError, ProtocolError) as error:
-                unusable += 1
                 self.stats.answers_unusable += 1
-                self._shun = answer.worker_id
-                if unusable >= MAX_ATTEMPTS:
-                    raise StepRefused(f"{unusable} answers could not be used: {error}") from error
+                asks.on_unusable(answer, error)
                 continue
-            self._note_precision(answer.precision)
+            asks.on_usable(answer)
             if not isinstance(answer, StepReply):
-                resends += 1
                 self.stats.tensors_resent += len(lacking)
-                askers[answer.worker_id] += 1
-                if askers[answer.worker_id] > 1:  # it was given them, or says so to no end
-                    self._shun = answer.worker_id
-                if resends > MAX_RESENDS:
-                    raise StepRefused(f"workers lost the session {resends} times in one step")
+                asks.on_need(answer, "the session")
                 continue
             self.stats.calls += 1
             self.stats.calls_by_worker[answer.worker_id] += 1
@@ -234,7 +220,6 @@ class RemoteUNet(nn.Module):
             tensors["prompt_embeds"] = conditioning.prompt_embeds
             tensors.update(conditioning.arguments())
         if "latents" in names:
-            assert self._opening is not None
             assert self._raw_latents is not None
             halves = 2 if self._opening.guidance > 1 else 1
             tensors["latents"] = self._raw_latents.chunk(halves)[0]
@@ -246,44 +231,29 @@ class RemoteUNet(nn.Module):
         """What a worker lacks. Raises ProtocolError for what it cannot lack, naming it."""
         if isinstance(answer, StepReply):
             return []
-        keeps_latents = self._opening is not None and self._opening.keeps_latents
-        known = {"conditioning", "latents"} if keeps_latents else {"conditioning"}
+        known = {"conditioning", "latents"} if self._opening.keeps_latents else {"conditioning"}
         if not answer.names or set(answer.names) - known:
             lacking = answer.names or "rows"
             raise ProtocolError(f"worker {answer.worker_id} asks an image for {lacking}")
         return answer.names
 
-    def _note_precision(self, precision: str) -> None:
-        """The first answer settles it for the session; a broker that has forgotten is told."""
-        if precision and self._opening is not None and not self._opening.precision:
-            self._opening = structs.replace(self._opening, precision=precision)
-
     def _send(
-        self, position: int, tensors: dict[str, Tensor], reply_bytes: int
+        self, asks: SessionAsks, position: int, tensors: dict[str, Tensor], reply_bytes: int
     ) -> tuple[StepReply | Need, bytes]:
-        opening = self._opening
-        assert opening is not None
+        codecs = self._opening.codecs
         chosen = dict.fromkeys(CONDITIONING, conditioning_codec(self._up)) | {BOUNDARY: self._up}
-        parts, body = pack_tensors(tensors, chosen, opening.codecs)
-        step = Step(
-            session_id=self._session_id,
-            generation=0,
-            fork=0,
-            step=self._step,
-            position=position,
-            parts=parts,
-            reply_rows=0,
-            reply_codec=opening.codecs.index(self._down),
-            deadline_ms=round(self._deadline_s * 1000),
-            shun=self._shun,
+        parts, body = pack_tensors(tensors, chosen, codecs)
+        answered = self._client.exchange(
+            asks.make(
+                position=position,
+                parts=parts,
+                body=body,
+                reply_codec=codecs.index(self._down),
+                deadline_s=self._deadline_s,
+                reply_bytes=reply_bytes,
+            )
         )
-        self._step += 1
-        self._shun = ""
-        answer, reply = self._client.ask(
-            step, body, opening,
-            is_known=self._is_known, wait_for_worker=self._is_known, reply_bytes=reply_bytes,
-        )  # fmt: skip
-        return answer, reply
+        return answered.answer, answered.body
 
 
 class _Widths:

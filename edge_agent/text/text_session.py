@@ -11,26 +11,24 @@ that a slow worker still writes are refused, so that what was rolled back stays 
 from __future__ import annotations
 
 import itertools
-import secrets
 import time
-from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from msgspec import structs
 from torch import Tensor
 
 from common.codecs.calibration import Calibration
 from common.codecs.codec import make_codec
 from common.codecs.spec import DEFAULT_CODEC, EXACT
-from common.errors import MidspanError, NonFiniteError, ProtocolError, SettingsError, StepRefused
-from common.protocol.messages import Need, Opening, Step, StepReply
+from common.errors import MidspanError, NonFiniteError, ProtocolError, SettingsError
+from common.protocol.messages import Need, Opening, StepReply
 from common.security.sealing import draw_key, seal
-from common.settings import MAX_ATTEMPTS, PREFILL_ROWS
+from common.settings import PREFILL_ROWS
 from common.spans.cut import Span
 from edge_agent.engine.exchange import Answered, Ask
+from edge_agent.engine.session_asks import SessionAsks
 from edge_agent.text.ends import ModelEnds, Scores, scores_of
 from edge_agent.text.logprobs import TokenLogprob, check_top, rank
 from edge_agent.text.replay_log import Encoded, ReplayLog, parts_of
@@ -50,7 +48,6 @@ from edge_agent.text.work import (
 
 MOST_BYTES_PER_VALUE = 4  # of boundary rows, whatever the codec
 SCORED_ROWS = 128  # whose logits are held at once
-MAX_REPLAYS = 16  # in one step; every worker that dies on the way costs one or two
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +105,6 @@ class TextSession:
 
         The session's own key is drawn here and sealed for the workers; the broker cannot read it.
         """
-        self.session_id = secrets.token_bytes(16)
         self.stats = GenerationStats()
         self._ends = ends
         self._settings = settings or SessionSettings()
@@ -122,23 +118,25 @@ class TextSession:
                     "several spans gets others; choose another one"
                 )
         needed = any(codec.spec.needs_calibration for codec in self._up)
-        self._opening = Opening(
+        opening = Opening(
             ends.fingerprint, self._settings.route_over(ends.cut.middle), ends.hidden, self._names,
             calibration.fingerprint if calibration is not None and needed else "",
             seal(draw_key(), pool_key) if pool_key is not None else b"",
             between=self._names.index(self._settings.between) if self._settings.route else 0,
         )  # fmt: skip
+        self._asks = SessionAsks(opening)
         self._caches = ends.new_caches()
         self._log = ReplayLog()
         self._token_ids: list[int] = []  # of the rows in the log
         self._generation = 0
         self._sent_generation = -1  # the newest that any step was sent in
         self._fork = 0
-        self._step = 0
-        self._shun = ""  # the worker of an answer that could not be used
-        self._answered = False  # a worker has answered in this session
         self.ended_by_itself = False  # with an end-of-sequence token
         self.last_worker_id = ""
+
+    @property
+    def session_id(self) -> bytes:
+        return self._asks.session_id
 
     @property
     def generation(self) -> int:
@@ -321,8 +319,8 @@ class TextSession:
         Returns the rows (end - start, D) and the seconds spent in queues and in the middle layers.
         """
         parts: list[Tensor] = []
-        position, queue_s, middle_s, replays, unusable = start, 0.0, 0.0, 0, 0
-        askers: Counter[str] = Counter()  # workers that lacked rows in this step
+        position, queue_s, middle_s = start, 0.0, 0.0
+        self._asks.begin_work()
         while position < end:
             pieces = self._log.read(position, self._settings.prefill_rows)
             first, last = pieces[0].start, pieces[-1].end
@@ -335,27 +333,17 @@ class TextSession:
                 if isinstance(answer, StepReply):
                     rows = yield from self._decode(answer, body, pieces, reply_rows, down)
             except (NonFiniteError, ProtocolError) as error:
-                unusable += 1
                 self.stats.answers_unusable += 1
-                self._shun = answer.worker_id
-                if unusable >= MAX_ATTEMPTS:
-                    raise StepRefused(f"{unusable} answers could not be used: {error}") from error
+                self._asks.on_unusable(answer, error)
                 continue
-            self._note_precision(answer.precision)
+            self._asks.on_usable(answer)
             if isinstance(answer, Need):
                 self.stats.rows_replayed += position - answer.have
                 received = max(0, answer.have - start)
                 parts = [torch.cat(parts)[:received]] if parts and received else []
                 position = answer.have
-                replays += 1
-                askers[answer.worker_id] += 1
-                if askers[answer.worker_id] > 1:  # it was given them, or says so to no end
-                    self._shun = answer.worker_id
-                if replays > MAX_REPLAYS:
-                    raise StepRefused(
-                        f"workers lost the session's KV {replays} times in one step; is their "
-                        "--cache-mb smaller than one session, and Redis down?"
-                    )
+                hint = "; is their --cache-mb smaller than one session, and Redis down?"
+                self._asks.on_need(answer, "the session's KV", hint)
                 continue
             if reply_rows:
                 parts.append(rows)
@@ -367,39 +355,23 @@ class TextSession:
             position = last
         return (parts[0] if len(parts) == 1 else torch.cat(parts)), queue_s, middle_s
 
-    def _note_precision(self, precision: str) -> None:
-        """The first answer settles it for the session; a broker that has forgotten is told."""
-        if precision and not self._opening.precision:
-            self._opening = structs.replace(self._opening, precision=precision)
-
     def _count_answer(self, answered: Answered) -> None:
-        self._answered = True
+        self._asks.is_known = True
         self.stats.bytes_up += answered.bytes_up
         self.stats.bytes_down += answered.bytes_down
         self.stats.asked_again += answered.asked_again
 
     def _ask(self, pieces: list[Encoded], reply_rows: int, down: int) -> Ask:
-        step = Step(
-            session_id=self.session_id,
+        self._sent_generation = self._generation
+        return self._asks.make(
             generation=self._generation,
             fork=self._fork,
-            step=self._step,
             position=pieces[0].start,
             parts=parts_of(pieces),
+            body=pieces[0].body if len(pieces) == 1 else b"".join(piece.body for piece in pieces),
             reply_rows=reply_rows,
             reply_codec=down,
-            deadline_ms=round(self._settings.step_deadline_s * 1000),
-            shun=self._shun,
-        )
-        self._step += 1
-        self._shun = ""
-        self._sent_generation = self._generation
-        return Ask(
-            step,
-            pieces[0].body if len(pieces) == 1 else b"".join(piece.body for piece in pieces),
-            self._opening,
-            is_known=self._answered,
-            wait_for_worker=self._answered,
+            deadline_s=self._settings.step_deadline_s,
             reply_bytes=reply_rows * self._ends.hidden * MOST_BYTES_PER_VALUE,
         )
 

@@ -1,0 +1,94 @@
+"""How a session asks the pool for its steps, be it of text or of an image. No sockets, no clock.
+
+A session numbers its steps, remembers in which precision it is computed, and loses patience: with a
+worker whose answers cannot be used, or that lacks again what it was just sent, and in the end with
+all of them.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+
+from msgspec import structs
+
+from common.errors import MidspanError, StepRefused
+from common.protocol.messages import AnyOpening, Need, Part, Step, StepReply
+from common.settings import MAX_ATTEMPTS
+from edge_agent.engine.exchange import Ask
+
+MAX_NEEDS = 16  # in one piece of work; every worker that dies on the way costs one or two
+
+
+class SessionAsks:
+    """The steps of one session. `is_known`: a broker has heard of it, and a worker has answered."""
+
+    def __init__(self, opening: AnyOpening) -> None:
+        self.session_id = secrets.token_bytes(16)
+        self.opening = opening
+        self.is_known = False
+        self._number = 0
+        self._shun = ""  # a worker that the next step would rather not go to
+        self.begin_work()
+
+    def begin_work(self) -> None:
+        """What comes next is one piece of work: patience is new."""
+        self._unusable = self._needs = 0
+        self._askers: Counter[str] = Counter()  # workers that lacked something
+
+    def make(
+        self,
+        *,
+        position: int,
+        parts: list[Part],
+        body: bytes,
+        reply_codec: int,
+        deadline_s: float,
+        reply_bytes: int,
+        generation: int = 0,
+        fork: int = 0,
+        reply_rows: int = 0,
+    ) -> Ask:
+        """The next step. `reply_bytes` says about how much comes back."""
+        step = Step(
+            session_id=self.session_id,
+            generation=generation,
+            fork=fork,
+            step=self._number,
+            position=position,
+            parts=parts,
+            reply_rows=reply_rows,
+            reply_codec=reply_codec,
+            deadline_ms=round(deadline_s * 1000),
+            shun=self._shun,
+        )
+        self._number += 1
+        self._shun = ""
+        return Ask(
+            step, body, self.opening,
+            is_known=self.is_known, wait_for_worker=self.is_known, reply_bytes=reply_bytes,
+        )  # fmt: skip
+
+    def on_usable(self, answer: StepReply | Need) -> None:
+        """An answer makes sense. The first one settles the session's precision.
+
+        A broker that has forgotten is told by the opening.
+        """
+        if answer.precision and not self.opening.precision:
+            self.opening = structs.replace(self.opening, precision=answer.precision)
+
+    def on_unusable(self, answer: StepReply | Need, error: MidspanError) -> None:
+        """An answer made no sense: another worker shall try. Raises StepRefused after some."""
+        self._unusable += 1
+        self._shun = answer.worker_id
+        if self._unusable >= MAX_ATTEMPTS:
+            raise StepRefused(f"{self._unusable} answers could not be used: {error}") from error
+
+    def on_need(self, need: Need, what: str, hint: str = "") -> None:
+        """A worker lacks `what` of the session. Raises StepRefused after many of these."""
+        self._needs += 1
+        self._askers[need.worker_id] += 1
+        if self._askers[need.worker_id] > 1:  # it was given that, or says so to no end
+            self._shun = need.worker_id
+        if self._needs > MAX_NEEDS:
+            raise StepRefused(f"workers lost {what} {self._needs} times in one step{hint}")

@@ -25,7 +25,6 @@ from cloud_worker.state.redis_store import RedisKvStore
 from cloud_worker.state.row_seals import Checksum, ForgedRows, unseal
 from cloud_worker.state.stage_cache import CacheBudget
 from cloud_worker.state.store import Load, Loaded
-from cloud_worker.text.executor import Computed
 from cloud_worker.text.service import TextService
 from cloud_worker.text.stage import TextStage
 from common.protocol.messages import Need, Opening, Part, Service, Step, StepReply
@@ -53,16 +52,16 @@ class Keeper:
     def check(self, task: Task) -> None:
         """All steps are well-formed."""
 
-    def run(self, batch: Sequence[tuple[Task, TextStage]]) -> list[Computed]:
+    def run(self, batch: Sequence[tuple[Task, TextStage]]) -> list[bytes]:
         return [self._run_one(task.step, task.body, session) for task, session in batch]
 
-    def _run_one(self, step: Step, body: bytes, session: TextStage) -> Computed:
+    def _run_one(self, step: Step, body: bytes, session: TextStage) -> bytes:
         before = session.kv.read_bytes(0, step.position)
         session.kv.reserve(step.end)
         rows = torch.frombuffer(bytearray(body), dtype=torch.uint8).view(-1, ROW_BYTES)
         session.kv.buffer[step.position : step.end] = rows
         session.kv.length = step.end
-        return Computed(before)
+        return before
 
 
 class Worker:

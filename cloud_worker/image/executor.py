@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from cloud_worker.loop.together import StepsCancelled, run_together
 from common.diffusion.unet import INNER, WHOLE, Conditioning, UnetPart
-
-log = logging.getLogger("midspan.worker")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +27,6 @@ class ImageInput:
         return (*self.sample.shape[1:], *tokens)
 
 
-class StepsCancelled(Exception):
-    """Nobody waits for any step of the batch any more."""
-
-
 class ImageExecutor:
     """Runs one part of one UNet."""
 
@@ -46,21 +40,10 @@ class ImageExecutor:
     ) -> list[Tensor | str]:
         """What each input gives, on the CPU, or why it could not be computed.
 
-        If the batch fails, for want of memory or because of one of them, each is tried alone.
         Between the UNet's blocks `is_cancelled` is asked; raises StepsCancelled if it says so.
         """
         self.model.on_block = lambda: _stop_if(is_cancelled())
-        try:
-            return list(self._run_together(batch))
-        except StepsCancelled:
-            raise
-        except Exception as error:  # whatever a peer sends, the worker lives on
-            log.debug("a batch of %d failed", len(batch), exc_info=True)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            if len(batch) == 1:
-                return [f"{type(error).__name__}: {str(error)[:500]}"]
-            return [result for single in batch for result in self.run([single], is_cancelled)]
+        return run_together(batch, self._run_together, lambda _: _free_device_memory())
 
     def _run_together(self, batch: Sequence[ImageInput]) -> Sequence[Tensor]:
         device, dtype = self.model.device, self.model.dtype
@@ -75,6 +58,11 @@ class ImageExecutor:
         times = times.repeat_interleave(torch.tensor(sizes, device=device))
         run = self.model.run_whole if self.part == WHOLE else self.model.run_inner
         return torch.split(run(sample, times, conditioning).cpu(), sizes)
+
+
+def _free_device_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _stop_if(cancelled: bool) -> None:

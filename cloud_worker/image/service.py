@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cloud_worker.image.checks import LATENTS_DTYPES, ImageChecks, is_guided
-from cloud_worker.image.executor import ImageExecutor, ImageInput, StepsCancelled
+from cloud_worker.image.executor import ImageExecutor, ImageInput
 from cloud_worker.image.self_test import compute_test_image
 from cloud_worker.image.stage import (
     CONDITIONING,
@@ -28,6 +28,7 @@ from cloud_worker.image.stage import (
 from cloud_worker.loop.batcher import Batcher, Task
 from cloud_worker.loop.outbox import Outbox
 from cloud_worker.loop.stage_service import StageService
+from cloud_worker.loop.together import StepsCancelled
 from cloud_worker.state.row_seals import RowSeal
 from cloud_worker.state.stage_cache import CacheBudget
 from cloud_worker.state.store import KvStore

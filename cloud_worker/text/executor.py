@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cloud_worker.loop.batcher import Task
+from cloud_worker.loop.together import run_together
 from cloud_worker.text.stage import TextStage
 from common.codecs.calibration import Calibration
 from common.codecs.codec import Codec, make_codec
@@ -19,16 +18,6 @@ from common.errors import ProtocolError
 from common.protocol.messages import BOUNDARY
 from common.spans.attention import Segment
 from common.spans.span_model import SpanModel
-
-log = logging.getLogger("midspan.worker")
-
-
-@dataclass(frozen=True, slots=True)
-class Computed:
-    """What became of a step: the body of its reply, or why it failed."""
-
-    body: bytes = b""
-    failure: str = ""
 
 
 class TextExecutor:
@@ -86,19 +75,11 @@ class TextExecutor:
         if not theirs and any(parse_codec(n).needs_calibration for n in task.text_opening.codecs):
             raise ProtocolError("the session names a calibrated codec but no calibration")
 
-    def run(self, batch: Sequence[tuple[Task, TextStage]]) -> list[Computed]:
-        """Compute all steps in one pass. If that fails, each on its own, to find the culprit."""
-        try:
-            return self._run_together(batch)
-        except Exception as error:  # whatever a peer's numbers do, the worker lives on
-            log.debug("a batch of %d failed", len(batch), exc_info=True)
-            for task, stage in batch:
-                stage.cut_back(task.step.position)
-            if len(batch) == 1:
-                return [Computed(failure=f"{type(error).__name__}: {str(error)[:500]}")]
-            return [computed for pair in batch for computed in self.run([pair])]
+    def run(self, batch: Sequence[tuple[Task, TextStage]]) -> list[bytes | str]:
+        """The body of each step's reply, or why there is none."""
+        return run_together(batch, self._run_together, _cut_back)
 
-    def _run_together(self, batch: Sequence[tuple[Task, TextStage]]) -> list[Computed]:
+    def _run_together(self, batch: Sequence[tuple[Task, TextStage]]) -> list[bytes]:
         uplinks = self._decode_all([task for task, _ in batch])
         segments = [Segment(stage.kv, task.step.position, task.step.rows) for task, stage in batch]
         rows = uplinks[0] if len(uplinks) == 1 else torch.cat(uplinks)
@@ -123,7 +104,7 @@ class TextExecutor:
 
     def _encode_all(
         self, tasks: Sequence[Task], uplinks: Sequence[Tensor], results: Tensor
-    ) -> list[Computed]:
+    ) -> list[bytes]:
         """The body of each reply; those of single rows in one go for each codec."""
         bodies: list[bytes] = [b""] * len(tasks)
         singles: dict[Codec, list[int]] = {}
@@ -144,7 +125,7 @@ class TextExecutor:
             rows, own = (torch.cat([parts[i] for i in indices]) for parts in (downs, ups))
             for index, body in zip(indices, codec.encode_each(rows, own), strict=True):
                 bodies[index] = body
-        return [Computed(body) for body in bodies]
+        return bodies
 
     def _decode(self, task: Task) -> Tensor:
         """The boundary rows of a step, float32 (T, D)."""
@@ -156,3 +137,9 @@ class TextExecutor:
             decoded.append(codec.decode(body, part.shape[0], task.text_opening.hidden))
             at += part.body_bytes
         return decoded[0] if len(decoded) == 1 else torch.cat(decoded)
+
+
+def _cut_back(batch: Sequence[tuple[Task, TextStage]]) -> None:
+    """Forget the rows that a run which failed has written."""
+    for task, stage in batch:
+        stage.cut_back(task.step.position)

@@ -34,8 +34,8 @@ def compute_test_rows(executor: TextExecutor, service: Service) -> bytes:
     kv = executor.model.new_kv()
     stage = TextStage(task.session_key, Checksum(task.session_key), kv, 0, 0)
     executor.check(task)
-    computed = executor.run([(task, stage)])[0]
-    if computed.failure:
-        raise MidspanError(f"this worker cannot compute its own test step: {computed.failure}")
-    make_codec(CODEC, "down").decode(computed.body, ROWS, hidden)
+    (reply,) = executor.run([(task, stage)])
+    if isinstance(reply, str):
+        raise MidspanError(f"this worker cannot compute its own test step: {reply}")
+    make_codec(CODEC, "down").decode(reply, ROWS, hidden)
     return kv.read_bytes(0, ROWS)

@@ -188,16 +188,16 @@ class TextService(StageService[TextStage]):
     def _compute(self, pairs: Sequence[tuple[Task, TextStage]], started_at: float) -> None:
         results = self._executor.run(pairs)
         self.stats["batches"] += 1
-        for (task, stage), computed in zip(pairs, results, strict=True):
-            if computed.failure:
-                self._outbox.fail(task, computed.failure)
+        for (task, stage), body in zip(pairs, results, strict=True):
+            if isinstance(body, str):
+                self._outbox.fail(task, body)
                 continue
             stage.last_step = task.step.step
             stage.final = task.step.final
             self.stats["steps"] += 1
             self.stats["rows"] += task.step.rows
             self._reply(
-                task, stage, computed.body, started_at,
+                task, stage, body, started_at,
                 rows=task.reply_rows, committed=stage.committed,
             )  # fmt: skip
         for _, stage in pairs:

@@ -26,10 +26,6 @@ one is alive; a session belongs to the edge, by its key, that opened it.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Iterable
-from itertools import islice
-
 from msgspec import structs
 
 from broker.actions import (
@@ -38,7 +34,6 @@ from broker.actions import (
     Answer,
     AskOpening,
     AskStep,
-    Cancel,
     Dispatched,
     Forget,
     ForwardEnd,
@@ -50,19 +45,18 @@ from broker.actions import (
     TellNotJoined,
     TellPending,
 )
-from broker.fair_queue import FairQueue
-from broker.ledger import Account, Ledger, Limits
+from broker.book import Book
+from broker.dispatcher import Dispatcher
+from broker.ledger import Account, Limits
 from broker.peer import Peer
 from broker.pools import (
-    HAND_OVER_S,
-    LOOK_AT,
     ServiceKey,
     ServicePool,
     Worker,
     describe_service,
     service_key,
 )
-from broker.records import SEND_AGAIN_S, SessionRecord, StepRecord
+from broker.records import SessionRecord, StepRecord
 from common.protocol.messages import (
     Alive,
     Announce,
@@ -100,12 +94,6 @@ MAX_WORKERS = 4096
 MISSED_AT_LEAST = 3  # heartbeats of a worker that announces slower ones than we expect
 
 
-COUNTERS = (
-    "steps", "answers", "redispatched", "refused", "busy", "late_answers", "dead_workers",
-    "foreign_sessions", "forged_workers", "handed_over", "cancelled",
-)  # fmt: skip
-
-
 class BrokerState:
     """Everything the broker knows. `now` is in monotonic seconds throughout."""
 
@@ -120,16 +108,15 @@ class BrokerState:
     ) -> None:
         self.started_at = started_at
         self.silence_s = silence_s
-        self.max_attempts = max_attempts
-        self._ledger = Ledger(Limits(max_queued_steps, max_queued_bytes, max_sessions_per_edge))
-        self.workers: dict[str, Worker] = {}
-        self.steps: dict[StepKey, StepRecord] = {}
-        self.pools: dict[ServiceKey, ServicePool] = {}
-        self._pools_of_part: dict[tuple[str, str], list[ServicePool]] = {}  # in all precisions
-        self.sessions: OrderedDict[bytes, SessionRecord] = OrderedDict()  # the most silent first
-        self.counters = dict.fromkeys(COUNTERS, 0)
+        self._book = Book(Limits(max_queued_steps, max_queued_bytes, max_sessions_per_edge))
+        self._dispatcher = Dispatcher(self._book, max_attempts)
+        self._ledger = self._book.ledger
+        self.workers = self._book.workers
+        self.steps = self._book.steps
+        self.pools = self._book.pools
+        self.sessions = self._book.sessions
+        self.counters = self._book.counters
         self.is_full = False  # the process has all the memory that it may have
-        self._settling: dict[StepKey, StepRecord] = {}  # not to be handed out yet
 
     # --- what arrives from edges
 
@@ -168,12 +155,12 @@ class BrokerState:
             return [Refuse(edge.address, key, "invalid", why)]
         actions = self._abandon_older(session)
         precision = opening.precision or (session.precision if session is not None else "")
-        pools = self._pools_on(opening, precision)
+        pools = self._book.pools_on(opening, precision)
         account = self._account_of(session, edge)
         refusal = self._refuse_at_once(key, session is None, pools, edge, account, body_bytes, now)
         if refusal is not None:
             return [*actions, refusal]
-        pool = self._pool_of(pools[0].key)
+        pool = self._book.pool_of(pools[0].key)
         if session is None:
             session = SessionRecord(opening, edge, account, key, now, opening_frame, precision)
             self.sessions[step.session_id] = session
@@ -186,7 +173,7 @@ class BrokerState:
         record = StepRecord(step, pool, edge, account, body_bytes, now, now, deadline_at)
         self.steps[key] = record
         self._ledger.add_step(account, body_bytes)
-        return actions + self._route(record, now)
+        return actions + self._dispatcher.route(record, now)
 
     def _account_of(self, session: SessionRecord | None, edge: Peer) -> Account:
         name = edge.account
@@ -205,11 +192,7 @@ class BrokerState:
         session.edge, session.newest = edge, step.key
         if step.shun:
             session.leave(step.shun)
-        self._see(step.session_id, session, now)
-
-    def _see(self, session_id: bytes, session: SessionRecord, now: float) -> None:
-        session.seen_at = now
-        self.sessions.move_to_end(session_id)
+        self._book.see(step.session_id, session, now)
 
     def on_ask_again(self, message: AskAgain, edge: Peer, now: float) -> list[Action]:
         """An edge waits for a step that it has sent. It sends it anew if that is not here."""
@@ -225,8 +208,11 @@ class BrokerState:
         record.edge, record.edge_gone_at = edge, None
         session = self.sessions.get(record.step.session_id)
         if session is not None:
-            self._see(record.step.session_id, session, now)
-        return [TellPending(edge.address, record.step.key), *self._send_again(record, now)]
+            self._book.see(record.step.session_id, session, now)
+        return [
+            TellPending(edge.address, record.step.key),
+            *self._dispatcher.send_again(record, now),
+        ]
 
     def on_edges_disconnected(self, connections: set[int], now: float) -> list[Action]:
         """Connections of edges ended. They may come back; their steps are kept for a while."""
@@ -242,7 +228,7 @@ class BrokerState:
             return []
         if session.edge.key != edge.key:
             return [self._note_foreign(edge)]
-        self._forget_session(session_id)
+        self._book.forget_session(session_id)
         actions = self._abandon_older(session)
         anybody = next(iter(self.workers.values()), None)
         parts_of: dict[str, list[str]] = {}
@@ -253,9 +239,6 @@ class BrokerState:
         for name, parts in parts_of.items():
             actions.append(ForwardEnd(name, session_id, edge.key, parts))
         return actions
-
-    def _forget_session(self, session_id: bytes) -> None:
-        self._ledger.drop_session(self.sessions.pop(session_id).account)
 
     def _note_foreign(self, edge: Peer) -> Note:
         self.counters["foreign_sessions"] += 1
@@ -285,7 +268,7 @@ class BrokerState:
             actions += self._leave_pools(worker, now) + self._join_pools(worker, now)
         elif (announce.capacity, announce.ready) != (before.capacity, before.ready):
             worker.settle()
-        return actions + self._dispatch_to(worker, now)
+        return actions + self._dispatcher.dispatch_to(worker, now)
 
     def _join(self, announce: Announce, peer: Peer, now: float) -> list[Action]:
         name = announce.worker_id
@@ -300,26 +283,28 @@ class BrokerState:
             TellJoined(peer.address),
         ]
         actions += self._join_pools(worker, now)
-        return actions + self._dispatch_to(worker, now)
+        return actions + self._dispatcher.dispatch_to(worker, now)
 
     def _join_pools(self, worker: Worker, now: float) -> list[Action]:
         actions: list[Action] = []
         for service in dict.fromkeys(map(service_key, worker.announce.services)):
-            pool = self._pool_of(service)
+            pool = self._book.pool_of(service)
             pool.gone_at = None
             pool.add(worker)
-            for other in self._pools_of_part[service[:2]]:
-                actions += self._rehome(other, now)
+            for other in self._book.pools_of_part[service[:2]]:
+                actions += self._dispatcher.rehome(other, now)
         return actions
 
     def _leave_pools(self, worker: Worker, now: float) -> list[Action]:
         """A worker serves nothing any more; what waited for it is queued for the others."""
         actions: list[Action] = []
         for pool in list(worker.pools):
-            self._queue_for_all(pool, pool.remove(worker))
+            self._dispatcher.queue_for_all(pool, pool.remove(worker))
             if not pool.workers:
                 pool.gone_at = now
-            actions += self._rehome(pool, now) + self._dispatch_from(pool, now)
+            actions += self._dispatcher.rehome(pool, now) + self._dispatcher.dispatch_from(
+                pool, now
+            )
         return actions
 
     def on_alive(self, alive: Alive, peer: Peer, now: float) -> list[Action]:
@@ -331,7 +316,7 @@ class BrokerState:
             return [self._note_forged(alive.worker_id, peer)]
         was_quiet = worker.is_quiet
         worker.hear(now)
-        return self._dispatch_to(worker, now) if was_quiet else []
+        return self._dispatcher.dispatch_to(worker, now) if was_quiet else []
 
     def check_sender(self, worker_id: str, peer: Peer) -> Note | None:
         """None if a message comes from the worker that it names, or if nobody has that name."""
@@ -361,7 +346,7 @@ class BrokerState:
         record = self._take_in_flight(answer.key, worker, answer.attempt)
         if worker is None or record is None:
             self.counters["late_answers"] += 1
-            return self._dispatch_to(worker, now)
+            return self._dispatcher.dispatch_to(worker, now)
         if answer.precision not in ("", record.pool.key[2]):
             why = f"answers in {answer.precision}, which it does not serve"
             return self._fail(record, worker, why, now)
@@ -374,9 +359,9 @@ class BrokerState:
             next_actions = self._pass_on(record, session, answer, body_bytes, now)
         else:
             cancelled = self._count_answer(record, session, worker, now)
-            self._drop_record(record)
+            self._book.drop_record(record)
             next_actions = [Answer(record.edge.address, answer.key), Forget(answer.key)]
-        return [*next_actions, *cancelled, *self._dispatch_to(worker, now)]
+        return [*next_actions, *cancelled, *self._dispatcher.dispatch_to(worker, now)]
 
     def _count_answer(
         self, record: StepRecord, session: SessionRecord, worker: Worker, now: float
@@ -385,12 +370,12 @@ class BrokerState:
         self.counters["answers"] += 1
         worker.steps_done += 1
         session.workers[record.hop], session.precision = worker, record.pool.key[2]
-        self._see(record.step.session_id, session, now)
+        self._book.see(record.step.session_id, session, now)
         if record.worker is None:  # it had been taken back, and an earlier worker was first
-            self._take_from_queue(record)
+            self._dispatcher.take_from_queue(record)
         record.pool.learn_time(now - record.sent_at)
         if record.late_on or record.worker is not worker:
-            return self._cancel_at_all(record, but=worker.name)
+            return self._dispatcher.cancel_at_all(record, but=worker.name)
         return []
 
     def _pass_on(
@@ -408,17 +393,17 @@ class BrokerState:
         self._ledger.drop_step(record.account, record.body_bytes)
         self._ledger.add_step(record.account, body_bytes)
         record.pass_on(structs.replace(record.step, parts=rows), answer, body_bytes, now)
-        record.pool = self._pool_of(self._choose_anew(record).key)
-        return [PassOn(record.step), *self._route(record, now, has_waited=True)]
+        record.pool = self._book.pool_of(self._book.choose_anew(record).key)
+        return [PassOn(record.step), *self._dispatcher.route(record, now, has_waited=True)]
 
     def on_dropped(self, dropped: StepDropped, now: float) -> list[Action]:
         """A worker confirms that it does not compute a step (any more): it has room again."""
         worker = self._hear_worker(dropped.worker_id, now)
         record = self._take_in_flight(dropped.key, worker, dropped.attempt)
         if record is None or record.late_on.pop(dropped.worker_id, None) is not None:
-            return self._dispatch_to(worker, now)
-        self._drop_record(record)  # a newer step of the session reached it by another broker
-        return [Forget(dropped.key), *self._dispatch_to(worker, now)]
+            return self._dispatcher.dispatch_to(worker, now)
+        self._book.drop_record(record)  # a newer step of the session reached it by another broker
+        return [Forget(dropped.key), *self._dispatcher.dispatch_to(worker, now)]
 
     def on_failed(self, failed: StepFailed, now: float) -> list[Action]:
         """A worker could not compute a step: another one tries, up to `max_attempts` in all."""
@@ -426,7 +411,7 @@ class BrokerState:
         record = self._take_in_flight(failed.key, worker, failed.attempt)
         if worker is None or record is None:
             self.counters["late_answers"] += 1
-            return self._dispatch_to(worker, now)
+            return self._dispatcher.dispatch_to(worker, now)
         return self._fail(record, worker, failed.reason, now)
 
     def _fail(self, record: StepRecord, worker: Worker, reason: str, now: float) -> list[Action]:
@@ -434,9 +419,9 @@ class BrokerState:
         actions: list[Action] = []
         if record.late_on.pop(worker.name, None) is None:
             record.failures.append((worker.name, reason))
-            self._take_back(record, now)
-            actions = self._try_elsewhere(record, now)
-        return actions + self._dispatch_to(worker, now)
+            self._dispatcher.take_back(record, now)
+            actions = self._dispatcher.try_elsewhere(record, now)
+        return actions + self._dispatcher.dispatch_to(worker, now)
 
     def on_drain(self, worker_id: str, peer: Peer, now: float) -> list[Action]:
         """A worker wants to leave: it gets nothing new."""
@@ -446,7 +431,7 @@ class BrokerState:
             return accepted
         worker.draining = True
         worker.settle()
-        rerouted = self._release_backlogs(worker, now)
+        rerouted = self._dispatcher.release_backlogs(worker, now)
         return [Note(f"worker {worker_id} is draining"), *accepted, *rerouted]
 
     def on_worker_gone(self, worker_id: str, why: str, now: float) -> list[Action]:
@@ -472,7 +457,7 @@ class BrokerState:
                     if record is not None:
                         record.late_on.pop(name, None)
                     continue
-                self._take_back(record, now)
+                self._dispatcher.take_back(record, now)
                 homeless.append(record)
                 if blame_steps:
                     # a pool that is killed as a whole does not end in one instant
@@ -482,9 +467,9 @@ class BrokerState:
                     record.attempts -= 1
         for record in homeless:
             if blame_steps:
-                actions += self._try_elsewhere(record, now)
+                actions += self._dispatcher.try_elsewhere(record, now)
             else:
-                actions += self._route(record, now, has_waited=True)
+                actions += self._dispatcher.route(record, now, has_waited=True)
         for worker in gone.values():
             actions += self._leave_pools(worker, now)
         return actions
@@ -514,16 +499,16 @@ class BrokerState:
         self.counters["dead_workers"] += len(silent)
         actions = self._drop_workers(silent, now, blame_steps=True)
         for record in [r for r in self.steps.values() if now >= r.deadline_at]:
-            actions += self._refuse(record, "deadline", self._why_late(record, now))
+            actions += self._dispatcher.refuse(record, "deadline", self._why_late(record, now))
         for record in [r for r in self.steps.values() if r.edge_gone_at is not None]:
             if now - (record.edge_gone_at or now) >= EDGE_RETURN_S:
-                actions += self._remove(record)
-        actions += self._look_after_late_workers(now)
-        for key, record in list(self._settling.items()):
+                actions += self._dispatcher.remove(record)
+        actions += self._dispatcher.look_after_late_workers(now)
+        for key, record in list(self._dispatcher.settling.items()):
             if now >= record.wait_until:
-                del self._settling[key]
+                del self._dispatcher.settling[key]
                 record.wait_until = 0.0
-                actions += self._route(record, now, has_waited=True)
+                actions += self._dispatcher.route(record, now, has_waited=True)
         for service, pool in list(self.pools.items()):
             if not pool.workers:
                 actions += self._look_after_lost(service, pool, now)
@@ -536,9 +521,9 @@ class BrokerState:
             if now - session.seen_at <= SESSION_MEMORY_S:
                 return
             if session.newest in self.steps:
-                self._see(session_id, session, now)
+                self._book.see(session_id, session, now)
             else:
-                self._forget_session(session_id)
+                self._book.forget_session(session_id)
 
     # --- decisions
 
@@ -546,14 +531,6 @@ class BrokerState:
         """A worker that beats slowly, as it says, is not taken for dead between two beats."""
         wanted_s = MISSED_AT_LEAST * worker.announce.heartbeat_ms / 1000
         return max(self.silence_s, min(wanted_s, SILENCE_AT_MOST_S))
-
-    def _send_again(self, record: StepRecord, now: float) -> list[Action]:
-        """A step in flight for long may have been lost on its way; a worker takes it twice."""
-        if record.worker is None or now - record.asked_at < record.again_after_s:
-            return []
-        record.asked_at = now
-        record.again_after_s *= 2
-        return [Dispatched(record.worker.name, record.step.key, record.attempts, 0)]
 
     def _refuse_at_once(
         self,
@@ -568,7 +545,7 @@ class BrokerState:
         for pool in pools:
             if not pool.workers and not self._may_return(pool, now):
                 self.counters["refused"] += 1
-                return Refuse(edge.address, key, "no_worker", self._why_no_worker(pool.key))
+                return Refuse(edge.address, key, "no_worker", self._book.why_no_worker(pool.key))
         if is_new and self._ledger.has_all_sessions(account):
             self.counters["refused"] += 1
             limit = self._ledger.limits.sessions_per_edge
@@ -586,7 +563,7 @@ class BrokerState:
         wanted = pool.key[2]
         return any(
             other.gone_at is not None and now - other.gone_at < WORKER_RETURN_S
-            for other in self._pools_of_part.get(pool.key[:2], ())
+            for other in self._book.pools_of_part.get(pool.key[:2], ())
             if wanted in ("", other.key[2])
         )
 
@@ -596,27 +573,14 @@ class BrokerState:
             return []
         actions: list[Action] = []
         for key in list(pool.queued()):
-            actions += self._refuse(self.steps[key], "no_worker", self._why_no_worker(service))
+            actions += self._dispatcher.refuse(
+                self.steps[key], "no_worker", self._book.why_no_worker(service)
+            )
         del self.pools[service]
-        self._pools_of_part[service[:2]].remove(pool)
-        if not self._pools_of_part[service[:2]]:
-            del self._pools_of_part[service[:2]]
+        self._book.pools_of_part[service[:2]].remove(pool)
+        if not self._book.pools_of_part[service[:2]]:
+            del self._book.pools_of_part[service[:2]]
         return actions
-
-    def _why_no_worker(self, service: ServiceKey) -> str:
-        model, part, precision = service
-        wanted = f"{part} of the model with fingerprint {model}"
-        if precision:
-            wanted += f" in {precision}, in which this session is computed"
-        return f"no worker serves {wanted}; {self.describe_serving()}"
-
-    def describe_serving(self) -> str:
-        """One line about what the workers serve."""
-        services = {s for w in self.workers.values() for s in w.announce.services}
-        if not services:
-            return "there are no workers at all"
-        listed = ", ".join(sorted(describe_service(s) for s in services))
-        return f"being served: {listed}"
 
     def _why_late(self, record: StepRecord, now: float) -> str:
         where = f"in flight on worker {record.worker_id}" if record.worker else "still queued"
@@ -628,34 +592,7 @@ class BrokerState:
     def _abandon_older(self, session: SessionRecord | None) -> list[Action]:
         """The edge has moved on: older steps of its session need no answer."""
         record = self.steps.get(session.newest) if session is not None else None
-        return self._remove(record) if record is not None else []
-
-    def _remove(self, record: StepRecord) -> list[Action]:
-        self._drop_record(record)
-        if record.worker is None:
-            self._take_from_queue(record)
-        return [Forget(record.step.key), *self._cancel_at_all(record)]
-
-    def _cancel_at_all(self, record: StepRecord, but: str = "") -> list[Action]:
-        """Whoever has a step that is over shall drop it, and counts as busy until then."""
-        holders = dict(record.late_on)
-        if record.worker is not None:
-            holders[record.worker.name] = record.attempts
-        holders.pop(but, None)
-        self.counters["cancelled"] += len(holders)
-        return [
-            Cancel(worker_id, record.step.key, attempt, record.edge.key)
-            for worker_id, attempt in holders.items()
-            if worker_id in self.workers
-        ]
-
-    def _refuse(self, record: StepRecord, code: str, reason: str) -> list[Action]:
-        self.counters["refused"] += 1
-        return [*self._remove(record), Refuse(record.edge.address, record.step.key, code, reason)]
-
-    def _drop_record(self, record: StepRecord) -> None:
-        del self.steps[record.step.key]
-        self._ledger.drop_step(record.account, record.body_bytes)
+        return self._dispatcher.remove(record) if record is not None else []
 
     def _hear_worker(self, worker_id: str, now: float) -> Worker | None:
         worker = self.workers.get(worker_id)
@@ -678,299 +615,6 @@ class BrokerState:
         if record is None or is_current or record.worker is not worker:
             worker.drop(key)
         return record if is_current else None
-
-    # --- queues
-
-    def _route(self, record: StepRecord, now: float, has_waited: bool = False) -> list[Action]:
-        """Hand a step out if a worker takes it, else queue it, before others if it `has_waited`."""
-        record.pool = self._home_of(record)
-        key, pool, account = record.step.key, record.pool, record.account
-        if now < record.wait_until:
-            self._settling[key] = record
-            return []
-        if record.failures:
-            untried = self._pick_untried(record, now)
-            if untried is not None:
-                return [self._assign(record, untried, now)]
-            pool.retries[key] = None
-            return []
-        is_alone = self._ledger.is_alone(account)
-        warm = self._warm_worker_of(record)
-        queue = pool.waiting
-        if warm is not None and not warm.is_stuck(now, pool.patience_s):
-            if warm.is_open and warm.has_place_for(account, is_alone) and warm.is_fresh(now):
-                return [self._assign(record, warm, now)]
-            worker = pool.find(account, is_alone, now, only_idle=True, but=record.step.shun)
-            queue = pool.backlog_of(warm)
-        else:
-            but = record.step.shun if len(pool.workers) > 1 else ""
-            worker = pool.find(account, is_alone, now, but=but)
-        if worker is not None:
-            return [self._assign(record, worker, now)]
-        record.queue = queue
-        if has_waited:
-            queue.add_first(account, key)
-        else:
-            queue.add(account, key)
-        return []
-
-    def _warm_worker_of(self, record: StepRecord) -> Worker | None:
-        """Who is warm for a step's session and may have the step."""
-        session = self.sessions.get(record.step.session_id)
-        warm = session.warm_worker(record.hop) if session is not None else None
-        if warm is None or warm.draining or warm.name not in record.pool.workers:
-            return None
-        return warm
-
-    def _assign(self, record: StepRecord, worker: Worker, now: float) -> Dispatched:
-        key = record.step.key
-        record.worker, record.queue = worker, None
-        record.late_on.pop(worker.name, None)  # what it may still say of that attempt is late
-        record.attempts += 1
-        record.sent_at = record.asked_at = now
-        record.again_after_s = SEND_AGAIN_S
-        worker.take(key, record.account, now)
-        queue_us = record.earlier_queue_us + max(0, round((now - record.queued_at) * 1e6))
-        return Dispatched(worker.name, key, record.attempts, queue_us)
-
-    def _take_from_queue(self, record: StepRecord) -> None:
-        """A step waits no longer, wherever it did."""
-        if record.queue is not None:
-            record.queue.remove(record.account, record.step.key)
-            record.queue = None
-        record.pool.retries.pop(record.step.key, None)
-        self._settling.pop(record.step.key, None)
-
-    def _take_back(self, record: StepRecord, now: float) -> None:
-        """A step's worker does not have it any more."""
-        if record.worker is not None:
-            record.worker.drop(record.step.key)
-        record.worker = None
-        record.queued_at = now
-
-    def _try_elsewhere(self, record: StepRecord, now: float) -> list[Action]:
-        """Route a step that a worker failed, or refuse it after too many."""
-        if record.tries >= self.max_attempts:
-            reasons = dict.fromkeys(f"worker {w}: {why}" for w, why in record.failures)
-            tried = f"failed {record.tries} times: {'; '.join(reasons)}"
-            return self._refuse(record, "failed", tried)
-        self.counters["redispatched"] += 1
-        return self._route(record, now, has_waited=True)
-
-    def _dispatch_to(self, worker: Worker | None, now: float) -> list[Action]:
-        """A worker may have room: give it what waits for it, or for anybody."""
-        actions: list[Action] = []
-        if worker is None:
-            return actions
-        for pool in worker.pools:
-            if pool.retries:
-                actions += self._retry_at(worker, pool, now)
-        while (key := self._next_for(worker, now)) is not None:
-            actions.append(self._assign(self.steps[key], worker, now))
-        return actions
-
-    def _next_for(self, worker: Worker, now: float) -> StepKey | None:
-        """Take the step that a worker should have next from its queue."""
-        pools = [pool for pool in worker.pools if pool.waiting or pool.backlogs]
-        if not pools or not worker.is_open or not worker.is_fresh(now):
-            return None
-        queues = [queue for pool in pools for queue in pool.queues_for(worker)]
-        if queues:  # in turn, or those who wait for this one would always be first
-            worker.turn = (worker.turn + 1) % len(queues)
-            queues = queues[worker.turn :] + queues[: worker.turn]
-        if not worker.in_flight:  # it may help others
-            queues += [queue for pool in pools if (queue := pool.first_backlog()) is not None]
-        for queue in queues:
-            key = self._take_for(worker, queue)
-            if key is not None:
-                return key
-        return None
-
-    def _take_for(self, worker: Worker, queue: FairQueue) -> StepKey | None:
-        """The first step in turn that a worker may have and that does not shun it."""
-        for _ in range(LOOK_AT):
-            may = (  # few fill their share of one worker
-                account
-                for account in queue.accounts()
-                if worker.has_place_for(account, self._ledger.is_alone(account))
-            )
-            account = next(may, None)
-            if account is None:
-                return None
-            key = queue.take(account)
-            record = self.steps[key]
-            if record.step.shun != worker.name or len(record.pool.workers) < 2:
-                return key
-            queue.add(account, key)  # behind its others
-        return None
-
-    def _dispatch_from(self, pool: ServicePool, now: float) -> list[Action]:
-        """Much may have changed in a pool: hand out what waits for anybody there."""
-        actions = self._try_again(pool, now)
-        is_anything_placed = True
-        while is_anything_placed:
-            is_anything_placed = False
-            for account in list(pool.waiting.accounts()):
-                worker = pool.find(account, self._ledger.is_alone(account), now)
-                if worker is not None:
-                    record = self.steps[pool.waiting.take(account)]
-                    actions.append(self._assign(record, worker, now))
-                    is_anything_placed = True
-        return actions
-
-    def _queue_for_all(self, pool: ServicePool, keys: Iterable[StepKey]) -> None:
-        """What waited for one worker waits for any."""
-        for key in keys:
-            record = self.steps[key]
-            record.queue = pool.waiting
-            pool.waiting.add(record.account, key)
-
-    def _release_backlogs(self, worker: Worker, now: float) -> list[Action]:
-        """A worker is not waited for any more."""
-        actions: list[Action] = []
-        for pool in worker.pools:
-            self._queue_for_all(pool, pool.take_backlog(worker))
-            actions += self._dispatch_from(pool, now)
-        return actions
-
-    # --- steps that failed somewhere: few, so all workers may be looked at
-
-    def _retry_at(self, worker: Worker, pool: ServicePool, now: float) -> list[Action]:
-        """A worker may have room: for steps that it has not failed, or that all have."""
-        actions: list[Action] = []
-        for key in list(islice(pool.retries, LOOK_AT)):
-            if not worker.is_open or not worker.is_fresh(now):
-                break
-            record = self.steps[key]
-            is_tried = record.failed_on(worker.name)
-            if is_tried and len({name for name, _ in record.failures}) < len(pool.workers):
-                continue
-            if worker.has_place_for(record.account, self._ledger.is_alone(record.account)):
-                del pool.retries[key]
-                actions.append(self._assign(record, worker, now))
-        return actions
-
-    def _try_again(self, pool: ServicePool, now: float) -> list[Action]:
-        """The workers of a pool are others than before."""
-        actions: list[Action] = []
-        for key in list(pool.retries):
-            record = self.steps[key]
-            worker = self._pick_untried(record, now)
-            if worker is not None:
-                del pool.retries[key]
-                actions.append(self._assign(record, worker, now))
-        return actions
-
-    def _pick_untried(self, record: StepRecord, now: float) -> Worker | None:
-        """A worker that has not failed the step; one that has, if there is no other."""
-        is_alone = self._ledger.is_alone(record.account)
-        workers = [w for w in record.pool.workers.values() if not (w.draining or w.is_gone)]
-        able = [w for w in workers if w.announce.ready and w.is_fresh(now)]
-        untried = [w for w in able if not record.failed_on(w.name)]
-        candidates = [
-            worker
-            for worker in untried or workers
-            if worker.is_open
-            and worker.is_fresh(now)
-            and worker.has_place_for(record.account, is_alone)
-        ]
-        moving = [w for w in candidates if not w.is_stuck(now, record.pool.patience_s)]
-        warm = self._warm_worker_of(record)
-        if warm in moving and not record.failed_on(warm.name if warm else ""):
-            return warm
-        return min(moving or candidates, key=lambda w: len(w.in_flight), default=None)
-
-    # --- steps that take long
-
-    def _look_after_late_workers(self, now: float) -> list[Action]:
-        actions: list[Action] = []
-        for worker in self.workers.values():
-            if not worker.is_stuck(now, HAND_OVER_S):
-                continue
-            for key, flight in list(worker.in_flight.items()):
-                if now - flight.sent_at < HAND_OVER_S:
-                    break
-                record = self.steps.get(key)
-                if record is not None and record.worker is worker:
-                    actions += self._hand_over(record, worker, now)
-            if any(worker.is_stuck(now, pool.patience_s) for pool in worker.pools):
-                actions += self._release_backlogs(worker, now)
-        return actions
-
-    def _hand_over(self, record: StepRecord, late: Worker, now: float) -> list[Action]:
-        """Give a step that is late to an idle worker too, each time with twice the patience."""
-        if now - record.sent_at < record.pool.patience_s * 2**record.moves:
-            return []
-        idle = next(
-            (
-                worker
-                for worker in record.pool.idle(now)
-                if worker.name not in record.late_on and not record.failed_on(worker.name)
-            ),
-            None,
-        )
-        if idle is None:
-            return []
-        record.late_on[late.name] = late_attempt = record.attempts
-        record.moves += 1
-        self.counters["handed_over"] += 1
-        return [
-            Note(f"a step is late on worker {late.name}: {idle.name} too"),
-            self._assign(record, idle, now),
-            Cancel(late.name, record.step.key, late_attempt, record.edge.key),
-        ]
-
-    # --- precisions
-
-    def _home_of(self, record: StepRecord) -> ServicePool:
-        """Where a step waits: where it did, unless nobody serves that and its session may move."""
-        if record.pool.workers:
-            return record.pool
-        return self._pool_of(self._choose_anew(record).key)
-
-    def _choose_anew(self, record: StepRecord) -> ServicePool:
-        session = self.sessions[record.step.session_id]
-        precision = session.opening.precision or session.precision
-        return self._pools_on(session.opening, precision)[record.hop]
-
-    def _pool_of(self, service: ServiceKey) -> ServicePool:
-        pool = self.pools.get(service)
-        if pool is None:
-            pool = self.pools[service] = ServicePool(service)
-            self._pools_of_part.setdefault(service[:2], []).append(pool)
-        return pool
-
-    def _pools_on(self, opening: AnyOpening, precision: str) -> list[ServicePool]:
-        """Who serves each part of a session's route: as it was begun, else who has least to do.
-
-        In one precision for all parts. A pool that nobody is in, and no step yet, is not kept.
-        """
-        if not precision:
-            precision = self._choose_precision(opening)
-        services = [(opening.model, part, precision) for part in opening.route]
-        return [self.pools.get(service) or ServicePool(service) for service in services]
-
-    def _choose_precision(self, opening: AnyOpening) -> str:
-        """In which most of a route is served, and its first part by whoever has least to do."""
-        pools_of = [
-            [pool for pool in self._pools_of_part.get((opening.model, part), ()) if pool.workers]
-            for part in opening.route
-        ]
-        served = Counter(pool.key[2] for pools in pools_of for pool in pools)
-        load = {pool.key[2]: pool.least_load for pool in pools_of[0]}
-        return min(served, key=lambda name: (-served[name], load.get(name, 0), name), default="")
-
-    def _rehome(self, pool: ServicePool, now: float) -> list[Action]:
-        """Steps of sessions that nobody has answered yet need not wait for one precision."""
-        actions: list[Action] = []
-        if pool.workers:
-            return actions
-        for key in list(pool.queued()):
-            record = self.steps[key]
-            if self._choose_anew(record).workers:
-                self._take_from_queue(record)
-                actions += self._route(record, now)
-        return actions
 
 
 def _why_wrong(step: Step, opening: AnyOpening) -> str:

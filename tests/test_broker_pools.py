@@ -123,7 +123,7 @@ class World:
     def check(self) -> None:
         """What must hold between any two events."""
         state = self.state
-        places: Counter[Any] = Counter(list(state._settling))
+        places: Counter[Any] = Counter(list(state._dispatcher.settling))
         for pool in state.pools.values():
             places.update(pool.queued())
             for load, shelf in enumerate(pool._shelves):
@@ -138,7 +138,7 @@ class World:
             assert set(pool.backlogs) <= set(pool.workers.values())
             if pool.waiting and shelved:  # only who fills a share may wait beside room
                 for account in pool.waiting.accounts():
-                    alone = state._ledger.is_alone(account)
+                    alone = state._book.ledger.is_alone(account)
                     shunned = {state.steps[key].step.shun for key in pool.waiting}
                     free = [w for w in shelved if w.is_fresh(self.now) and w.name not in shunned]
                     blocked = [w for w in free if not w.has_place_for(account, alone)]
@@ -152,8 +152,8 @@ class World:
         for worker in state.workers.values():
             counted = Counter(flight.account.name for flight in worker.in_flight.values())
             assert counted == worker._of_account
-        assert sum(a.steps for a in state._ledger._accounts.values()) == len(state.steps)
-        assert sum(a.sessions for a in state._ledger._accounts.values()) == self.sessions
+        assert sum(a.steps for a in state._book.ledger._accounts.values()) == len(state.steps)
+        assert sum(a.sessions for a in state._book.ledger._accounts.values()) == self.sessions
 
     def settle(self) -> None:
         """Let everything that is on its way come to its end."""

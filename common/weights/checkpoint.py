@@ -189,7 +189,8 @@ def _round_up(size: int) -> int:
 
 def _allocate(size: int) -> Tensor:
     """Zeroed bytes that begin at a multiple of 2 MB, in huge pages if the system gives them."""
-    area = mmap.mmap(-1, size + HUGE_PAGE)
+    # private: Python maps shared memory if not told, which Linux gives no huge pages by default
+    area = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         area.madvise(mmap.MADV_HUGEPAGE)
     block = torch.frombuffer(area, dtype=torch.uint8)

@@ -153,14 +153,14 @@ def test_kv_rows_keep_each_layer_apart_and_survive_growing() -> None:
     keys = [torch.randn(1, 2, 5, 4), torch.randn(1, 1, 5, 8)]
     values = [torch.randn(1, 2, 5, 4), torch.randn(1, 1, 5, 8)]
     kv.reserve(5)
-    for layer in range(2):
-        kv.write_layer(layer, 0, keys[layer], values[layer])
+    for view, *parts in zip(kv.write_views(0, 5), keys, values, strict=True):
+        view.copy_(torch.cat([part[0].transpose(0, 1).flatten(1) for part in parts], dim=1))
     kv.length = 5
     kv.reserve(1000)
+    got = kv.read_views(5)
     for layer in range(2):
-        got_keys, got_values = kv.read_layer(layer, 5)
-        assert torch.equal(got_keys, keys[layer])
-        assert torch.equal(got_values, values[layer])
+        assert torch.equal(got[2 * layer], keys[layer])
+        assert torch.equal(got[2 * layer + 1], values[layer])
 
 
 def test_kv_rows_go_out_as_bytes_and_come_back() -> None:

@@ -13,6 +13,7 @@ Letters: T tokens, H heads, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,9 +54,13 @@ class PackedCache:
     def __init__(self, segments: list[Segment]) -> None:
         self.segments = segments
         self.layer = 0
+        self._rows = [segment.rows for segment in segments]
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
         for segment in segments:
             segment.kv.reserve(segment.end)
+        # all views at once: one by one, in each layer, they would take as long as attention
+        self._write = [s.kv.write_views(s.start, s.end) for s in segments]
+        self._read = [s.kv.read_views(s.end) for s in segments]
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
@@ -66,16 +71,20 @@ class PackedCache:
         attention function reads each session's own.
         """
         self.layer = layer_idx
-        if len(self.segments) == 1:
-            segment = self.segments[0]
-            segment.kv.write_layer(layer_idx, segment.start, keys, values)
-            return segment.kv.read_layer(layer_idx, segment.end)
-        at = 0
-        for segment in self.segments:
-            part = slice(at, at + segment.rows)
-            segment.kv.write_layer(layer_idx, segment.start, keys[:, :, part], values[:, :, part])
-            at += segment.rows
-        return keys, values
+        columns = (part[0].transpose(0, 1).flatten(1) for part in (keys, values))
+        new = torch.cat(tuple(columns), dim=1)  # (sum of T, values of the layer)
+        for views, part in zip(self._write, new.split_with_sizes(self._rows), strict=True):
+            views[layer_idx].copy_(part)
+        return self.read(0) if len(self.segments) == 1 else (keys, values)
+
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (1, H, T, D) that a segment's session has of the current layer."""
+        views = self._read[index]
+        return views[2 * self.layer], views[2 * self.layer + 1]
+
+    def split(self, rows: Tensor) -> Sequence[Tensor]:
+        """Rows (1, H, sum of T, D) by segment."""
+        return rows.split_with_sizes(self._rows, dim=2)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.segments[0].start
@@ -122,17 +131,14 @@ def packed_attention(
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return output, None
     outputs = []
-    at = 0
-    for segment in packed.segments:
-        part = query[:, :, at : at + segment.rows]
-        first = 0
+    for index, (segment, part) in enumerate(zip(packed.segments, packed.split(query), strict=True)):
+        keys, values = packed.read(index)
         if segment.rows == 1 and sliding_window is not None:
             first = max(0, segment.end - sliding_window)
-        keys, values = segment.kv.read_layer(packed.layer, segment.end, first)
+            keys, values = keys[:, :, first:], values[:, :, first:]
         mask = packed.mask(segment, sliding_window, query)
         output, _ = sdpa_attention_forward(module, part, keys, values, mask, **kwargs)
         outputs.append(output)
-        at += segment.rows
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None
 
 

@@ -10,7 +10,7 @@ Letters: T tokens, H heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -41,6 +41,8 @@ class KvLayout:
     slots: tuple[LayerSlot, ...]
     row_values: int
     dtype: torch.dtype
+    layer_values: tuple[int, ...]  # how many values of a row each layer has
+    shape: tuple[int, int] | None  # (H, D) of all keys and values, if those are alike
 
     @property
     def row_bytes(self) -> int:
@@ -57,7 +59,10 @@ def make_layout(
         value_at = at + key_shape[0] * key_shape[1]
         slots.append(LayerSlot(at, key_shape, value_at, value_shape))
         at = value_at + value_shape[0] * value_shape[1]
-    return KvLayout(tuple(slots), at, dtype)
+    layer_values = tuple(k[0] * k[1] + v[0] * v[1] for k, v in shapes)
+    alike = {shape for pair in shapes for shape in pair}
+    shape = alike.pop() if len(alike) == 1 else None
+    return KvLayout(tuple(slots), at, dtype, layer_values, shape)
 
 
 def slot_bytes(layout: KvLayout) -> int:
@@ -119,20 +124,21 @@ class KvRows:
             self._pool.give_back(self._slots)
         self.buffer, self._slots = buffer, slots
 
-    def write_layer(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
-        """Put keys and values, shape (1, H, T, D) each, at rows start..start+T of a layer."""
-        slot = self.layout.slots[layer]
-        rows = self.buffer[start : start + keys.shape[2]]
-        _slice(rows, slot.key_at, slot.key_shape).copy_(keys[0].transpose(0, 1))
-        _slice(rows, slot.value_at, slot.value_shape).copy_(values[0].transpose(0, 1))
+    def write_views(self, start: int, end: int) -> Sequence[Tensor]:
+        """Where rows start..end of each layer go: (T, values of the layer), keys before values."""
+        return self.buffer[start:end].split_with_sizes(self.layout.layer_values, dim=1)
 
-    def read_layer(self, layer: int, end: int, start: int = 0) -> tuple[Tensor, Tensor]:
-        """Views of a layer's keys and values of rows start..end, shape (1, H, T, D) each."""
-        slot = self.layout.slots[layer]
-        rows = self.buffer[start:end]
-        keys = _slice(rows, slot.key_at, slot.key_shape).transpose(0, 1).unsqueeze(0)
-        values = _slice(rows, slot.value_at, slot.value_shape).transpose(0, 1).unsqueeze(0)
-        return keys, values
+    def read_views(self, end: int) -> Sequence[Tensor]:
+        """Rows 0..end of all layers, shape (1, H, T, D) each: keys, values, keys, values, …"""
+        rows, layout = self.buffer[:end], self.layout
+        if layout.shape is not None:  # in few calls, for this is done for each row
+            parts = rows.view(end, -1, *layout.shape).permute(1, 2, 0, 3)
+            return parts.unsqueeze(1).unbind(0)
+        return [
+            _slice(rows, at, shape).transpose(0, 1).unsqueeze(0)
+            for slot in layout.slots
+            for at, shape in ((slot.key_at, slot.key_shape), (slot.value_at, slot.value_shape))
+        ]
 
     def read_bytes(self, start: int, end: int) -> bytes:
         """Rows start..end as they go into the store."""

@@ -128,10 +128,10 @@ class SpanModel:
 
     def _arguments(self, segments: list[Segment]) -> dict[str, Any]:
         cache = PackedCache(segments)
-        positions = [torch.arange(s.start, s.end, device=self.device) for s in segments]
+        positions = [position for s in segments for position in range(s.start, s.end)]
         arguments: dict[str, Any] = {
             "past_key_values": cache,
-            "position_ids": (positions[0] if len(positions) == 1 else torch.cat(positions))[None],
+            "position_ids": torch.tensor([positions], device=self.device),
             "use_cache": True,
         }
         if self.packs_sessions:

@@ -61,7 +61,9 @@ log = logging.getLogger("midspan.worker")
 IDLE_POLL_S = 0.1
 HELD_BACK_POLL_S = 0.005
 DRAIN_LIMIT_S = 10.0
-GATHER_S = 0.0015  # for which the steps are waited for that were in a batch together before
+# how long the steps are waited for that were in a batch together before: as long as more come,
+QUIET_MS = 1
+GATHER_S, GATHER_PART = 0.0015, 0.25  # and not longer than this, or this part of a batch's time
 SAY_AGAIN_S = 30.0  # why a broker does not take this worker
 TIDY_S = 1.0  # how often commits that failed are tried again
 
@@ -101,7 +103,9 @@ class Worker:
         self._inbox: deque[tuple[int, list[bytes]]] = deque()  # read, not handled yet
         self._cancelled: set[StepKey] = set()
         self._held_back = False
-        self._last_batch = 0  # how many steps it had
+        self._answered: set[bytes] = set()  # sessions, in the last batch
+        self._answered_before: set[bytes] = set()  # in the one before
+        self._batch_s = 0.0  # that the last batch took
         self._drain_requested = False
         self._on_ready = on_ready
         self._joined: set[int] = set()  # brokers that have taken the announcement
@@ -119,8 +123,10 @@ class Worker:
             connect_dealer(self._context, broker, settings.keys) for broker in settings.brokers
         ]
         self._poller = zmq.Poller()
+        self._gatherer = zmq.Poller()  # of steps, not of what the store says
         for socket in self._sockets:
             self._poller.register(socket, zmq.POLLIN)
+            self._gatherer.register(socket, zmq.POLLIN)
         self._polled_store_fd: int | None = None
         self._heartbeat = Heartbeat(
             self._context, settings.brokers, Alive(self.worker_id, self._pulse),
@@ -228,11 +234,20 @@ class Worker:
                 service.tidy()
 
     def _gather(self) -> None:
-        """Steps that were answered together are followed by others that come nearly together."""
-        until = time.monotonic() + GATHER_S
-        while 0 < self._count_ready() < self._last_batch and time.monotonic() < until:
-            self._poller.poll(1)
+        """Steps that were answered together are followed by others that come nearly together.
+
+        They are waited for as long as more come. A batch that begins without some of them costs
+        nearly as much as the whole, and those get a batch of their own, this time and the next.
+        """
+        if max(len(self._answered), len(self._answered_before)) < 2:
+            return
+        expected = len(self._answered | self._answered_before)
+        until = time.monotonic() + max(GATHER_S, GATHER_PART * self._batch_s)
+        while 0 < (ready := self._count_ready()) < expected and time.monotonic() < until:
+            self._gatherer.poll(QUIET_MS)
             self._receive()
+            if self._count_ready() <= ready:
+                return
 
     def _count_ready(self) -> int:
         return sum(service.count_ready() for service in self._services.values())
@@ -245,13 +260,13 @@ class Worker:
         self._held_back = bool(ready) and kind is None
         if kind is None:
             return
-        before = self._count_ready()
+        self._answered_before, self._answered = self._answered, set()
         for service in ready:
             if service.kind == kind:
                 self._guard(service.run_batch)
-        self._last_batch = before - self._count_ready()
         ended_at = time.monotonic()
-        self._shares.charge(kind, ended_at - begun_at, ended_at)
+        self._batch_s = ended_at - begun_at
+        self._shares.charge(kind, self._batch_s, ended_at)
 
     def _guard(self, work: Callable[..., None], *arguments: object) -> None:
         """Whatever a step or the store brings about, a worker lives on; edges ask again."""
@@ -401,6 +416,7 @@ class Worker:
 
     def answer(self, task: Task, message: StepReply | Need, *bodies: bytes) -> None:
         """Answer a step to the broker that it came from."""
+        self._answered.add(task.session_key)
         self._send(task.source, message, *bodies)
 
     def fail(self, task: Task, reason: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from cloud_worker.loop.batcher import Task
@@ -19,6 +20,10 @@ class Outbox(Protocol):
 
     def drop(self, task: Task) -> None:
         """Say that a step is not computed here: nobody waits for it."""
+        ...
+
+    def when_answered(self, work: Callable[[], None]) -> None:
+        """Do what nobody waits for when the answers are on their way, before any more is read."""
         ...
 
     def is_cancelled(self, task: Task) -> bool:

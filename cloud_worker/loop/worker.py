@@ -65,6 +65,7 @@ DRAIN_LIMIT_S = 10.0
 QUIET_MS = 1
 GATHER_S, GATHER_PART = 0.0015, 0.25  # and not longer than this, or this part of a batch's time
 SAY_AGAIN_S = 30.0  # why a broker does not take this worker
+ANSWERS_GO_S = 0.002  # which answers have the cores for, before what nobody waits for is done
 TIDY_S = 1.0  # how often commits that failed are tried again
 
 
@@ -102,6 +103,7 @@ class Worker:
         self._pulse = secrets.token_bytes(16)
         self._inbox: deque[tuple[int, list[bytes]]] = deque()  # read, not handled yet
         self._cancelled: set[StepKey] = set()
+        self._when_answered: deque[Callable[[], None]] = deque()
         self._held_back = False
         self._answered: set[bytes] = set()  # sessions, in the last batch
         self._answered_before: set[bytes] = set()  # in the one before
@@ -220,7 +222,11 @@ class Worker:
         services = self._services.values()
         if any(service.has_batch() for service in services):
             wait_s = HELD_BACK_POLL_S if self._held_back else 0.0
+        elif self._when_answered:
+            wait_s = ANSWERS_GO_S
         self._wait(wait_s)
+        while self._when_answered:
+            self._guard(self._when_answered.popleft())
         self._receive()
         for event in self._store.poll():
             for service in services:
@@ -431,6 +437,10 @@ class Worker:
     def drop(self, task: Task) -> None:
         """Say that a step is not computed here: nobody waits for it."""
         self._send(task.source, StepDropped(*task.step.key, task.attempt, self.worker_id))
+
+    def when_answered(self, work: Callable[[], None]) -> None:
+        """Do something before the next steps are read, but let the answers go first."""
+        self._when_answered.append(work)
 
     def is_cancelled(self, task: Task) -> bool:
         """Whether a broker has cancelled a step since this worker began to compute."""

@@ -200,11 +200,15 @@ class TextService(StageService[TextStage]):
                 task, stage, body, started_at,
                 rows=task.reply_rows, committed=stage.committed,
             )  # fmt: skip
-        for _, stage in pairs:
-            self._commit(stage)
+        self._outbox.when_answered(lambda: self._commit_all([stage for _, stage in pairs]))
         self._budget.evict(keep={stage.key for _, stage in pairs})
 
     # --- committing
+
+    def _commit_all(self, stages: Sequence[TextStage]) -> None:
+        for stage in stages:
+            if self._stages.find(stage.key) is stage:  # it may have been evicted
+                self._commit(stage)
 
     def _commit(self, stage: TextStage) -> None:
         """Begin to commit the next piece that the store does not have, unless one is under way."""

@@ -1,4 +1,4 @@
-"""Which worker gets which step, and when, by the rules of broker/state.py: state in, actions out."""
+"""Which worker gets which step, and when (broker/state.py has the rules): state in, actions out."""
 
 from __future__ import annotations
 

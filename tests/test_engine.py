@@ -143,6 +143,15 @@ def test_no_more_are_taken_than_may_wait_and_those_get_their_turn(
         waiting[0].cancel()
 
 
+def test_a_token_says_what_its_step_cost(engine: Engine, prompts: list[list[int]]) -> None:
+    first, *others = engine.submit(prompts[0], COUNT)
+    assert first.stage_s == {}
+    for token in others:
+        assert list(token.stage_s) == ["head", "network", "queue", "middle", "tail"]
+        assert all(0 <= seconds < token.at_s for seconds in token.stage_s.values())
+    assert 0 < first.bytes_up < others[0].bytes_up < others[1].bytes_up
+
+
 def test_one_bad_prompt_fails_alone(
     pool: LocalPool, demo_ends: ModelEnds, prompts: list[list[int]], wanted: list[list[int]]
 ) -> None:

@@ -18,7 +18,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -72,6 +72,7 @@ class Token:
     bytes_down: int
     at_s: float  # since the answer was asked for
     logprob: TokenLogprob | None = None  # where they were asked for
+    stage_s: Mapping[str, float] = field(default_factory=dict)  # none after a prompt
 
 
 class TokenStream:
@@ -571,7 +572,7 @@ class Engine:
         running.stream._put(
             Token(
                 new.token_id, text.last_worker_id, stats.bytes_up, stats.bytes_down, at_s,
-                new.logprob,
+                new.logprob, stats.last_stages(),
             )
         )  # fmt: skip
 

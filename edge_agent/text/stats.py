@@ -32,6 +32,10 @@ class GenerationStats:
     def add_stage(self, name: str, seconds: float) -> None:
         self.stage_s[name].append(seconds)
 
+    def last_stages(self) -> dict[str, float]:
+        """Seconds by stage of the last decode step; empty before the first."""
+        return {name: values[-1] for name, values in self.stage_s.items() if values}
+
     def to_json(self) -> dict[str, Any]:
         """Plain numbers. Bytes per token and stage medians are over decode steps only."""
         steps = max(1, self.new_tokens - 1)

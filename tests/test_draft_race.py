@@ -28,11 +28,11 @@ from cloud_worker.state.store import Load, Loaded
 from cloud_worker.text.service import TextService
 from cloud_worker.text.stage import TextStage
 from common.protocol.messages import Need, Opening, Part, Service, Step, StepReply
-from common.spans.kv_rows import KvLayout, KvRows
+from common.spans.kv_rows import KvRows, make_layout
 from deploy.embedded_redis import EmbeddedRedis
 
 ROW_BYTES = 64
-LAYOUT = KvLayout((), ROW_BYTES, torch.uint8)
+LAYOUT = make_layout([((1, ROW_BYTES // 2), (1, ROW_BYTES // 2))], torch.uint8)
 WORKERS = 4
 SESSIONS = 20
 TURNS = 60  # of a session
@@ -70,11 +70,13 @@ class Worker:
     def __init__(self, url: str, name: str) -> None:
         self.worker_id = name
         self.answers: list[tuple[Need | StepReply, bytes]] = []
+        self.later: list[Callable[[], None]] = []
         self.store = RedisKvStore(url, timeout_s=5)
         self.forget()
 
     def forget(self) -> None:
         """As if it had been started again."""
+        self.later.clear()
         executor: Any = Keeper()
         self.service = TextService(
             executor, OFFERED, self.store, self,
@@ -93,7 +95,12 @@ class Worker:
     def is_cancelled(self, task: Task) -> bool:
         return False
 
+    def when_answered(self, work: Callable[[], None]) -> None:
+        self.later.append(work)
+
     def turn(self) -> None:
+        while self.later:
+            self.later.pop(0)()
         for event in self.store.poll():
             self.service.on_store_event(event)
         self.service.run_batch()

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from common.console.listeners import name_listener
-from common.console.log_lines import set_up_logging
 from common.console.option_types import COUNT
-from common.console.options import insecure_option, verbose_option
+from common.console.options import Watching, insecure_option, watching_options
 from common.errors import SettingsError
 from common.security.keys import is_public
 from common.settings import (
@@ -79,7 +78,7 @@ log = logging.getLogger("midspan.broker")
     help="Directory with broker.key_secret and authorized/: admit only these (midspan keys).",
 )
 @insecure_option
-@verbose_option
+@watching_options
 def broker(
     edges: str,
     workers: str,
@@ -90,14 +89,14 @@ def broker(
     max_memory_mb: int,
     keys: Path | None,
     insecure: bool,
-    verbose: bool,
+    watching: Watching,
 ) -> None:
     """Run the broker: edges send it steps, it hands them to workers.
 
     It holds no state worth keeping: kill it and start it again at the same addresses, and
     generations go on.
     """
-    set_up_logging(verbose)
+    watching.set_up_logging()
     for option, endpoint in (("--edges", edges), ("--workers", workers)):
         parse_endpoint(endpoint, option)  # what is no address is not a public one, either
         if is_public(endpoint) and keys is None and not insecure:
@@ -115,6 +114,7 @@ def broker(
         max_sessions_per_edge=max_sessions,
         keys=keys.expanduser() if keys else None,
         max_memory_mb=max_memory_mb,
+        metrics=watching.open_page(),
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())

@@ -81,7 +81,9 @@ class Dispatcher:
         record.sent_at = record.asked_at = now
         record.again_after_s = SEND_AGAIN_S
         worker.take(key, record.account, now)
-        queue_us = record.earlier_queue_us + max(0, round((now - record.queued_at) * 1e6))
+        waited_s = max(0.0, now - record.queued_at)
+        record.pool.waits.observe(waited_s)
+        queue_us = record.earlier_queue_us + round(waited_s * 1e6)
         return Dispatched(worker.name, key, record.attempts, queue_us)
 
     def take_from_queue(self, record: StepRecord) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from broker.fair_queue import FairQueue
 from broker.ledger import Account
 from broker.peer import Peer
+from common.metrics.histogram import SECONDS, Histogram
 from common.protocol.messages import Announce, Service, StepKey
 
 ServiceKey = tuple[str, str, str]  # model fingerprint, part, precision
@@ -48,6 +49,12 @@ class Worker:
     @property
     def name(self) -> str:
         return self.announce.worker_id
+
+    def describe_state(self) -> str:
+        """One word for what it is doing."""
+        if self.draining:
+            return "draining"
+        return "ready" if self.announce.ready else "starting"
 
     def is_same(self, announce: Announce, peer: Peer) -> bool:
         """Whether the one that announces itself is this worker, connected anew or not.
@@ -141,6 +148,7 @@ class ServicePool:
         self.backlogs: dict[Worker, FairQueue] = {}  # for the worker that is warm for them
         self.retries: dict[StepKey, None] = {}  # steps that failed somewhere: few, if any
         self.gone_at: float | None = None  # when the last worker went
+        self.waits = Histogram(SECONDS)  # of steps, until a worker got them
         self._usual_s: float | None = None  # of a step at a worker, lately
         self._shelves: list[dict[Worker, None]] = []  # by the number of steps in flight
         self._load: dict[Worker, int] = {}  # of those on a shelf

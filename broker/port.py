@@ -58,6 +58,7 @@ class Port:
             self.socket.setsockopt(option, value)
         if admission is not None:
             admission.guard(self.socket, role)
+        self.bytes_in = self.bytes_out = 0  # of messages
         self.monitor: Socket = self.socket.get_monitor_socket(  # before anyone can connect
             zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED
         )
@@ -94,6 +95,7 @@ class Port:
             if len(frames) <= MAX_FRAMES:
                 frames.append(content)
         peer, connection = met
+        self.bytes_in += size
         if connection is not None:
             connection.taken += size
         return peer, frames
@@ -120,6 +122,7 @@ class Port:
             for frame in frames[:-1]:
                 _send(socket, frame, NOW_AND_MORE, True, False)
             _send(socket, frames[-1], NOW, True, False)
+            self.bytes_out += sum(map(len, frames))
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise

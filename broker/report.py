@@ -36,7 +36,7 @@ def _report_worker(worker: Worker, warm_sessions: int, now: float) -> dict[str, 
     announce = worker.announce
     return {
         "worker_id": announce.worker_id,
-        "state": "draining" if worker.draining else "ready" if announce.ready else "starting",
+        "state": worker.describe_state(),
         "host": announce.host,
         "pid": announce.pid,
         "services": [

@@ -35,6 +35,7 @@ from broker.actions import (
 )
 from broker.admission import Admission
 from broker.connections import ConnectionLimits, Connections
+from broker.metrics import list_families
 from broker.peer import Peer
 from broker.port import Port
 from broker.report import make_report
@@ -42,6 +43,7 @@ from broker.state import BrokerState
 from common.console.log_limit import LogLimit
 from common.console.memory import read_memory_bytes
 from common.errors import ProtocolError, SettingsError
+from common.metrics.page import MetricsPage
 from common.protocol.messages import (
     Alive,
     Announce,
@@ -87,6 +89,7 @@ class BrokerServer:
     """Binds both sockets on construction; `run` serves until `stop`.
 
     With `keys`, a directory (see common/security/keys.py), only authorized peers are admitted.
+    What it does is published on the page `metrics`.
     Raises SettingsError when an address cannot be bound or the keys cannot be read.
     """
 
@@ -98,6 +101,7 @@ class BrokerServer:
         keys: Path | None = None,
         max_memory_mb: int = MAX_BROKER_MB,
         connection_limits: ConnectionLimits | None = None,
+        metrics: MetricsPage | None = None,
         **state_settings: Any,
     ) -> None:
         self._clock = clock
@@ -116,6 +120,7 @@ class BrokerServer:
         self.edge_endpoint = self._edges.endpoint
         self.worker_endpoint = self._workers.endpoint
         self.state = BrokerState(started_at=clock(), **state_settings)
+        self._metrics = metrics
         self._frames: dict[StepKey, list[bytes]] = {}
         self._answer: list[bytes] = []
         self._bad_messages = 0
@@ -172,6 +177,10 @@ class BrokerServer:
         self.state.is_full = memory_bytes > self._max_memory_bytes
         self._connections.check_all(now, memory_bytes, self._count_kept)
         self._perform(self.state.on_tick(now))
+        if self._metrics is not None and self._metrics.is_due():
+            ports = {"edges": self._edges, "workers": self._workers}
+            families = list_families(self.state, ports, self._bad_messages, memory_bytes)
+            self._metrics.publish(families)
 
     def _close(self, linger: int) -> None:
         if self._admission is not None:

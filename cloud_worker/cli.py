@@ -9,15 +9,15 @@ from pathlib import Path
 import click
 
 from cloud_worker.options import Bounds, Models, bound_options, model_options
-from common.console.log_lines import set_up_logging
 from common.console.options import (
+    Watching,
     broker_option,
     calibration_option,
     device_option,
     dtype_option,
     key_options,
     threads_option,
-    verbose_option,
+    watching_options,
 )
 from common.console.processes import freeze_loaded_objects, set_up_torch
 from common.security.keys import load_client_keys, read_pair
@@ -55,7 +55,7 @@ log = logging.getLogger("midspan.worker")
     help="The pool's .key_secret: opens the keys of sessions with --encrypt-kv.",
 )
 @click.option("--id", "worker_id", default="", help="Name in tables and logs.  [default: random]")
-@verbose_option
+@watching_options
 def worker(
     models: Models,
     brokers: tuple[str, ...],
@@ -70,7 +70,7 @@ def worker(
     broker_key: str | None,
     pool_key: Path | None,
     worker_id: str,
-    verbose: bool,
+    watching: Watching,
 ) -> None:
     """Run a worker: it computes the middle of models for any session.
 
@@ -79,7 +79,8 @@ def worker(
     endpoints = [parse_endpoint(broker, "--broker") for broker in brokers]
     keys = load_client_keys(key, broker_key)
     pool_pair = read_pair(pool_key) if pool_key else None
-    set_up_logging(verbose)
+    watching.set_up_logging()
+    page = watching.open_page()
     set_up_torch(threads)
     from cloud_worker.loop.worker import Worker, WorkerSettings
     from cloud_worker.serving import ServingSettings, load_services
@@ -112,6 +113,7 @@ def worker(
         on_ready=lambda broker: click.echo(
             f"worker {server.worker_id} ready: {server.serving} at {broker}"
         ),
+        metrics=page,
     )
     freeze_loaded_objects()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
-from common.console.log_lines import OneLineFormatter
+from common.console.log_lines import JsonFormatter, OneLineFormatter
 
 
 def test_a_name_with_line_breaks_forges_no_line() -> None:
@@ -31,3 +32,16 @@ def test_an_exception_keeps_its_lines() -> None:
     assert lines[0] == "a service failed"
     assert lines[-1] == "ValueError: boom"
     assert len(lines) > 3
+
+
+def test_a_record_is_one_json_object_exception_and_all() -> None:
+    try:
+        raise ValueError("boom")
+    except ValueError as error:
+        info = (ValueError, error, error.__traceback__)
+    record = logging.LogRecord("midspan.w", logging.ERROR, "", 0, "%s\nfailed", ("w1",), info)
+    (line,) = JsonFormatter().format(record).splitlines()
+    read = json.loads(line)
+    assert (read["level"], read["logger"], read["message"]) == ("error", "midspan.w", "w1\nfailed")
+    assert read["exception"].endswith("ValueError: boom")
+    assert read["time"].endswith("Z")

@@ -23,10 +23,12 @@ from cloud_worker.state.row_seals import Checksum, KvCipher, RowSeal
 from cloud_worker.state.stage_cache import CacheBudget, S, StageCache
 from cloud_worker.state.store import KvStore, StoreEvent
 from common.errors import MidspanError, SettingsError
+from common.metrics.histogram import SECONDS, STEPS, Histogram
 from common.protocol.messages import Need, Service, StepKey, StepReply
 from common.security.keys import KeyPair
 from common.security.sealing import open_sealed
 
+COUNTERS = ("loads_given_up", "commits_over_share", "body_bytes_in", "body_bytes_out")
 ROWS = "rows"  # the item of a stage that grows; a need of it has no name
 
 
@@ -56,7 +58,8 @@ class StageService(ABC, Generic[S]):
         pool_key: KeyPair | None,
     ) -> None:
         self.service = service
-        self.stats = dict.fromkeys((*self.counters, "loads_given_up", "commits_over_share"), 0)
+        self.stats = dict.fromkeys((*COUNTERS, *self.counters), 0)
+        self.batch_steps, self.batch_seconds = Histogram(STEPS), Histogram(SECONDS)
         self._store = store
         self._outbox = outbox
         self._batcher = batcher
@@ -92,6 +95,10 @@ class StageService(ABC, Generic[S]):
     def warm_bytes(self) -> int:
         """Of all stages in memory."""
         return self._stages.used_bytes()
+
+    def count_uncommitted(self) -> int:
+        """Rows in memory that the store does not have yet."""
+        return 0
 
     def tidy(self) -> None:
         """Forget the stages that were longest not used, when they are too many or too large."""
@@ -131,6 +138,7 @@ class StageService(ABC, Generic[S]):
         except MidspanError as error:
             self._outbox.fail(task, str(error))
             return
+        self.stats["body_bytes_in"] += len(task.body)
         self._put_aside(task.session_key)
         self._prepare(task, stage)
 
@@ -147,6 +155,8 @@ class StageService(ABC, Generic[S]):
                 pairs.append((task, stage))
         if pairs:
             self._compute(pairs, started_at)
+            self.batch_steps.observe(len(pairs))
+            self.batch_seconds.observe(time.monotonic() - started_at)
 
     # --- what a kind does
 
@@ -269,5 +279,6 @@ class StageService(ABC, Generic[S]):
             compute_us=task.earlier_us + round((time.monotonic() - started_at) * 1e6),
             precision=tell_precision(task, self.service),
         )
+        self.stats["body_bytes_out"] += len(body)
         stage.last_reply = (reply, body) if len(body) <= self.keep_reply_bytes else None
         self._outbox.answer(task, reply, body)

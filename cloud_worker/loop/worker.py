@@ -24,12 +24,14 @@ import zmq
 
 from cloud_worker.loop.batcher import Task, make_session_key
 from cloud_worker.loop.heartbeat import UNSENT_LIMIT, Heartbeat
+from cloud_worker.loop.metrics import list_families
 from cloud_worker.loop.outbox import Outbox
 from cloud_worker.loop.stage_service import StageService
 from cloud_worker.loop.time_shares import TimeShares
 from cloud_worker.state.store import KvStore
 from common.console.log_limit import LogLimit
 from common.errors import ProtocolError, SettingsError, StoreUnavailable
+from common.metrics.page import MetricsPage
 from common.protocol.messages import (
     Alive,
     Announce,
@@ -93,8 +95,13 @@ class Worker:
         settings: WorkerSettings,
         worker_id: str = "",
         on_ready: Callable[[str], None] = lambda _: None,
+        metrics: MetricsPage | None = None,
     ) -> None:
-        """`on_ready` is told the address of each broker that has taken the announcement."""
+        """`on_ready` is told the address of each broker that has taken the announcement.
+
+        What it does is published on the page `metrics`.
+        """
+        self._metrics = metrics
         self.worker_id = worker_id or f"w-{uuid.uuid4().hex[:8]}"
         self._store = store
         self._settings = settings
@@ -162,6 +169,14 @@ class Worker:
             },
             pulse=self._pulse,
         )
+
+    def _publish(self, page: MetricsPage) -> None:
+        why_not_ready = "" if self._joined else "no broker has taken it yet"
+        if self._drain_requested:
+            why_not_ready = "it is draining"
+        events = {"failed": self._failed, "bad_messages": self._bad_messages}
+        services = list(self._services.values())
+        page.publish(list_families(services, self._store, events), why_not_ready)
 
     def request_drain(self) -> None:
         """Finish and commit what is here, then make `run` return. For signal handlers."""
@@ -233,6 +248,8 @@ class Worker:
                 self._guard(service.on_store_event, event)
         self._gather()
         self._run_next()
+        if self._metrics is not None and self._metrics.is_due():
+            self._publish(self._metrics)
         now = time.monotonic()
         if now >= self._tidy_at:
             self._tidy_at = now + TIDY_S

@@ -72,6 +72,9 @@ class TextService(StageService[TextStage]):
         )
         return super().is_settled() and not uncommitted
 
+    def count_uncommitted(self) -> int:
+        return sum(stage.final - stage.committed for stage in self._stages)
+
     def tidy(self) -> None:
         """Commit what failed to be committed, and forget what is too much."""
         for stage in self._stages:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from common.console.log_lines import FORMATS, set_up_logging
 from common.console.option_types import THREADS
+
+if TYPE_CHECKING:
+    from common.metrics.page import MetricsPage
 
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
@@ -41,7 +45,28 @@ threads_option = click.option(
 insecure_option = click.option(
     "--insecure", is_flag=True, help="Bind an address that others reach, without keys."
 )
-verbose_option = click.option("--verbose", is_flag=True, help="Log more.")
+
+
+@dataclass(frozen=True, slots=True)
+class Watching:
+    """How a process that runs for long is watched."""
+
+    metrics: str | None
+    verbose: bool
+    log_format: str
+
+    def set_up_logging(self) -> None:
+        set_up_logging(self.verbose, self.log_format)
+
+    def open_page(self) -> MetricsPage | None:
+        """What --metrics asks for, and says where that is. Raises SettingsError."""
+        if self.metrics is None:
+            return None
+        from common.metrics.page import MetricsPage
+
+        page = MetricsPage(self.metrics)
+        click.echo(f"metrics at http://{page.address}/metrics")
+        return page
 
 
 def broker_option(address: str, peers: str) -> Decorator:
@@ -88,3 +113,16 @@ def group_options(name: str, group: type, *options: Decorator) -> Decorator:
         return add_options(*options)(gather)
 
     return decorate
+
+
+watching_options = group_options(
+    "watching",
+    Watching,
+    click.option(
+        "--metrics",
+        metavar="[HOST:]PORT",
+        help="Serve /metrics for Prometheus, /health and /ready there.",
+    ),
+    click.option("--verbose", is_flag=True, help="Log more."),
+    click.option("--log-format", type=click.Choice(FORMATS), default=FORMATS[0], show_default=True),
+)

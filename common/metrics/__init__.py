@@ -1,0 +1,1 @@
+"""What is watched while it runs: numbers for Prometheus, over HTTP."""

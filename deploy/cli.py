@@ -12,6 +12,7 @@ import click
 
 from common.console.processes import end_with_parent
 from common.errors import MidspanError
+from deploy.config import make_defaults, name_options, read_config
 
 COMMANDS = {
     "ask": ("edge_agent.commands.ask:ask", "Answer a prompt with the pool's help."),
@@ -50,11 +51,20 @@ class LazyGroup(click.Group):
             return None
         module, _, attribute = COMMANDS[name][0].partition(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
+        name_options(command, (name,))
         return command
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, help_text) for name, (_, help_text) in COMMANDS.items()])
+
+    def resolve_command(
+        self, context: click.Context, arguments: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, rest = super().resolve_command(context, arguments)
+        if name is not None and command is not None:
+            context.default_map = {name: make_defaults(command, (name,), read_config())}
+        return name, command, rest
 
     def invoke(self, context: click.Context) -> Any:
         try:

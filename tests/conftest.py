@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from deploy import child
 from deploy.embedded_redis import EmbeddedRedis
 from edge_agent.text.ends import ModelEnds, load_ends
 
+os.environ["MIDSPAN_CONFIG"] = os.devnull  # whoever runs the tests may have one
 torch.set_num_threads(1)
 logging.set_verbosity_error()
 logging.disable_progress_bar()

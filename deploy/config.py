@@ -1,0 +1,102 @@
+"""Options from the environment and from ~/.midspan/config.toml, so that they are said once.
+
+An option --some-thing of a command is also MIDSPAN_COMMAND_SOME_THING, and `some-thing` in the
+file's table [command]. How to reach a broker is the same for all commands of an edge: those options
+are also MIDSPAN_SOME_THING, and may stand above the tables. The command line wins, then the
+environment, then the file.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from common.errors import SettingsError
+
+CONFIG = "MIDSPAN_CONFIG"  # names another file
+DEFAULT = Path("~/.midspan/config.toml")
+SHARED = ("broker", "key", "broker-key", "encrypt-kv", "timeout")  # of the commands of an edge
+NOT_OF_AN_EDGE = ("broker", "worker", "up", "keys", "demo", "chaos")
+
+
+def name_options(command: click.Command, path: tuple[str, ...]) -> None:
+    """Give a command's options their variables; those that have one of their own keep it, too.
+
+    `path` is the command's name, or the names of its groups and its own.
+    """
+    if isinstance(command, click.Group):
+        for name, inner in command.commands.items():
+            name_options(inner, (*path, name))
+    prefix = "_".join(("MIDSPAN", *path))
+    for flag, option in _options(command):
+        names = [prefix + "_" + flag] + (["MIDSPAN_" + flag] if is_shared(path, flag) else [])
+        own = [option.envvar] if isinstance(option.envvar, str) else list(option.envvar or ())
+        option.envvar = list(dict.fromkeys([*own, *map(_as_variable, names)]))
+
+
+def read_config() -> dict[str, Any]:
+    """The file's content; empty if there is none. Raises SettingsError for one that is no TOML."""
+    named = os.environ.get(CONFIG)
+    path = Path(named or DEFAULT).expanduser()
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError as error:
+        if named:
+            raise SettingsError(f"{CONFIG} names {path}, which is not there") from error
+        return {}
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}") from error
+
+
+def make_defaults(
+    command: click.Command, path: tuple[str, ...], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the file says about a command, as click's default_map.
+
+    Raises SettingsError for an option that the command does not have.
+    """
+    table: Any = config
+    for name in path:
+        table = table.get(name, {}) if isinstance(table, Mapping) else {}
+    if not isinstance(table, Mapping):
+        raise SettingsError(f"config.toml: {'.'.join(path)} is no table")
+    if isinstance(command, click.Group):
+        return {
+            name: make_defaults(inner, (*path, name), config)
+            for name, inner in command.commands.items()
+        }
+    options = dict(_options(command))
+    unknown = sorted(set(table) - set(options))
+    if unknown:
+        raise SettingsError(f"config.toml: {' '.join(path)} has no option --{unknown[0]}")
+    shared = {flag: config[flag] for flag in options if flag in config and is_shared(path, flag)}
+    return {str(options[flag].name): _as_text(value) for flag, value in {**shared, **table}.items()}
+
+
+def is_shared(path: tuple[str, ...], flag: str) -> bool:
+    """Whether an option means the same for all commands of an edge, and this is one of them."""
+    return flag in SHARED and path[0] not in NOT_OF_AN_EDGE
+
+
+def _options(command: click.Command) -> Iterator[tuple[str, click.Option]]:
+    for option in command.params:
+        if isinstance(option, click.Option) and option.name != "help":
+            longest = max(option.opts, key=len)
+            yield longest.lstrip("-"), option
+
+
+def _as_variable(name: str) -> str:
+    return name.replace("-", "_").upper()
+
+
+def _as_text(value: Any) -> Any:
+    """What click would have read on the command line."""
+    if isinstance(value, list):
+        return [_as_text(each) for each in value]
+    return value if isinstance(value, bool) else str(value)

@@ -29,6 +29,11 @@ VOCABULARY = 1024
 CONTEXT = 512
 BATCH = 8
 BOS, EOS = "<s>", "</s>"
+# nobody answers in a story: what was said so far, and the answer goes on with it
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages if message['content'] | trim %}"
+    "{{ message['content'] | trim }}{% if not loop.last %} {% endif %}{% endfor %}"
+)
 
 
 def train_tokenizer(stories: list[str]) -> PreTrainedTokenizerFast:
@@ -47,8 +52,9 @@ def train_tokenizer(stories: list[str]) -> PreTrainedTokenizerFast:
         single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, model_max_length=CONTEXT
-    )
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, model_max_length=CONTEXT,
+        chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
 
 
 def build_model() -> LlamaForCausalLM:

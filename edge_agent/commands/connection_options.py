@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from common.console.options import broker_option, group_options, key_options
 from common.errors import SettingsError
-from common.security.keys import load_client_keys
+from common.security.keys import ClientKeys, load_client_keys
 from common.settings import EDGE_ENDPOINT, parse_endpoint
 
 if TYPE_CHECKING:
@@ -34,8 +34,15 @@ class Connection:
                 f"--timeout is {timeout_s}; expected seconds, more than 0, "
                 f"at most {MAX_TIMEOUT_S:,}"
             )
-        endpoints = [parse_endpoint(broker, "--broker") for broker in self.brokers]
-        return BrokerClient(endpoints, timeout_s, load_client_keys(self.key, self.broker_key))
+        return BrokerClient(self.endpoints(), timeout_s, self.keys())
+
+    def endpoints(self) -> list[str]:
+        """Raises SettingsError for what is no address."""
+        return [parse_endpoint(broker, "--broker") for broker in self.brokers]
+
+    def keys(self) -> ClientKeys | None:
+        """Raises SettingsError for keys that are not there."""
+        return load_client_keys(self.key, self.broker_key)
 
 
 connection_options = group_options(

@@ -186,6 +186,15 @@ class Conversation:
         """How many of a prompt's tokens need not be computed again. Not while it is answering."""
         return self._text.count_shared(prompt_ids)
 
+    @property
+    def is_answering(self) -> bool:
+        return self._is_answering
+
+    @property
+    def held(self) -> int:
+        """Tokens of the last prompt and its answer that are kept. Not while it is answering."""
+        return self._text.held
+
     def close(self) -> None:
         """Tell the pool that it may forget the session."""
         self._engine._command(lambda: self._engine._end_session(self.session_id))
@@ -300,6 +309,11 @@ class Engine:
     def open(self) -> Conversation:
         """A session for several turns; `close` it."""
         return Conversation(self, TextSession(self._ends, *self._session_arguments))
+
+    def count_answers(self) -> tuple[int, int]:
+        """How many are being made, and how many wait."""
+        made = len(self._running)
+        return made, max(0, self._accepted - made)
 
     def close(self) -> None:
         """End all answers, with EngineClosed, and the connection."""

@@ -88,6 +88,33 @@ def uniform_settings(codec: str, **others: Any) -> SessionSettings:
     return SessionSettings(codec, codec, codec, codec, **others)
 
 
+def count_new_tokens(
+    ends: ModelEnds, prompt_ids: Sequence[int], max_new_tokens: int, score_prompt: bool = False
+) -> int:
+    """How many tokens may be generated after a prompt. Raises SettingsError if it cannot be run."""
+    least = 0 if score_prompt else 1
+    if max_new_tokens < least:
+        raise SettingsError(
+            f"the number of new tokens is {max_new_tokens}; expected {least} or more"
+        )
+    if not prompt_ids:
+        raise SettingsError("the prompt has no tokens")
+    beyond = [i for i in (min(prompt_ids), max(prompt_ids)) if not 0 <= i < ends.vocabulary]
+    if beyond:
+        raise SettingsError(
+            f"the prompt has token {beyond[0]}; {ends.name} has 0 to {ends.vocabulary - 1}"
+        )
+    if ends.context is None:
+        return max_new_tokens
+    room = ends.context - len(prompt_ids)
+    if room < min(1, max_new_tokens):
+        raise SettingsError(
+            f"the prompt has {len(prompt_ids)} tokens; {ends.name} has a context of "
+            f"{ends.context}, so at most {ends.context - 1} leave room for an answer"
+        )
+    return min(max_new_tokens, room)
+
+
 class TextSession:
     """One conversation's state, and what it wants done next. No sockets; not thread-safe.
 
@@ -139,6 +166,11 @@ class TextSession:
         return self._asks.session_id
 
     @property
+    def held(self) -> int:
+        """Tokens whose rows it has."""
+        return len(self._token_ids)
+
+    @property
     def generation(self) -> int:
         """How often it was cut back where rows had been sent."""
         return self._generation
@@ -159,7 +191,7 @@ class TextSession:
         SettingsError if the prompt does not fit into the context, StepRefused when the pool cannot
         go on.
         """
-        limit = self._check_prompt(prompt_ids, max_new_tokens, score_prompt)
+        limit = count_new_tokens(self._ends, prompt_ids, max_new_tokens, score_prompt)
         check_top(top_logprobs)
         sampler = Sampler(sampling, len(prompt_ids))
         token_ids = list(prompt_ids)
@@ -234,36 +266,6 @@ class TextSession:
         if index == 0:
             stats.first_token_s = stats.total_s
             stats.prompt_bytes_up, stats.prompt_bytes_down = stats.bytes_up, stats.bytes_down
-
-    def _check_prompt(
-        self, prompt_ids: Sequence[int], max_new_tokens: int, score_prompt: bool
-    ) -> int:
-        """How many tokens may be generated. Raises SettingsError."""
-        least = 0 if score_prompt else 1
-        if max_new_tokens < least:
-            raise SettingsError(
-                f"the number of new tokens is {max_new_tokens}; expected {least} or more"
-            )
-        if not prompt_ids:
-            raise SettingsError("the prompt has no tokens")
-        beyond = [
-            i for i in (min(prompt_ids), max(prompt_ids)) if not 0 <= i < self._ends.vocabulary
-        ]
-        if beyond:
-            raise SettingsError(
-                f"the prompt has token {beyond[0]}; {self._ends.name} has 0 to "
-                f"{self._ends.vocabulary - 1}"
-            )
-        context = self._ends.context
-        if context is None:
-            return max_new_tokens
-        room = context - len(prompt_ids)
-        if room < min(1, max_new_tokens):
-            raise SettingsError(
-                f"the prompt has {len(prompt_ids)} tokens; {self._ends.name} has a context of "
-                f"{context}, so at most {context - 1} leave room for an answer"
-            )
-        return min(max_new_tokens, room)
 
     def score_tail(self, rows: Tensor) -> Tensor:
         """Logits after every one of the pool's rows, (T, vocabulary)."""

@@ -1,8 +1,9 @@
-"""Text to token ids and back, also piece by piece while a text is being written."""
+"""Text to token ids and back, also piece by piece while a text is being written; and chats."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,21 @@ from common.errors import CheckpointError, SettingsError, in_one_line
 from common.weights.model_files import check_plain_files
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what an unfinished UTF-8 sequence decodes to
+WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's space
+
+
+def _spell_bytes() -> dict[str, int]:
+    """The character that stands for each byte in byte-level vocabularies, as GPT-2's code has it.
+
+    Bytes that are printable in Latin-1 stand for themselves, the others come after 255 in order.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    spelled = {chr(byte): byte for byte in printable}
+    return spelled | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+BYTE_OF = _spell_bytes()
 
 
 class TextTokenizer:
@@ -27,13 +43,56 @@ class TextTokenizer:
             raise CheckpointError(
                 f"{directory} has no usable tokenizer: {in_one_line(error)}"
             ) from error
+        self._special_ids = frozenset(self._tokenizer.all_special_ids)
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        self._is_byte_level = "ByteLevel" in repr(getattr(backend, "decoder", None))
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids with the tokenizer's own special tokens. Raises SettingsError if empty."""
         if not prompt.strip():
             raise SettingsError("the prompt is empty; give a text, or - to read one from stdin")
-        ids: list[int] = self._tokenizer(prompt)["input_ids"]
+        return self.tokenize(prompt)
+
+    def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of any text, also of none."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         return ids
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]], template: str | None) -> list[int]:
+        """Token ids of a chat up to where the answer begins; `template` instead of its own.
+
+        Raises SettingsError when the template does not take these messages.
+        """
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, chat_template=template, add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # templates raise what they like
+            raise SettingsError(f"the chat template refuses this: {in_one_line(error)}") from error
+        return self.tokenize(text, add_special_tokens=False)
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token is no text but a mark, as an end of text is."""
+        return token_id in self._special_ids
+
+    def name(self, token_id: int) -> str:
+        """What the vocabulary calls a token; nothing beyond its end."""
+        return self._tokenizer.convert_ids_to_tokens(token_id) or ""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """A token's own UTF-8, which may be a part of a character; of a mark nothing."""
+        name = self.name(token_id)
+        if self.is_special(token_id):
+            return b""
+        if self._is_byte_level and all(character in BYTE_OF for character in name):
+            return bytes(BYTE_OF[character] for character in name)
+        if re.fullmatch("<0x[0-9A-F]{2}>", name):  # SentencePiece's
+            return bytes([int(name[3:5], 16)])
+        return name.replace(WORD_START, " ").encode()
 
     @property
     def end_ids(self) -> list[int]:

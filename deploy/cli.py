@@ -23,6 +23,7 @@ COMMANDS = {
     "eval": ("evaluation.command:evaluate", "Measure quality against bytes."),
     "image": ("edge_agent.commands.image:image", "Make a picture with the pool's help."),
     "keys": ("deploy.keys:keys", "Make keys, and say who is admitted."),
+    "serve": ("deploy.serve:serve", "Answer any OpenAI client with the pool's help."),
     "status": ("deploy.status:status", "Show workers, sessions and queues."),
     "up": ("deploy.up:up", "Run a whole pool on this machine."),
     "worker": ("cloud_worker.cli:worker", "Run a worker."),

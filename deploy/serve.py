@@ -1,0 +1,259 @@
+"""`midspan serve`: an OpenAI-compatible endpoint, and with --with-pool the pool behind it too."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from click.core import ParameterSource
+
+from common.console.log_lines import set_up_logging
+from common.console.option_types import COUNT
+from common.console.options import (
+    add_options,
+    cut_option,
+    group_options,
+    image_model_option,
+    model_option,
+    threads_option,
+    verbose_option,
+)
+from common.console.processes import freeze_loaded_objects, set_up_torch
+from common.errors import SettingsError
+from common.security.keys import is_public, read_public
+from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
+from edge_agent.commands.codec_options import CodecChoice, codec_options
+from edge_agent.commands.connection_options import Connection, connection_options
+from edge_agent.commands.run_options import encrypt_option, timeout_option
+
+if TYPE_CHECKING:
+    from deploy.pool import LocalPool, PoolSettings
+
+HEAL_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where to listen, and for whom."""
+
+    host: str
+    port: int
+    api_key: str | None
+    api_key_file: Path | None
+
+    def read_keys(self) -> list[str]:
+        """Raises SettingsError for a host that others reach without any."""
+        keys = [self.api_key] if self.api_key is not None else []
+        if self.api_key_file is not None:
+            keys += read_key_file(self.api_key_file)
+        if any(not key.strip() or not key.isascii() for key in keys):
+            raise SettingsError("an API key is empty or not ASCII")
+        if not keys and is_public(f"tcp://{self.host}:{self.port}"):
+            raise SettingsError(
+                f"--host {self.host} can be reached from other machines; give --api-key-file, "
+                "with a key on each line, so that not everybody there can ask"
+            )
+        return keys
+
+
+address_options = group_options(
+    "address",
+    Address,
+    click.option("--host", default="127.0.0.1", show_default=True),
+    click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535)),
+    click.option(
+        "--api-key",
+        envvar="MIDSPAN_API_KEY",
+        show_envvar=True,
+        help="What clients must show. As an option, `ps` shows it to everybody here.",
+    ),
+    click.option("--api-key-file", type=click.Path(path_type=Path), help="Keys, one on each line."),
+)
+bound_options = add_options(
+    click.option(
+        "--max-sessions", default=64, show_default=True, type=COUNT, help="Answers made at once."
+    ),
+    click.option(
+        "--max-waiting",
+        default=1024,
+        show_default=True,
+        type=click.IntRange(0, 1_000_000),
+        help="Answers that wait for their turn; who comes then is told to come back.",
+    ),
+    click.option(
+        "--keep-chats",
+        default=16,
+        show_default=True,
+        type=click.IntRange(0, 1000),
+        help="Chats whose KV is kept for the next turn.",
+    ),
+)
+
+
+@click.command()
+@model_option
+@cut_option
+@image_model_option
+@connection_options
+@encrypt_option
+@codec_options
+@address_options
+@click.option("--with-pool", is_flag=True, help="Start Redis, a broker and workers as well.")
+@click.option(
+    "--workers",
+    default=2,
+    show_default=True,
+    type=click.IntRange(1, 1000),
+    help="With --with-pool.",
+)
+@bound_options
+@click.option(
+    "--chat-template",
+    type=click.Path(path_type=Path),
+    help="Jinja file, for a tokenizer without one or instead of its own.",
+)
+@click.option("--dtype", default="float32", show_default=True, help="Of head and tail.")
+@threads_option
+@timeout_option(60.0)
+@verbose_option
+def serve(
+    model_name: str | None,
+    cut_text: str | None,
+    image_model: str | None,
+    connection: Connection,
+    pool_key: str | None,
+    codecs: CodecChoice,
+    address: Address,
+    with_pool: bool,
+    workers: int,
+    max_sessions: int,
+    max_waiting: int,
+    keep_chats: int,
+    chat_template: Path | None,
+    dtype: str,
+    threads: int | None,
+    timeout_s: float,
+    verbose: bool,
+) -> None:
+    """Serve OpenAI's API: chat, completions and images, with the pool's help.
+
+    Texts stay on this device. Rows of numbers leave it, and who holds the model's weights can turn
+    those back into the prompt.
+    """
+    set_up_logging(verbose)
+    api_keys = address.read_keys()
+    template = read_template(chat_template) if chat_template else None
+    if model_name is None and image_model is None:
+        image_model = DEMO_IMAGE_MODEL
+    directory = find_model(model_name)
+    images = find_model(image_model) if image_model else None
+    pool_public = read_public(pool_key) if pool_key else None
+    connection.connect(timeout_s).close()  # complains of options now, if ever
+    if with_pool:
+        check_own_pool()
+    from edge_agent.server.running import DrainingServer, listen
+
+    listener = listen(address.host, address.port)
+    set_up_torch(threads or max(1, (os.cpu_count() or 1) // (1 + workers * with_pool)))
+    from edge_agent.server.app import make_app
+    from edge_agent.server.opening import Bounds, PoolAccess, open_services
+    from edge_agent.text.ends import load_ends
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+            signal.signal(number, lambda *_: sys.exit(0))
+    ends = load_ends(directory, cut_text, dtype)
+    with contextlib.ExitStack() as stack:
+        access = PoolAccess(connection.endpoints(), connection.keys(), timeout_s, pool_public)
+        if with_pool:
+            from deploy.pool import PoolSettings
+
+            settings = PoolSettings(
+                workers=workers,
+                model=model_name or DEMO_TEXT_MODEL,
+                span=f"{ends.cut.begin}-{ends.cut.end}",
+                image_model=image_model,
+                dtype=dtype,
+                calibration=codecs.calibration,
+            )
+            pool = stack.enter_context(healed_pool(settings))
+            access = PoolAccess([pool.edge_endpoint], None, timeout_s, None)
+        services = open_services(
+            ends, access, codecs.read_settings(step_deadline_s=timeout_s),
+            bounds=Bounds(max_sessions, max_waiting, keep_chats),
+            calibration=codecs.find_calibration(ends), template=template,
+            image_model=images, api_keys=api_keys,
+        )  # fmt: skip
+        stack.callback(services.close)
+        freeze_loaded_objects()
+        host, port = listener.getsockname()[:2]
+        click.echo(
+            f"serving {ends.name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+        )
+        DrainingServer(make_app(services), services.drain).run([listener])
+    click.echo("stopped")
+
+
+def check_own_pool() -> None:
+    """Raises SettingsError for options that name another pool."""
+    context = click.get_current_context()
+    for name, option in (
+        ("brokers", "--broker"), ("key", "--key"), ("broker_key", "--broker-key"),
+        ("pool_key", "--encrypt-kv"),
+    ):  # fmt: skip
+        if context.get_parameter_source(name) == ParameterSource.COMMANDLINE:
+            raise SettingsError(
+                f"{option} names another pool than --with-pool starts; leave one out"
+            )
+
+
+@contextlib.contextmanager
+def healed_pool(settings: PoolSettings) -> Iterator[LocalPool]:
+    """A pool in which what dies is started again."""
+    from deploy.pool import LocalPool
+
+    click.echo(f"starting a broker and {settings.workers} workers …")
+    with LocalPool(settings) as pool:
+        is_over = threading.Event()
+        healing = threading.Thread(target=_heal, args=(pool, is_over), name="heal", daemon=True)
+        healing.start()
+        try:
+            yield pool
+        finally:
+            is_over.set()
+            healing.join()
+
+
+def _heal(pool: LocalPool, is_over: threading.Event) -> None:
+    while not is_over.wait(HEAL_S):
+        for line in pool.heal():
+            click.echo(line)
+
+
+def read_key_file(path: Path) -> list[str]:
+    """The lines of a file that are not empty. Raises SettingsError."""
+    lines = [line.strip() for line in _read(path, "--api-key-file").splitlines()]
+    keys = [line for line in lines if line]
+    if not keys:
+        raise SettingsError(f"--api-key-file {path} has no key in it")
+    return keys
+
+
+def read_template(path: Path) -> str:
+    """Raises SettingsError."""
+    return _read(path, "--chat-template")
+
+
+def _read(path: Path, option: str) -> str:
+    try:
+        return path.expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{option} {path} cannot be read: {error}") from error

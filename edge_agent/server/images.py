@@ -1,0 +1,199 @@
+"""Pictures: one at a time in a thread of its own, a few that wait, and where finished ones are.
+
+Picture k of a request is the one of seed + k alone. Whoever has the address of a picture may fetch
+it, which is why nobody can guess it; the oldest go when there are too many.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import random
+import re
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+
+from common.errors import MidspanError, SettingsError, TooManySessions
+from edge_agent.engine.client import BrokerClient
+from edge_agent.image.maker import ImageMaker, ImageSettings
+from edge_agent.server.errors import RequestFault, refuse
+from edge_agent.server.metrics import Metrics
+from edge_agent.server.schema import ImageRequest
+from edge_agent.server.streaming import cancelled_with
+from edge_agent.server.text_service import no_such_model
+
+MAX_WAITING = 16
+MAX_KEPT = 64  # pictures that can be fetched
+MAX_SIDE = 2048
+DEFAULT_STEPS, DEFAULT_GUIDANCE = 20, 2.5
+SEEDS = 1 << 64
+
+
+class ClientGone(MidspanError):
+    """Nobody waits for the picture any more."""
+
+
+@dataclass(slots=True)
+class Job:
+    """The pictures of one request."""
+
+    wanted: list[ImageSettings]
+    gone: threading.Event = field(default_factory=threading.Event)
+
+    def cancel(self) -> None:
+        self.gone.set()
+
+    def check(self) -> None:
+        if self.gone.is_set():
+            raise ClientGone("the client went away")
+
+
+class ImageService:
+    """Makes pictures with one model. Loads it when the first is asked for."""
+
+    def __init__(
+        self,
+        directory: Path,
+        connect: Callable[[], BrokerClient],
+        metrics: Metrics,
+        *,
+        timeout_s: float = 120.0,
+        pool_key: bytes | None = None,
+        max_waiting: int = MAX_WAITING,
+    ) -> None:
+        self.name = directory.resolve().name
+        self._directory = directory
+        self._connect = connect
+        self._metrics = metrics
+        self._timeout_s, self._pool_key = timeout_s, pool_key
+        self._most_jobs = 1 + max_waiting
+        self._thread = ThreadPoolExecutor(1, "midspan-images")
+        self._client: BrokerClient | None = None  # of the thread, as the makers are
+        self._makers: dict[str, ImageMaker] = {}
+        self._jobs: list[Job] = []
+        self._pictures: OrderedDict[str, bytes] = OrderedDict()
+
+    @property
+    def jobs(self) -> int:
+        return len(self._jobs)
+
+    async def generate(self, http: Request, request: ImageRequest) -> dict[str, Any]:
+        """OpenAI's response. Raises RequestFault, TooManySessions and what ImageMaker raises."""
+        if request.model is not None and request.model != self.name:
+            raise RequestFault(no_such_model(request.model, self.name))
+        job = Job(list_wanted(request))
+        if len(self._jobs) >= self._most_jobs:
+            raise TooManySessions(f"{len(self._jobs)} requests for pictures wait; try again later")
+        self._jobs.append(job)
+        try:
+            async with cancelled_with(http, [job]):
+                making = self._thread.submit(self._make, job)
+                files = await asyncio.wrap_future(making)
+        finally:
+            job.cancel()
+            self._jobs.remove(job)
+        self._metrics.images.inc(len(files))
+        base = f"{http.base_url}images/"
+        data = [
+            (
+                {"b64_json": base64.b64encode(file).decode()}
+                if request.response_format == "b64_json"
+                else {"url": f"{base}{self._keep(file)}.png"}
+            )
+            | {"seed": settings.seed}
+            for settings, file in zip(job.wanted, files, strict=True)
+        ]
+        return {"created": int(time.time()), "data": data}
+
+    def find(self, name: str) -> bytes | None:
+        """A finished picture's PNG, while it is kept."""
+        return self._pictures.get(name)
+
+    def _keep(self, file: bytes) -> str:
+        name = secrets.token_urlsafe(24)
+        self._pictures[name] = file
+        while len(self._pictures) > MAX_KEPT:
+            self._pictures.popitem(last=False)
+        return name
+
+    def close(self) -> None:
+        for job in self._jobs:
+            job.cancel()
+        self._thread.shutdown()
+        if self._client is not None:
+            self._client.close()
+
+    # --- the thread
+
+    def _make(self, job: Job) -> list[bytes]:
+        files = []
+        for settings in job.wanted:
+            job.check()
+            maker = self._find_maker(settings.cut)
+            (picture,) = maker.make(settings, lambda _: job.check())
+            file = io.BytesIO()
+            picture.save(file, "PNG")
+            files.append(file.getvalue())
+            for way, count in (("up", maker.stats.bytes_up), ("down", maker.stats.bytes_down)):
+                self._metrics.bytes.labels(way).inc(count)
+        return files
+
+    def _find_maker(self, cut: str) -> ImageMaker:
+        if self._client is None:
+            self._client = self._connect()
+        if cut not in self._makers:
+            self._makers[cut] = ImageMaker(
+                self._directory, self._client, cut,
+                deadline_s=self._timeout_s, pool_key=self._pool_key,
+            )  # fmt: skip
+        return self._makers[cut]
+
+
+def list_wanted(request: ImageRequest) -> list[ImageSettings]:
+    """Settings for each picture of a request. Raises RequestFault, which names the field."""
+    width, height = parse_size(request.size)
+    first = request.seed if request.seed is not None else random.getrandbits(32)
+    wanted = [
+        ImageSettings(
+            request.prompt,
+            request.negative_prompt or "",
+            steps=request.steps or DEFAULT_STEPS,
+            guidance=DEFAULT_GUIDANCE if request.guidance is None else request.guidance,
+            seed=(first + index) % SEEDS,
+            height=height,
+            width=width,
+            cut=request.cut or "unet",
+        )
+        for index in range(request.n or 1)
+    ]
+    try:
+        wanted[0].check()
+    except SettingsError as error:
+        fields = {"prompt": "prompt", "guidance": "guidance", "height": "size", "width": "size"}
+        param = next((param for word, param in fields.items() if f"the {word}" in str(error)), None)
+        raise refuse(str(error), param) from error
+    return wanted
+
+
+def parse_size(text: str | None) -> tuple[int | None, int | None]:
+    """`512x768` to width and height in pixels. Raises RequestFault."""
+    if text is None or text == "auto":
+        return None, None
+    match = re.fullmatch("([0-9]{1,4})x([0-9]{1,4})", text)
+    if match is None or max(int(match[1]), int(match[2])) > MAX_SIDE:
+        raise refuse(
+            f"size is {text[:40]!r}; expected WIDTHxHEIGHT of at most {MAX_SIDE} pixels, as "
+            "512x512, or auto",
+            "size",
+        )
+    return int(match[1]), int(match[2])

@@ -13,7 +13,7 @@ import click
 
 from common.console.listeners import name_listener
 from common.console.option_types import COUNT
-from common.console.options import Watching, insecure_option, watching_options
+from common.console.options import Logs, insecure_option, log_options, metrics_option, open_page
 from common.errors import SettingsError
 from common.security.keys import is_public
 from common.settings import (
@@ -78,7 +78,8 @@ log = logging.getLogger("midspan.broker")
     help="Directory with broker.key_secret and authorized/: admit only these (midspan keys).",
 )
 @insecure_option
-@watching_options
+@metrics_option
+@log_options
 def broker(
     edges: str,
     workers: str,
@@ -89,14 +90,15 @@ def broker(
     max_memory_mb: int,
     keys: Path | None,
     insecure: bool,
-    watching: Watching,
+    metrics: str | None,
+    logs: Logs,
 ) -> None:
     """Run the broker: edges send it steps, it hands them to workers.
 
     It holds no state worth keeping: kill it and start it again at the same addresses, and
     generations go on.
     """
-    watching.set_up_logging()
+    logs.set_up()
     for option, endpoint in (("--edges", edges), ("--workers", workers)):
         parse_endpoint(endpoint, option)  # what is no address is not a public one, either
         if is_public(endpoint) and keys is None and not insecure:
@@ -114,7 +116,7 @@ def broker(
         max_sessions_per_edge=max_sessions,
         keys=keys.expanduser() if keys else None,
         max_memory_mb=max_memory_mb,
-        metrics=watching.open_page(),
+        metrics=open_page(metrics),
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())

@@ -10,14 +10,16 @@ import click
 
 from cloud_worker.options import Bounds, Models, bound_options, model_options
 from common.console.options import (
-    Watching,
+    Logs,
     broker_option,
     calibration_option,
     device_option,
     dtype_option,
     key_options,
+    log_options,
+    metrics_option,
+    open_page,
     threads_option,
-    watching_options,
 )
 from common.console.processes import freeze_loaded_objects, set_up_torch
 from common.security.keys import load_client_keys, read_pair
@@ -55,7 +57,8 @@ log = logging.getLogger("midspan.worker")
     help="The pool's .key_secret: opens the keys of sessions with --encrypt-kv.",
 )
 @click.option("--id", "worker_id", default="", help="Name in tables and logs.  [default: random]")
-@watching_options
+@metrics_option
+@log_options
 def worker(
     models: Models,
     brokers: tuple[str, ...],
@@ -70,7 +73,8 @@ def worker(
     broker_key: str | None,
     pool_key: Path | None,
     worker_id: str,
-    watching: Watching,
+    metrics: str | None,
+    logs: Logs,
 ) -> None:
     """Run a worker: it computes the middle of models for any session.
 
@@ -79,8 +83,8 @@ def worker(
     endpoints = [parse_endpoint(broker, "--broker") for broker in brokers]
     keys = load_client_keys(key, broker_key)
     pool_pair = read_pair(pool_key) if pool_key else None
-    watching.set_up_logging()
-    page = watching.open_page()
+    logs.set_up()
+    page = open_page(metrics)
     set_up_torch(threads)
     from cloud_worker.loop.worker import Worker, WorkerSettings
     from cloud_worker.serving import ServingSettings, load_services

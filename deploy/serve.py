@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
-from common.console.log_lines import set_up_logging
 from common.console.option_types import COUNT
 from common.console.options import (
+    Logs,
     add_options,
     cut_option,
     group_options,
     image_model_option,
+    log_options,
     model_option,
     threads_option,
-    verbose_option,
 )
 from common.console.processes import freeze_loaded_objects, set_up_torch
 from common.errors import SettingsError
@@ -123,7 +123,7 @@ bound_options = add_options(
 @click.option("--dtype", default="float32", show_default=True, help="Of head and tail.")
 @threads_option
 @timeout_option(60.0)
-@verbose_option
+@log_options
 def serve(
     model_name: str | None,
     cut_text: str | None,
@@ -141,14 +141,14 @@ def serve(
     dtype: str,
     threads: int | None,
     timeout_s: float,
-    verbose: bool,
+    logs: Logs,
 ) -> None:
     """Serve OpenAI's API: chat, completions and images, with the pool's help.
 
     Texts stay on this device. Rows of numbers leave it, and who holds the model's weights can turn
     those back into the prompt.
     """
-    set_up_logging(verbose)
+    logs.set_up()
     api_keys = address.read_keys()
     template = read_template(chat_template) if chat_template else None
     if model_name is None and image_model is None:

@@ -47,26 +47,26 @@ insecure_option = click.option(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Watching:
-    """How a process that runs for long is watched."""
+def open_page(address: str | None) -> MetricsPage | None:
+    """What --metrics asks for, and says where that is. Raises SettingsError."""
+    if address is None:
+        return None
+    from common.metrics.page import MetricsPage
 
-    metrics: str | None
+    page = MetricsPage(address)
+    click.echo(f"metrics at http://{page.address}/metrics")
+    return page
+
+
+@dataclass(frozen=True, slots=True)
+class Logs:
+    """How much is logged, and how."""
+
     verbose: bool
     log_format: str
 
-    def set_up_logging(self) -> None:
+    def set_up(self) -> None:
         set_up_logging(self.verbose, self.log_format)
-
-    def open_page(self) -> MetricsPage | None:
-        """What --metrics asks for, and says where that is. Raises SettingsError."""
-        if self.metrics is None:
-            return None
-        from common.metrics.page import MetricsPage
-
-        page = MetricsPage(self.metrics)
-        click.echo(f"metrics at http://{page.address}/metrics")
-        return page
 
 
 def broker_option(address: str, peers: str) -> Decorator:
@@ -115,14 +115,14 @@ def group_options(name: str, group: type, *options: Decorator) -> Decorator:
     return decorate
 
 
-watching_options = group_options(
-    "watching",
-    Watching,
-    click.option(
-        "--metrics",
-        metavar="[HOST:]PORT",
-        help="Serve /metrics for Prometheus, /health and /ready there.",
-    ),
+log_options = group_options(
+    "logs",
+    Logs,
     click.option("--verbose", is_flag=True, help="Log more."),
     click.option("--log-format", type=click.Choice(FORMATS), default=FORMATS[0], show_default=True),
+)
+metrics_option = click.option(
+    "--metrics",
+    metavar="[HOST:]PORT",
+    help="Serve /metrics for Prometheus, /health and /ready there.",
 )

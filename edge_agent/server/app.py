@@ -19,6 +19,7 @@ from edge_agent.server.errors import SERVER, Fault, RequestFault, fault_of
 from edge_agent.server.gate import Drain, Gate
 from edge_agent.server.images import ImageService
 from edge_agent.server.metrics import Metrics
+from edge_agent.server.page import add_page
 from edge_agent.server.pool_view import PoolView, check_ready
 from edge_agent.server.schema import ChatRequest, CompletionRequest, ImageRequest
 from edge_agent.server.streaming import JsonResponse
@@ -62,6 +63,7 @@ def make_app(services: Services) -> FastAPI:
     add_text(app, services)
     add_images(app, services)
     add_watching(app, services)
+    add_page(app)
     app.exception_handler(RequestValidationError)(answer_invalid)
     app.exception_handler(HTTPException)(answer_http)
     app.exception_handler(MidspanError)(answer_error)
@@ -101,7 +103,7 @@ def add_images(app: FastAPI, services: Services) -> None:
             raise RequestFault(
                 Fault(404, "no image model is served here; start with --image-model", param="model")
             )
-        return JsonResponse(await services.images.generate(http, request))
+        return await services.images.generate(http, request)
 
     @app.get("/images/{name}.png", response_model=None)
     async def picture(name: str) -> Response:

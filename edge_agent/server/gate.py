@@ -18,10 +18,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edge_agent.server.errors import Fault, unavailable
 from edge_agent.server.metrics import Metrics
+from edge_agent.server.page import PATHS as PAGE_PATHS
 from edge_agent.server.streaming import JsonResponse
 
 MAX_BODY_BYTES = 16 << 20
-OPEN_PATHS = ("/health", "/docs", "/openapi.json")
+OPEN_PATHS = ("/health", "/docs", "/openapi.json", *PAGE_PATHS)
 OPEN_PREFIX = "/images/"  # their names are secrets
 
 

@@ -7,30 +7,34 @@ it, which is why nobody can guess it; the oldest go when there are too many.
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
+import logging
 import random
 import re
 import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from starlette.background import BackgroundTask
 from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
 
 from common.errors import MidspanError, SettingsError, TooManySessions
 from edge_agent.engine.client import BrokerClient
-from edge_agent.image.maker import ImageMaker, ImageSettings
-from edge_agent.server.errors import RequestFault, refuse
+from edge_agent.image.maker import ImageMaker, ImageSettings, Progress
+from edge_agent.server.errors import RequestFault, fault_of, refuse
+from edge_agent.server.image_events import Growth, Tell, as_base64, as_named_event, to_png
 from edge_agent.server.metrics import Metrics
 from edge_agent.server.schema import ImageRequest
-from edge_agent.server.streaming import cancelled_with
+from edge_agent.server.streaming import JsonResponse, as_event, cancelled_with
 from edge_agent.server.text_service import no_such_model
+
+log = logging.getLogger("midspan.serve")
 
 MAX_WAITING = 16
 MAX_KEPT = 64  # pictures that can be fetched
@@ -48,7 +52,9 @@ class Job:
     """The pictures of one request."""
 
     wanted: list[ImageSettings]
+    request: ImageRequest
     gone: threading.Event = field(default_factory=threading.Event)
+    tell: Tell = lambda event: None  # what happens, from the thread that makes the pictures
 
     def cancel(self) -> None:
         self.gone.set()
@@ -87,33 +93,71 @@ class ImageService:
     def jobs(self) -> int:
         return len(self._jobs)
 
-    async def generate(self, http: Request, request: ImageRequest) -> dict[str, Any]:
-        """OpenAI's response. Raises RequestFault, TooManySessions and what ImageMaker raises."""
+    async def generate(self, http: Request, request: ImageRequest) -> Response:
+        """OpenAI's response, or its events where they are asked for.
+
+        Raises RequestFault, TooManySessions and what ImageMaker raises.
+        """
         if request.model is not None and request.model != self.name:
             raise RequestFault(no_such_model(request.model, self.name))
-        job = Job(list_wanted(request))
+        job = Job(list_wanted(request), request)
         if len(self._jobs) >= self._most_jobs:
             raise TooManySessions(f"{len(self._jobs)} requests for pictures wait; try again later")
         self._jobs.append(job)
+        if request.stream:
+            return StreamingResponse(
+                self._stream(job),
+                media_type="text/event-stream",
+                headers={"Cache-Control": "no-cache"},
+                background=BackgroundTask(self._end, job),
+            )
         try:
             async with cancelled_with(http, [job]):
-                making = self._thread.submit(self._make, job)
-                files = await asyncio.wrap_future(making)
+                files = await asyncio.wrap_future(self._thread.submit(self._make, job))
         finally:
-            job.cancel()
-            self._jobs.remove(job)
-        self._metrics.images.inc(len(files))
+            self._end(job)
+        return JsonResponse({"created": int(time.time()), "data": self._list(http, job, files)})
+
+    def _list(self, http: Request, job: Job, files: Sequence[bytes]) -> list[dict[str, Any]]:
+        """The pictures of a response, each with its seed."""
         base = f"{http.base_url}images/"
-        data = [
+        return [
             (
-                {"b64_json": base64.b64encode(file).decode()}
-                if request.response_format == "b64_json"
+                {"b64_json": as_base64(file)}
+                if job.request.response_format == "b64_json"
                 else {"url": f"{base}{self._keep(file)}.png"}
             )
             | {"seed": settings.seed}
             for settings, file in zip(job.wanted, files, strict=True)
         ]
-        return {"created": int(time.time()), "data": data}
+
+    async def _stream(self, job: Job) -> AsyncIterator[bytes]:
+        """Events while the pictures grow; an error is one of them, and the last."""
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+
+        def tell(event: dict[str, Any] | None) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        job.tell = tell
+        making = self._thread.submit(self._make, job)
+        making.add_done_callback(lambda _: tell(None))
+        try:
+            while (event := await events.get()) is not None:
+                yield as_named_event(event)
+            await asyncio.wrap_future(making)
+        except Exception as error:
+            if not isinstance(error, MidspanError):
+                log.exception("a stream of pictures failed")
+            yield as_event(fault_of(error).body)
+        finally:
+            self._end(job)
+
+    def _end(self, job: Job) -> None:
+        """A request is over, however it ended."""
+        job.cancel()
+        if job in self._jobs:
+            self._jobs.remove(job)
 
     def find(self, name: str) -> bytes | None:
         """A finished picture's PNG, while it is kept."""
@@ -137,15 +181,23 @@ class ImageService:
 
     def _make(self, job: Job) -> list[bytes]:
         files = []
-        for settings in job.wanted:
+        for index, settings in enumerate(job.wanted):
             job.check()
             maker = self._find_maker(settings.cut)
-            (picture,) = maker.make(settings, lambda _: job.check())
-            file = io.BytesIO()
-            picture.save(file, "PNG")
-            files.append(file.getvalue())
+            request = job.request
+            previews = (request.partial_images or 0) if request.stream else 0
+            growth = Growth(maker, settings, index, previews, bool(request.midspan), job.tell)
+
+            def on_step(progress: Progress, growth: Growth = growth) -> None:
+                job.check()
+                growth.on_step(progress)
+
+            (picture,) = maker.make(settings, on_step, growth.on_travel)
+            files.append(to_png(picture))
+            growth.on_done(files[-1])
             for way, count in (("up", maker.stats.bytes_up), ("down", maker.stats.bytes_down)):
                 self._metrics.bytes.labels(way).inc(count)
+        self._metrics.images.inc(len(files))
         return files
 
     def _find_maker(self, cut: str) -> ImageMaker:

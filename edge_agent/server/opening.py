@@ -89,10 +89,11 @@ def open_services(
             functools.partial(_count_answers, engine, index),
         )
     metrics.watch("midspan_kept_conversations", "Between turns or in one.", text.kept.__len__)
-    return Services(
-        text, images, PoolView(pool.connect), metrics,
-        describe_model(ends, session, calibration), api_keys,
-    )  # fmt: skip
+    description = describe_model(ends, session, calibration) | {
+        "image_model": images.name if images is not None else None,
+        "has_chat_template": template is not None or tokenizer.has_chat_template,
+    }
+    return Services(text, images, PoolView(pool.connect), metrics, description, api_keys)
 
 
 def _count_answers(engine: Engine, index: int) -> int:

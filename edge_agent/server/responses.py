@@ -201,6 +201,7 @@ class Cost:
             "bytes_up": token.bytes_up - self.bytes_up,
             "bytes_down": token.bytes_down - self.bytes_down,
             "ms": round((token.at_s - self.at_s) * 1e3, 3),
+            "stages_ms": {name: round(s * 1e3, 3) for name, s in token.stage_s.items()},
         }
         self.bytes_up, self.bytes_down, self.at_s = token.bytes_up, token.bytes_down, token.at_s
         return cost

@@ -228,3 +228,6 @@ class ImageRequest(Body):
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     negative_prompt: Text | None = None
     cut: Literal["unet", "inner"] | None = None
+    stream: bool | None = None
+    partial_images: int | None = Field(default=None, ge=0, le=16, description="While streaming.")
+    midspan: bool | None = Field(default=None, description="Say of each step what it cost.")

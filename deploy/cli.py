@@ -18,6 +18,7 @@ COMMANDS = {
     "ask": ("edge_agent.commands.ask:ask", "Answer a prompt with the pool's help."),
     "broker": ("broker.cli:broker", "Run the broker."),
     "calibrate": ("evaluation.calibrate:calibrate", "Measure what calibrated codecs need to know."),
+    "chat": ("edge_agent.commands.chat:chat", "Talk with a model."),
     "chaos": ("chaos.command:chaos", "Break a pool on purpose and compare every token."),
     "demo": ("deploy.demo:demo", "See it all work in a minute."),
     "eval": ("evaluation.command:evaluate", "Measure quality against bytes."),

@@ -1,0 +1,202 @@
+"""`midspan chat`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from common.console.options import cut_option, model_option, threads_option
+from common.console.processes import freeze_loaded_objects, set_up_torch
+from common.errors import MidspanError, SettingsError
+from common.security.keys import read_public
+from common.weights.demo_model import find_model
+from edge_agent.commands.ask import format_stats
+from edge_agent.commands.codec_options import CodecChoice, codec_options
+from edge_agent.commands.connection_options import Connection, connection_options
+from edge_agent.commands.run_options import encrypt_option, timeout_option
+from edge_agent.commands.sampling_options import Sampling, sampling_options
+
+if TYPE_CHECKING:
+    from edge_agent.text.chat import Chat
+
+HISTORY = Path("~/.midspan/chat_history")  # of what was typed, for the arrow keys
+HELP = """\
+/reset           forget what was said
+/system [TEXT]   the system prompt; without TEXT shows it, with - takes it away
+/stats           what the last answer cost
+/model           which model this is, and where it is cut
+/save FILE       write the chat as JSON
+/help            this
+/quit            end, as Ctrl-D does
+Ctrl-C stops an answer."""
+
+
+@click.command()
+@model_option
+@cut_option
+@connection_options
+@encrypt_option
+@codec_options
+@click.option("-n", "--max-new-tokens", default=400, show_default=True)
+@sampling_options
+@click.option("--system", default="", help="The system prompt.")
+@click.option(
+    "--chat-template",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="A Jinja file, for a tokenizer that has none.",
+)
+@click.option("--dtype", default="float32", show_default=True, help="Of head and tail.")
+@threads_option
+@timeout_option(60.0)
+def chat(
+    model_name: str | None,
+    cut_text: str | None,
+    connection: Connection,
+    pool_key: str | None,
+    codecs: CodecChoice,
+    max_new_tokens: int,
+    sampling: Sampling,
+    system: str,
+    chat_template: Path | None,
+    dtype: str,
+    threads: int | None,
+    timeout_s: float,
+) -> None:
+    """Talk with a model; /help shows the commands. Lines may also come from a pipe.
+
+    Text is not sent. Rows of numbers are, and who holds the model's weights can turn those back
+    into what was said.
+    """
+    pool_public = read_public(pool_key) if pool_key else None
+    directory = find_model(model_name)
+    template = read_template(chat_template) if chat_template else None
+    client = connection.connect(timeout_s)
+    client.status()  # a broker that is not there is better known before the model is loaded
+    client.close()
+    set_up_torch(threads or os.cpu_count())
+    from edge_agent.engine.engine import Engine
+    from edge_agent.text.chat import Chat
+    from edge_agent.text.ends import load_ends
+    from edge_agent.text.tokenizer import TextTokenizer
+
+    ends = load_ends(directory, cut_text, dtype)
+    settings = codecs.read_settings(step_deadline_s=timeout_s)
+    with Engine(
+        ends,
+        connection.endpoints(),
+        settings,
+        keys=connection.keys(),
+        timeout_s=timeout_s,
+        calibration=codecs.find_calibration(ends),
+        pool_key=pool_public,
+    ) as engine:
+        talk = Chat(
+            engine, TextTokenizer(directory), sampling.read_settings(), max_new_tokens, system,
+            template,
+        )  # fmt: skip
+        freeze_loaded_objects()
+        about = f"{ends.name}, layers {ends.cut.middle} in the pool, {codecs.codec} on the wire"
+        Terminal(talk, about).run()
+        talk.close()
+
+
+def read_template(path: Path) -> str:
+    """Raises SettingsError if it is no text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--chat-template {path} cannot be read: {error}") from error
+
+
+class Terminal:
+    """Reads lines, answers them or does what their command says."""
+
+    def __init__(self, talk: Chat, about: str) -> None:
+        self._talk = talk
+        self._about = about
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/reset": self._reset,
+            "/system": self._set_system,
+            "/stats": lambda _: self._show_stats(),
+            "/model": lambda _: click.echo(self._about),
+            "/save": self._save,
+            "/help": lambda _: click.echo(HELP),
+        }
+
+    def run(self) -> None:
+        """Until the input ends."""
+        if sys.stdin.isatty():
+            click.echo(f"{self._about}\n/help shows the commands, Ctrl-D ends")
+        for line in read_lines():
+            text = line.strip()
+            command, _, rest = text.partition(" ")
+            if command in ("/quit", "/exit"):
+                return
+            try:
+                if command in self._commands:
+                    self._commands[command](rest.strip())
+                elif text.startswith("/"):
+                    click.echo(f"there is no {command}; /help shows what there is", err=True)
+                elif text:
+                    self._answer(text)
+            except (MidspanError, OSError) as error:
+                click.echo(f"error: {error}", err=True)
+
+    def _answer(self, text: str) -> None:
+        answer = self._talk.ask(text)
+        try:
+            for piece in answer:
+                click.echo(piece, nl=False)
+            click.echo()
+        except KeyboardInterrupt:
+            answer.close()
+            click.echo(" [stopped]")
+
+    def _reset(self, _: str) -> None:
+        self._talk.reset()
+        click.echo("forgotten")
+
+    def _set_system(self, text: str) -> None:
+        if text:
+            self._talk.system = "" if text == "-" else text
+        click.echo(f"system prompt: {self._talk.system or 'none'}")
+
+    def _show_stats(self) -> None:
+        if self._talk.stats is None:
+            click.echo("nothing was answered yet")
+        else:
+            click.echo(format_stats(self._talk.stats.to_json()))
+
+    def _save(self, name: str) -> None:
+        if not name:
+            raise SettingsError("/save wants the name of a file")
+        path = Path(name).expanduser()
+        path.write_text(json.dumps({"messages": self._talk.messages}, indent=1) + "\n")
+        click.echo(f"saved to {path}")
+
+
+def read_lines() -> Iterator[str]:
+    """What is typed, with a history; or what comes through a pipe. Ctrl-C drops a line."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import FileHistory
+
+    path = HISTORY.expanduser()
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.touch(mode=0o600)
+    session: PromptSession[str] = PromptSession(history=FileHistory(str(path)))
+    while True:
+        try:
+            yield session.prompt("> ")
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            return

@@ -27,7 +27,7 @@ from common.console.options import (
     threads_option,
 )
 from common.console.processes import freeze_loaded_objects, set_up_torch
-from common.errors import SettingsError
+from common.errors import ProcessFailed, SettingsError
 from common.security.keys import is_public, read_public
 from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
 from edge_agent.commands.codec_options import CodecChoice, codec_options
@@ -159,10 +159,11 @@ def serve(
     connection.connect(timeout_s).close()  # complains of options now, if ever
     if with_pool:
         check_own_pool()
-    from edge_agent.server.running import DrainingServer, listen
+    from edge_agent.server.running import DrainingServer, bind
 
-    listener = listen(address.host, address.port)
-    set_up_torch(threads or max(1, (os.cpu_count() or 1) // (1 + workers * with_pool)))
+    listener = bind(address.host, address.port)
+    share = max(1, (os.cpu_count() or 1) // (1 + workers * with_pool))
+    set_up_torch(threads or share)
     from edge_agent.server.app import make_app
     from edge_agent.server.opening import Bounds, PoolAccess, open_services
     from edge_agent.text.ends import load_ends
@@ -182,6 +183,7 @@ def serve(
                 span=f"{ends.cut.begin}-{ends.cut.end}",
                 image_model=image_model,
                 dtype=dtype,
+                threads=share,
                 calibration=codecs.calibration,
             )
             pool = stack.enter_context(healed_pool(settings))
@@ -195,10 +197,12 @@ def serve(
         stack.callback(services.close)
         freeze_loaded_objects()
         host, port = listener.getsockname()[:2]
-        click.echo(
-            f"serving {ends.name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-        )
-        DrainingServer(make_app(services), services.drain).run([listener])
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+        DrainingServer(
+            make_app(services),
+            services.drain,
+            lambda: click.echo(f"serving {ends.name} at {url}"),
+        ).run([listener])
     click.echo("stopped")
 
 
@@ -233,9 +237,13 @@ def healed_pool(settings: PoolSettings) -> Iterator[LocalPool]:
 
 
 def _heal(pool: LocalPool, is_over: threading.Event) -> None:
-    while not is_over.wait(HEAL_S):
-        for line in pool.heal():
-            click.echo(line)
+    try:
+        while not is_over.wait(HEAL_S):
+            for line in pool.heal():
+                click.echo(line)
+    except ProcessFailed as error:
+        click.echo(f"Error: {error}", err=True)
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def read_key_file(path: Path) -> list[str]:

@@ -33,11 +33,12 @@ from deploy import child
 from deploy.child import midspan_command
 
 ROOT = Path(__file__).resolve().parent.parent
-FORKED = {"ask", "calibrate", "chaos", "demo", "eval", "image", "status", "up", "worker"}
+FORKED = {"ask", "calibrate", "chaos", "demo", "eval", "image", "serve", "status", "up", "worker"}
 PRELOADED = (
     "torch", "diffusers", "constriction", "cryptography.hazmat.primitives.ciphers.aead",
     "cloud_worker.loop.worker", "cloud_worker.image.service", "cloud_worker.text.service",
     "edge_agent.image.maker", "edge_agent.text.generation", "edge_agent.text.perplexity",
+    "edge_agent.server.app", "edge_agent.server.running", "edge_agent.server.opening",
     "transformers.models.llama.modeling_llama", "transformers.models.clip.modeling_clip",
 )  # fmt: skip
 HIGH_FD = 500  # above every number that a command asks for

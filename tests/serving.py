@@ -14,12 +14,13 @@ import openai
 from deploy.pool import LocalPool
 from edge_agent.server.app import Services, make_app
 from edge_agent.server.opening import PoolAccess, open_services
-from edge_agent.server.running import DrainingServer, listen
+from edge_agent.server.running import DrainingServer, bind
 from edge_agent.text.ends import ModelEnds
 from edge_agent.text.text_session import uniform_settings
 
 MODEL = "stories-llama"
 EXACT = uniform_settings("fp32")
+ENDLESS: dict[str, Any] = {"max_tokens": 500, "logit_bias": {"1": -100}}  # no end of text
 
 
 class Endpoint:
@@ -61,10 +62,12 @@ def open_endpoint(pool: LocalPool | str, ends: ModelEnds, **options: Any) -> Ite
     broker = pool if isinstance(pool, str) else pool.edge_endpoint
     timeout_s = options.pop("timeout_s", 60.0)
     services = open_services(ends, PoolAccess([broker], timeout_s=timeout_s), EXACT, **options)
-    listener = listen("127.0.0.1", 0)
-    server = DrainingServer(make_app(services), services.drain)
+    listener = bind("127.0.0.1", 0)
+    ready = threading.Event()
+    server = DrainingServer(make_app(services), services.drain, ready.set)
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
+    assert ready.wait(10)
     endpoint = Endpoint(services, listener.getsockname()[1])
     try:
         yield endpoint

@@ -41,6 +41,7 @@ def test_nothing_uses_pickle_or_eval(path: Path) -> None:
         "import broker.server, broker.cli",
         "import midspan, midspan.__main__; midspan.MidspanError, midspan.__version__, dir(midspan)",
         "import deploy.cli, deploy.status, edge_agent.engine.client, cloud_worker.cli",
+        "import deploy.serve, edge_agent.server.running",
         "import edge_agent.commands.ask, edge_agent.commands.image, common.protocol.wire",
         "from deploy.cli import midspan; midspan(['--help'], standalone_mode=False)",
         "from deploy.cli import midspan; midspan(['ask', '--help'], standalone_mode=False)",

@@ -18,11 +18,11 @@ from common.errors import MidspanError
 from edge_agent.server.errors import SERVER, Fault, RequestFault, fault_of
 from edge_agent.server.gate import Drain, Gate
 from edge_agent.server.images import ImageService
+from edge_agent.server.json_bodies import JsonResponse
 from edge_agent.server.metrics import Metrics
 from edge_agent.server.page import add_page
 from edge_agent.server.pool_view import PoolView, check_ready
 from edge_agent.server.schema import ChatRequest, CompletionRequest, ImageRequest
-from edge_agent.server.streaming import JsonResponse
 from edge_agent.server.text_service import TextService, no_such_model
 
 log = logging.getLogger("midspan.serve")

@@ -17,9 +17,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edge_agent.server.errors import Fault, unavailable
+from edge_agent.server.json_bodies import JsonResponse
 from edge_agent.server.metrics import Metrics
 from edge_agent.server.page import PATHS as PAGE_PATHS
-from edge_agent.server.streaming import JsonResponse
 
 MAX_BODY_BYTES = 16 << 20
 OPEN_PATHS = ("/health", "/docs", "/openapi.json", *PAGE_PATHS)

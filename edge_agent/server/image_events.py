@@ -13,7 +13,7 @@ from PIL import Image
 from edge_agent.image.maker import ImageMaker, ImageSettings, Progress
 from edge_agent.image.noise_pictures import draw_channels
 from edge_agent.image.remote_unet import Travelled
-from edge_agent.server.streaming import as_event
+from edge_agent.server.json_bodies import as_event
 
 Tell = Callable[[dict[str, Any]], None]
 

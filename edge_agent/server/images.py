@@ -29,9 +29,10 @@ from edge_agent.engine.client import BrokerClient
 from edge_agent.image.maker import ImageMaker, ImageSettings, Progress
 from edge_agent.server.errors import RequestFault, fault_of, refuse
 from edge_agent.server.image_events import Growth, Tell, as_base64, as_named_event, to_png
+from edge_agent.server.json_bodies import JsonResponse, as_event
 from edge_agent.server.metrics import Metrics
 from edge_agent.server.schema import ImageRequest
-from edge_agent.server.streaming import JsonResponse, as_event, cancelled_with
+from edge_agent.server.streaming import cancelled_with
 from edge_agent.server.text_service import no_such_model
 
 log = logging.getLogger("midspan.serve")

@@ -6,7 +6,8 @@ alternate gets consecutive messages of one role as one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 
 from common.errors import SettingsError
 from edge_agent.server.errors import refuse
@@ -15,6 +16,7 @@ from edge_agent.text.ends import ModelEnds
 from edge_agent.text.text_session import count_new_tokens
 from edge_agent.text.tokenizer import TextTokenizer
 
+LONG_TEXT = 20_000  # characters, about 10 ms
 ALL_THAT_FIT = 1 << 20  # new tokens, where neither request nor context says how many
 
 
@@ -28,11 +30,13 @@ class PromptReader:
         self._tokenizer = tokenizer
         self._template = template
 
-    def read(self, prompt: Prompt) -> list[int]:
+    async def read(self, prompt: Prompt) -> list[int]:
         """Token ids; those that are given are taken as they are."""
-        return self._tokenizer.tokenize(prompt) if isinstance(prompt, str) else prompt
+        if not isinstance(prompt, str):
+            return prompt
+        return await _tokenize(len(prompt), lambda: self._tokenizer.tokenize(prompt))
 
-    def read_chat(self, messages: Sequence[Message]) -> list[int]:
+    async def read_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a chat. Raises RequestFault."""
         if self._template is None and not self._tokenizer.has_chat_template:
             raise refuse(
@@ -42,8 +46,9 @@ class PromptReader:
                 "no_chat_template",
             )
         said = [_as_template_has_it(message) for message in messages]
+        length = sum(len(message["content"]) for message in said)
         try:
-            return self._render(said)
+            return await _tokenize(length, lambda: self._render(said))
         except SettingsError as error:
             raise refuse(str(error), "messages") from error
 
@@ -76,6 +81,11 @@ class PromptReader:
                 f"{self._ends.vocabulary - 1}",
                 "logit_bias",
             )
+
+
+async def _tokenize(length: int, work: Callable[[], list[int]]) -> list[int]:
+    """What takes long keeps nobody else waiting: tokenizers are busy without Python's lock."""
+    return work() if length < LONG_TEXT else await asyncio.to_thread(work)
 
 
 def _as_template_has_it(message: Message) -> dict[str, str]:

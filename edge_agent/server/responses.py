@@ -17,9 +17,10 @@ from common.errors import MidspanError
 from edge_agent.engine.engine import Token
 from edge_agent.server.answers import Answer, ShownToken
 from edge_agent.server.errors import fault_of
+from edge_agent.server.json_bodies import as_event
 from edge_agent.server.logprobs import ChatLogprobs, CompletionLogprobs
 from edge_agent.server.schema import Sampled
-from edge_agent.server.streaming import DONE, Event, as_event
+from edge_agent.server.streaming import DONE, Event
 from edge_agent.text.tokenizer import TextTokenizer
 
 log = logging.getLogger("midspan.serve")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -18,7 +19,9 @@ KEEP_ALIVE_S = 5
 class DrainingServer(uvicorn.Server):
     """Still listens while it finishes, so that whoever comes hears why; a second signal ends it."""
 
-    def __init__(self, app: FastAPI, drain: Drain) -> None:
+    def __init__(
+        self, app: FastAPI, drain: Drain, on_ready: Callable[[], None] = lambda: None
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app, http="h11", ws="none", lifespan="off", log_config=None, access_log=False,
@@ -26,18 +29,23 @@ class DrainingServer(uvicorn.Server):
             )
         )  # fmt: skip
         self.drain = drain
+        self._on_ready = on_ready
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.force_exit = self.should_exit = self.drain.is_asked
         self.drain.is_asked = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
 
     async def on_tick(self, counter: int) -> bool:
         is_drained = self.drain.is_asked and not self.drain.running
         return await super().on_tick(counter) or is_drained
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; port 0 is any. Raises SettingsError, which names who has the port."""
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at an address; port 0 is any. Raises SettingsError, which names who has the port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
-import msgspec
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from edge_agent.server.answers import Answer, Piece
@@ -21,18 +20,6 @@ DONE = b"data: [DONE]\n\n"
 class Cancellable(Protocol):
     def cancel(self) -> None:
         """Nobody wants it any more."""
-
-
-class JsonResponse(Response):
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        return msgspec.json.encode(content)
-
-
-def as_event(content: Any) -> bytes:
-    """A server-sent event."""
-    return b"data: " + msgspec.json.encode(content) + b"\n\n"
 
 
 async def merge(answers: Sequence[Answer]) -> AsyncIterator[Event]:

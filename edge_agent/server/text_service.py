@@ -11,6 +11,7 @@ from common.errors import TooManySessions
 from edge_agent.engine.engine import Engine
 from edge_agent.server.answers import Answer, Wish
 from edge_agent.server.errors import Fault, RequestFault, refuse
+from edge_agent.server.json_bodies import JsonResponse
 from edge_agent.server.kept import KeptConversations
 from edge_agent.server.metrics import Metrics
 from edge_agent.server.prompts import ALL_THAT_FIT, PromptReader
@@ -22,7 +23,7 @@ from edge_agent.server.schema import (
     CompletionRequest,
     Sampled,
 )
-from edge_agent.server.streaming import Event, EventStream, JsonResponse, cancelled_with, merge
+from edge_agent.server.streaming import Event, EventStream, cancelled_with, merge
 from edge_agent.text.ends import ModelEnds
 from edge_agent.text.tokenizer import TextTokenizer
 
@@ -55,7 +56,7 @@ class TextService:
     async def chat(self, http: Request, request: ChatRequest) -> Response:
         """Raises RequestFault and what the engine raises."""
         self._check_model(request.model)
-        prompt_ids = self._prompts.read_chat(request.messages)
+        prompt_ids = await self._prompts.read_chat(request.messages)
         limit = request.max_completion_tokens or request.max_tokens or ALL_THAT_FIT
         wishes = [
             Wish(
@@ -76,7 +77,7 @@ class TextService:
     async def complete(self, http: Request, request: CompletionRequest) -> Response:
         """Raises RequestFault and what the engine raises."""
         self._check_model(request.model)
-        prompts = [self._prompts.read(prompt) for prompt in request.prompt]
+        prompts = [await self._prompts.read(prompt) for prompt in request.prompt]
         limit = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
         n, echo = request.choices, bool(request.echo)
         wishes = [

@@ -117,7 +117,7 @@ class TextStream:
     def __init__(self, tokenizer: TextTokenizer, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._ids = list(prompt_ids[-4:])
-        self._shown = tokenizer.decode(self._ids)
+        self._shown = tokenizer.decode(self._ids).rstrip(REPLACEMENT)  # a character may be begun
 
     def add(self, token_id: int) -> str:
         """The text that this token completes, possibly none."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -13,6 +15,7 @@ from pools import PROMPTS, reference_tokens
 from serving import MODEL, Endpoint, open_endpoint
 
 from deploy.pool import LocalPool, PoolSettings
+from edge_agent.server.schema import ChatRequest
 from edge_agent.text.ends import ModelEnds
 from edge_agent.text.tokenizer import TextTokenizer
 
@@ -131,6 +134,17 @@ def test_content_may_be_parts_and_messages_may_follow_those_of_one_role(
             CHAT, messages=messages, temperature=0, max_tokens=COUNT, user="me", store=None, new=[]
         )
         assert response.json()["choices"][0]["message"]["content"] == wanted, messages
+
+
+def test_fields_that_are_null_are_as_if_they_were_not_there(
+    endpoint: Endpoint, wanted: str
+) -> None:
+    optional = set(ChatRequest.model_fields) - {"messages", "temperature", "max_tokens"}
+    response = endpoint.post(
+        CHAT, messages=[{"role": "user", "content": PROMPT, "name": None}], temperature=0,
+        max_tokens=COUNT, **dict.fromkeys(optional),
+    )  # fmt: skip
+    assert response.json()["choices"][0]["message"]["content"] == wanted
 
 
 def test_both_names_of_the_limit_count_and_the_newer_one_holds(endpoint: Endpoint) -> None:
@@ -322,6 +336,15 @@ def test_models_are_listed_and_found(endpoint: Endpoint) -> None:
     assert endpoint.openai.models.retrieve(MODEL).owned_by == "midspan"
     with pytest.raises(openai.NotFoundError):
         endpoint.openai.models.retrieve("gpt-9")
+
+
+def test_the_readmes_client_works_as_it_stands(
+    endpoint: Endpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (code,) = re.findall(r"^```python\n(import openai.*?)^```", readme, flags=re.S | re.M)
+    exec(code.replace("http://127.0.0.1:8080", endpoint.url), {})
+    assert capsys.readouterr().out.startswith(" ")
 
 
 TEMPLATE = (

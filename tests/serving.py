@@ -65,7 +65,7 @@ def open_endpoint(pool: LocalPool | str, ends: ModelEnds, **options: Any) -> Ite
     listener = bind("127.0.0.1", 0)
     ready = threading.Event()
     server = DrainingServer(make_app(services), services.drain, ready.set)
-    thread = threading.Thread(target=server.run, args=([listener],))
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     assert ready.wait(10)
     endpoint = Endpoint(services, listener.getsockname()[1])

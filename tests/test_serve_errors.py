@@ -150,6 +150,7 @@ def test_paths_and_methods_that_are_not_there_are_refused_in_the_same_shape(
     endpoint: Endpoint,
 ) -> None:
     assert endpoint.http.get("/v1/nothing").json()["error"]["message"] == "Not Found"
+    assert endpoint.post("/v1/embeddings", input="a").status_code == 404
     assert endpoint.http.get(TEXT).status_code == 405
     status, _, words = endpoint.refusal(IMAGES, prompt="a hill")
     assert status == 404

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastapi import FastAPI
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
@@ -30,5 +31,11 @@ class Page(StaticFiles):
 
 
 def add_page(app: FastAPI) -> None:
-    """After all else: it takes every path that is left."""
-    app.mount("/", Page())
+    """Its own paths only, so that what nobody serves is still not found."""
+    page = Page()
+
+    async def show(http: Request) -> Response:
+        return await page.get_response(http.url.path.removeprefix("/") or ".", http.scope)
+
+    for path in PATHS:
+        app.add_route(path, show, include_in_schema=False)

@@ -309,12 +309,11 @@ def test_a_second_turn_sends_only_its_new_tokens(endpoint: Endpoint) -> None:
     assert third["bytes_up"] < first["prompt"] * 512 + COUNT * row  # the first turn is kept
 
 
-def test_two_answers_are_never_made_in_one_conversation(endpoint: Endpoint, wanted: str) -> None:
-    streams = [
-        endpoint.chat(PROMPT, temperature=0, max_tokens=COUNT, stream=True) for _ in range(4)
-    ]
-    parts = [list(stream) for stream in streams]
-    assert [text_of(chunks) for chunks in parts] == [wanted] * 4
+def test_two_answers_are_never_made_in_one_conversation(endpoint: Endpoint) -> None:
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": COUNT}
+    streams = [endpoint.chat(PROMPTS[7], stream=True, **options) for _ in range(4)]
+    texts = [text_of(list(stream)) for stream in streams]
+    assert texts == [endpoint.chat(PROMPTS[7], **options).choices[0].message.content] * 4
 
 
 def test_each_token_says_who_computed_it_and_what_it_cost(endpoint: Endpoint) -> None:

@@ -1,18 +1,25 @@
-"""`midspan status`: what the broker knows, as a table; with --check, what the pool can do."""
+"""`midspan status`: what the broker knows; with --check, what the pool can do."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from common.console.tables import format_table
 from common.errors import MidspanError
-from deploy.checks import check_services, find_failure, find_store_faults, find_stores_down
+from deploy.checks import check_services, find_failure
+from deploy.status_report import format_report
 from edge_agent.commands.connection_options import Connection, connection_options
+
+if TYPE_CHECKING:
+    from edge_agent.engine.client import BrokerClient
+
+WATCH_S = 1.0
 
 
 @click.command()
@@ -29,15 +36,21 @@ from edge_agent.commands.connection_options import Connection, connection_option
     help="Of the image model to check.  [default: the demo model, if that is served]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the whole report as JSON.")
+@click.option("--watch", "is_watched", is_flag=True, help="Show it again every second.")
 def status(
     connection: Connection,
     with_check: bool,
     image_model: Path | None,
     as_json: bool,
+    is_watched: bool,
 ) -> None:
     """Show workers, sessions and queues."""
     client = connection.connect(timeout_s=10.0)
+    broker = ", ".join(connection.brokers)
     try:
+        if is_watched:
+            watch(client, broker)
+            return
         report = client.status()
         checks = check_services(client, report, image_model) if with_check else []
         report = client.status() if with_check else report  # a store's silence shows in use
@@ -45,59 +58,17 @@ def status(
         client.close()
     if with_check:
         report["checks"] = [asdict(check) for check in checks]
-    click.echo(json.dumps(report) if as_json else format_report(report))
+    click.echo(json.dumps(report) if as_json else format_report(report, broker))
     failure = find_failure(report, checks) if with_check else ""
     if failure:
         raise MidspanError(f"the check failed: {failure}")
 
 
-def format_report(report: dict[str, Any]) -> str:
-    """The tables that `midspan status` prints."""
-    headers = ("worker", "state", "serving", "in flight", "warm sessions", "steps", "store")
-    down = find_stores_down(report)
-    rows = [
-        (
-            worker["worker_id"],
-            worker["state"],
-            ", ".join(f"{s['name']} {s['part']}" for s in worker["services"]),
-            worker["in_flight"],
-            worker["warm_sessions"],
-            worker["steps_done"],
-            "down" if worker["worker_id"] in down else "up",
-        )
-        for worker in report["workers"]
-    ]
-    queued = sum(queue["queued"] for queue in report["queues"])
-    summary = (
-        f"{len(rows)} workers, {report['sessions']} sessions, {queued} steps queued, "
-        f"{report['steps_in_flight']} in flight, up {report['uptime_s']} s"
-    )
-    counters = ", ".join(f"{name} {count}" for name, count in report["counters"].items())
-    table = format_table(headers, rows) if rows else "no workers"
-    faults = find_store_faults(report)
-    if faults:
-        table += "\n\n" + "\n".join(faults)
-    refused = sum(report["refused_connections"].values())
-    counters += (
-        f", refused_connections {refused}, ended_connections {report['ended_connections']}"
-        f", bad_messages {report['bad_messages']}"
-    )
-    return f"{table}\n\n{summary}\n{counters}{_format_checks(report.get('checks', []))}"
-
-
-def _format_checks(checks: list[dict[str, Any]]) -> str:
-    if not checks:
-        return ""
-    headers = ("checked", "by worker", "first ms", "later ms", "stored", "result")
-    rows = [
-        (
-            check["service"],
-            check["worker_id"],
-            check["first_ms"],
-            check["later_ms"],
-            {True: "yes", False: "no", None: "not known"}[check["stored"]],
-            check["failure"] or check["skipped"] or "works",
-        )
-        for check in checks
-    ]
-    return f"\n\n{format_table(headers, rows)}"
+def watch(client: BrokerClient, broker: str) -> None:
+    """Show the report again and again, until Ctrl-C."""
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            text = format_report(client.status(), broker)
+            click.clear()
+            click.echo(text)
+            time.sleep(WATCH_S)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,7 +90,9 @@ def test_ask_prints_one_object_with_json(pool: LocalPool, demo_directory: Path) 
 def test_status_shows_the_worker_as_a_table_and_as_json(pool: LocalPool) -> None:
     table = run_midspan("status", "--broker", pool.edge_endpoint).stdout
     assert "w1" in table
-    assert "stories-llama 2-6" in table
+    assert re.search(r"stories-llama +2-6 +float32 +\w{16} +1 +0$", table, re.MULTILINE)
+    assert f"broker {pool.edge_endpoint}, up " in table
+    assert max(map(len, table.splitlines())) <= 80
     report = json.loads(run_midspan("status", "--broker", pool.edge_endpoint, "--json").stdout)
     assert [worker["worker_id"] for worker in report["workers"]] == ["w1"]
 

@@ -116,9 +116,19 @@ def reference(
         height=settings.height,
         width=settings.width,
         num_images_per_prompt=settings.count,
-        generator=torch.Generator().manual_seed(settings.seed),
+        generator=[torch.Generator().manual_seed(seed) for seed in settings.seeds],
     ).images
     return images
+
+
+def test_picture_k_of_several_is_the_one_that_its_seed_gives_alone(makers: Makers) -> None:
+    settings = dataclasses.replace(EXACT, seed=2**64 - 2, count=3)
+    assert settings.seeds == [2**64 - 2, 2**64 - 1, 0]
+    together = makers.make(settings)
+    for picture, seed in zip(together, settings.seeds, strict=True):
+        (alone,) = makers.make(dataclasses.replace(settings, seed=seed, count=1))
+        assert difference([picture], [alone]) <= 2  # a batch moves last bits
+    assert difference(together[:1], together[1:2]) > 20
 
 
 def difference(first: list[Image.Image], second: list[Image.Image]) -> int:
@@ -427,15 +437,33 @@ def test_the_command_writes_pictures_previews_and_noise(pool: LocalPool, tmp_pat
     result = json.loads(done.stdout)
     assert result["files"] == [str(tmp_path / "out-1.png"), str(tmp_path / "out-2.png")]
     assert result["stats"]["calls"] == 4
+    assert result["seeds"][1] == result["seeds"][0] + 1
     for name in ("out-1", "out-2", "out-step02-1", "out-step04-2"):
         assert Image.open(tmp_path / f"{name}.png").size == (64, 64)
     assert len(list((tmp_path / "noise").glob("*.png"))) == 8
 
 
+def test_a_png_says_how_it_was_made_and_its_prompt_only_if_that_is_wanted(
+    pool: LocalPool, tmp_path: Path
+) -> None:
+    common = ["image", PROMPT, "--steps", "2", "--threads", "1", "--broker", pool.edge_endpoint]
+    plain, told = tmp_path / "plain.png", tmp_path / "told.png"
+    done = run_midspan(*common, "-o", str(plain))
+    said = json.loads(Image.open(plain).text["midspan"])  # type: ignore[attr-defined]
+    assert done.stderr == f"seed {said['seed']}\n"
+    assert (said["steps"], said["cut"], said["codec_up"]) == (2, "unet", "int8")
+    assert "prompt" not in said
+    assert PROMPT.encode() not in plain.read_bytes()
+    run_midspan(*common, "-o", str(told), "--seed", str(said["seed"]), "--prompt-in-png")
+    again = Image.open(told)
+    assert json.loads(again.text["midspan"])["prompt"] == PROMPT  # type: ignore[attr-defined]
+    assert difference([Image.open(plain)], [again]) == 0
+
+
 def test_stats_in_a_file_are_the_table_and_nothing_else(pool: LocalPool, tmp_path: Path) -> None:
     done = run_midspan(
         "image", PROMPT, "-o", str(tmp_path / "out.png"), "--steps", "2", "--threads", "1",
-        "--stats", "--broker", pool.edge_endpoint,
+        "--stats", "--seed", "1", "--broker", pool.edge_endpoint,
     )  # fmt: skip
     assert done.stdout == f"{tmp_path / 'out.png'}\n"
     assert done.stderr.startswith("what it cost")

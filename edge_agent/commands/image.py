@@ -58,12 +58,17 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path, file_okay=False),
     help="Save pictures of what travelled.",
 )
+@click.option(
+    "--prompt-in-png",
+    is_flag=True,
+    help="Write the prompt into the file, too, beside how the picture was made.",
+)
 @encrypt_option
 @dtype_option
 @device_option
 @threads_option
 @timeout_option(120.0)
-@report_options("files and stats")
+@report_options("files, seeds, stats")
 def image(
     prompt: str,
     output: Path,
@@ -72,6 +77,7 @@ def image(
     picture: Picture,
     preview_every: int | None,
     noise_directory: Path | None,
+    prompt_in_png: bool,
     pool_key: str | None,
     dtype: str,
     device: str,
@@ -87,6 +93,7 @@ def image(
     noise of every step, which is the picture; with inner they see features of it.
     """
     from common.weights.demo_model import find_model
+    from edge_agent.image.files import describe_picture, save_pictures
     from edge_agent.image.maker import ImageMaker
 
     prompt = read_prompt(prompt)
@@ -108,11 +115,18 @@ def image(
         images = make_with_progress(maker, settings, output, preview_every, noise_directory)
     finally:
         client.close()
-    files = save_images(images, output)
+    model = find_model(model_name).resolve().name
+    descriptions = [
+        describe_picture(settings, model, index, prompt_in_png) for index in range(settings.count)
+    ]
+    files = save_pictures(images, output, descriptions)
     stats = maker.stats.to_json()
     if as_json:
-        click.echo(json.dumps({"files": [str(file) for file in files], "stats": stats}))
+        names = [str(file) for file in files]
+        click.echo(json.dumps({"files": names, "seeds": settings.seeds, "stats": stats}))
         return
+    if picture.seed is None:
+        click.echo(f"seed {settings.seed}", err=True)
     for file in files:
         click.echo(str(file))
     if with_stats:
@@ -149,6 +163,7 @@ def make_with_progress(
     noise_directory: Path | None,
 ) -> list[Image]:
     """Make images with a progress bar on stderr, previews beside the output, and noise pictures."""
+    from edge_agent.image.files import save_pictures
     from edge_agent.image.noise_pictures import NoisePictures
 
     noise = NoisePictures(noise_directory) if noise_directory else None
@@ -160,26 +175,11 @@ def make_with_progress(
             bar.update(1)
             if preview_every and progress.step % preview_every == 0:
                 previews = maker.decode(progress.latents)
-                save_images(previews, output.with_stem(f"{output.stem}-step{progress.step:02}"))
+                save_pictures(previews, output.with_stem(f"{output.stem}-step{progress.step:02}"))
 
         if noise is None:
             return maker.make(settings, on_step)
         return maker.make(settings, on_step, noise.add)
-
-
-def save_images(images: list[Image], output: Path) -> list[Path]:
-    """Write images; several get numbers. Raises SettingsError if that cannot be done."""
-    from common.errors import SettingsError
-
-    files = [output]
-    if len(images) > 1:
-        files = [output.with_stem(f"{output.stem}-{index}") for index in range(1, len(images) + 1)]
-    try:
-        for picture, file in zip(images, files, strict=True):
-            picture.save(file)
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"{output} cannot be written: {error}") from error
-    return files
 
 
 def format_image_stats(stats: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -26,7 +27,7 @@ class Picture:
     negative: str
     steps: int
     guidance: float
-    seed: int
+    seed: int | None
     size: str | None
     count: int
     scheduler: str
@@ -41,8 +42,9 @@ class Picture:
 
         check_text("--negative", self.negative)
         width, height = parse_size(self.size)
+        seed = random.getrandbits(32) if self.seed is None else self.seed
         settings = ImageSettings(
-            prompt, self.negative, self.steps, self.guidance, self.seed, height, width,
+            prompt, self.negative, self.steps, self.guidance, seed, height, width,
             self.count, self.scheduler, self.cut, self.sync, self.codec, self.codec, self.reuse,
         )  # fmt: skip
         settings.check()
@@ -64,7 +66,11 @@ picture_options = group_options(
     click.option("--negative", default="", help="What the picture shall not show."),
     click.option("--steps", default=20, show_default=True),
     click.option("--guidance", default=2.5, show_default=True, help="Scale; 1 is none."),
-    click.option("--seed", default=0, type=SEED, show_default=True),
+    click.option(
+        "--seed",
+        type=SEED,
+        help="Picture k of --count is that of SEED + k alone.  [default: any, which is printed]",
+    ),
     click.option("--size", help="As WIDTHxHEIGHT or one number.  [default: the model's own]"),
     click.option("--count", default=1, show_default=True, help="Images made at once."),
     click.option(

@@ -48,6 +48,12 @@ class ImageSettings:
     codec_down: str = "int8"
     reuse: int = 1  # ask the pool every so many steps; only with cut inner
 
+    @property
+    def seeds(self) -> list[int]:
+        """Of each image: it is the one that its seed gives alone."""
+        each = [self.seed + index for index in range(self.count)]
+        return [seed - 2**64 if seed >= 2**64 else seed for seed in each]
+
     def check(self) -> None:
         """Raises SettingsError, which names what is wrong."""
         if not self.prompt.strip():
@@ -217,7 +223,7 @@ class ImageMaker:
                 height=settings.height,
                 width=settings.width,
                 num_images_per_prompt=settings.count,
-                generator=torch.Generator().manual_seed(settings.seed),
+                generator=[torch.Generator().manual_seed(seed) for seed in settings.seeds],
                 callback_on_step_end=after_step,
             )
         finally:

@@ -11,6 +11,7 @@ import openai
 import pytest
 from serving import ENDLESS, MODEL, Endpoint, open_endpoint, wait_until
 
+from common.weights.demo_model import DEMO_IMAGE_MODEL, find_model
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.server.gate import MAX_BODY_BYTES
 from edge_agent.server.opening import Bounds
@@ -241,6 +242,14 @@ def test_no_worker_is_a_503_with_the_reason(pool: LocalPool, demo_directory: Pat
         ready = elsewhere.http.get("/ready")
         assert (ready.status_code, ready.json()["error"]["code"]) == (503, "not_ready")
         assert elsewhere.http.get("/health").status_code == 200
+
+
+def test_no_worker_for_pictures_is_a_503(pool: LocalPool, demo_ends: ModelEnds) -> None:
+    with open_endpoint(pool, demo_ends, image_model=find_model(DEMO_IMAGE_MODEL)) as endpoint:
+        wait_until(lambda: endpoint.post(IMAGES, prompt="a", steps=1).status_code == 503)
+        with pytest.raises(openai.InternalServerError) as away:
+            endpoint.openai.images.generate(prompt="a", extra_body={"steps": 1})
+        assert away.value.code == "no_worker"
 
 
 def test_no_broker_is_a_503_with_the_reason(demo_ends: ModelEnds) -> None:

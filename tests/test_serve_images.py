@@ -11,7 +11,6 @@ from typing import Any
 
 import httpx2 as httpx
 import numpy as np
-import openai
 import pytest
 from PIL import Image
 from serving import Endpoint, open_endpoint, wait_until
@@ -159,16 +158,3 @@ def test_texts_are_answered_while_a_picture_is_made(endpoint: Endpoint) -> None:
 
     assert asyncio.run(both()) == 200
     wait_until(lambda: service.jobs == 0)
-
-
-def test_no_worker_for_pictures_is_a_503(endpoint: Endpoint, pool: LocalPool) -> None:
-    with (
-        LocalPool(PoolSettings(workers=1)) as texts_only,
-        open_endpoint(
-            texts_only, endpoint.services.text.ends, image_model=find_model(DEMO_IMAGE_MODEL)
-        ) as other,
-    ):
-        wait_until(lambda: other.post(IMAGES, prompt="a", steps=1).status_code == 503)
-        with pytest.raises(openai.InternalServerError) as away:
-            other.openai.images.generate(prompt="a", extra_body={"steps": 1})
-        assert away.value.code == "no_worker"

@@ -79,6 +79,7 @@ def test_sixteen_streams_at_once_are_the_unsplit_models_and_none_is_mixed(
     assert texts == wanted[:16]
 
 
+@pytest.mark.long
 def test_sixty_four_streams_go_on_when_a_worker_dies(
     pool: LocalPool, endpoint: Endpoint, wanted: list[str]
 ) -> None:

@@ -88,6 +88,10 @@ def demo(prompt: str, seed: int, max_new_tokens: int, image_file: Path) -> None:
         pool.start_worker()
         pool.wait_for_workers(2)
         make_picture(pool, image_file)
+    click.echo(
+        "\nTo see it as it happens, run `midspan serve --with-pool` (after `make demo` it is in "
+        ".venv/bin) and open http://127.0.0.1:8080"
+    )
 
 
 def make_picture(pool: LocalPool, file: Path) -> None:

@@ -20,13 +20,16 @@ class Admission:
     """The broker's keys, and a thread that checks those of its peers.
 
     A key's file is looked for whenever someone connects, so that `midspan keys authorize` holds at
-    once. A key that is removed keeps the connections it has. Raises SettingsError without keys.
+    once; so does `midspan keys revoke`, for the broker asks what has `changed`.
+
+    Raises SettingsError without keys.
     """
 
     def __init__(self, context: Context, directory: Path) -> None:
         self.refused: Counter[str] = Counter()
         self._directory = directory
         self._complaints = LogLimit(log)
+        self._changed_at: list[int] = []
         self._pair = read_pair(directory / f"{BROKER}.key_secret")
         self._authenticator = ThreadAuthenticator(context)
         self._authenticator.start()
@@ -52,8 +55,23 @@ class Admission:
         )  # fmt: skip
         return False
 
+    def changed(self) -> dict[str, frozenset[bytes]] | None:
+        """The keys that are admitted in each role, if that may have changed since the last call."""
+        times = [_changed_at(authorized_directory(self._directory, role)) for role in ROLES]
+        if times == self._changed_at:
+            return None
+        self._changed_at = times
+        return {role: frozenset(list_authorized(self._directory, role)) for role in ROLES}
+
     def stop(self) -> None:
         self._authenticator.stop()
+
+
+def _changed_at(directory: Path) -> int:
+    try:
+        return directory.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 class _Provider:

@@ -26,7 +26,7 @@ import os
 import socket
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,6 +152,8 @@ class Connections:
     _trimmed_at: float = 0.0
     _memory: int = 0
     _quiet_memory: int = 0
+    _admitted: Mapping[str, Collection[bytes]] = field(default_factory=dict)
+    _unsure: set[int] = field(default_factory=set)  # met since the keys were last looked at
     _complaints: LogLimit = field(default_factory=lambda: LogLimit(log))
 
     def knows(self, fd: int) -> bool:
@@ -181,7 +183,27 @@ class Connections:
         connection = self._by_fd.get(peer.connection)
         if connection is not None:
             connection.address, connection.account = peer.address, peer.account
+            self._unsure.add(connection.fd)
         return connection
+
+    def check_keys(self, changed: Mapping[str, Collection[bytes]] | None) -> None:
+        """Called on ticks: who has a key that is not admitted any more loses its connections.
+
+        `changed` are the keys that are admitted in each role, if those may be others than before.
+        """
+        if changed is not None:
+            self._admitted = changed
+            self._unsure.update(self._by_fd)
+        why = "has a key that is not admitted any more"
+        met = [self._by_fd[fd] for fd in self._unsure if fd in self._by_fd]
+        self._unsure.clear()
+        self._end(
+            {
+                each.fd: why
+                for each in met
+                if each.account and each.account not in self._admitted[each.role]
+            }
+        )
 
     def may_send(self, connection: Connection, frames: Sequence[bytes]) -> bool:
         """Whether a peer takes this message, which is then counted. One with too much is ended.

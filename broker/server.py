@@ -176,6 +176,8 @@ class BrokerServer:
         memory_bytes = read_memory_bytes()
         self.state.is_full = memory_bytes > self._max_memory_bytes
         self._connections.check_all(now, memory_bytes, self._count_kept)
+        if self._admission is not None:
+            self._connections.check_keys(self._admission.changed())
         self._perform(self.state.on_tick(now))
         if self._metrics is not None and self._metrics.is_due():
             ports = {"edges": self._edges, "workers": self._workers}

@@ -15,6 +15,7 @@ from common.security.keys import (
     create_key,
     list_authorized,
     read_public,
+    revoke,
 )
 
 directory_option = click.option(
@@ -70,8 +71,21 @@ def authorize_command(public_key: str, role: str, name: str | None, directory: P
         if file is None:
             raise SettingsError("a key given as text needs a --name")
         name = file.stem
-    path = authorize(directory, public, role, name)
-    click.echo(f"{role} {name} is admitted from now on; remove {path} to take that back")
+    authorize(directory, public, role, name)
+    click.echo(
+        f"{role} {name} is admitted from now on; `midspan keys revoke {name} --as {role}` takes "
+        "that back"
+    )
+
+
+@keys.command("revoke")
+@click.argument("name")
+@click.option("--as", "role", type=click.Choice(ROLES), required=True)
+@directory_option
+def revoke_command(name: str, role: str, directory: Path) -> None:
+    """Admit the key that was authorized as NAME no longer; its connections end within a second."""
+    revoke(directory.expanduser(), role, name)
+    click.echo(f"{role} {name} is not admitted any more")
 
 
 def find_key(path_or_text: str, directory: Path) -> Path | None:

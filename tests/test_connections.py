@@ -148,7 +148,7 @@ def test_an_edge_that_reads_no_answers_is_ended(broker: Broker) -> None:
             assert time.monotonic() < give_up_at
             client.status()
         assert client.status()["ended_connections"] == 1
-    assert broker.grown_mb < 260  # four answers, the fifth, and copies of it; without a limit 360
+    assert broker.grown_mb < 310  # four answers, the fifth, and copies of it; without a limit 360
 
 
 def wait_for_worker(client: BrokerClient) -> None:

@@ -218,6 +218,33 @@ def test_an_edge_may_not_say_whose_session_it_ends(pool: LocalPool) -> None:
     pool.check()
 
 
+def test_a_key_that_is_revoked_loses_its_connections_and_one_that_is_new_does_not(
+    pool: LocalPool, demo_ends: ModelEnds, prompt_ids: list[int]
+) -> None:
+    where = ["--dir", str(keys_of(pool)), "--as", "edge"]
+    leaving = BrokerClient([pool.edge_endpoint], 20, member(pool, "leaving"))
+    stream = Session(demo_ends, leaving, uniform_settings("fp32")).generate(
+        prompt_ids, 60, SamplingSettings()
+    )
+    assert len([next(stream) for _ in range(3)]) == 3
+    ended = status(pool)["ended_connections"]
+    assert "is not admitted any more" in run_midspan("keys", "revoke", "leaving", *where).stdout
+    give_up_at = time.monotonic() + 5
+    while status(pool)["ended_connections"] == ended:
+        assert time.monotonic() < give_up_at
+    for name in ("early", "bird"):  # each connects before the broker has looked at the keys again
+        client = BrokerClient([pool.edge_endpoint], 20, member(pool, name))
+        assert len(client.status()["workers"]) == 2
+        time.sleep(0.2)
+        assert len(client.status()["workers"]) == 2
+        client.close()
+    assert status(pool)["ended_connections"] == ended + 1
+    stream.close()
+    leaving.close()
+    line = run_midspan("keys", "revoke", "leaving", *where).stderr
+    assert "no edge is authorized as 'leaving'; those are: " in line
+
+
 def test_kv_at_rest_is_encrypted_and_any_worker_takes_over(
     pool: LocalPool, demo_ends: ModelEnds, prompt_ids: list[int]
 ) -> None:

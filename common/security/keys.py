@@ -167,6 +167,16 @@ def authorize(directory: Path, public: bytes, role: str, name: str) -> Path:
     return path
 
 
+def revoke(directory: Path, role: str, name: str) -> None:
+    """Admit a key no longer. Raises SettingsError if there is none of that name."""
+    path = authorized_directory(directory, role) / f"{name}.key"
+    try:
+        path.unlink()
+    except FileNotFoundError as error:
+        known = ", ".join(list_authorized(directory, role).values()) or "none"
+        raise SettingsError(f"no {role} is authorized as {name!r}; those are: {known}") from error
+
+
 def list_authorized(directory: Path, role: str) -> dict[bytes, str]:
     """The admitted public keys of a role and their names; files that hold none are passed over."""
     admitted = {}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from msgspec import structs
 
-from common.errors import NoWorker, SettingsError, StepRefused
+from common.errors import NoWorker, ProtocolError, SettingsError, StepRefused
 from common.protocol.messages import (
     AskAgain,
     Busy,
@@ -21,6 +22,7 @@ from common.protocol.messages import StepRefused as StepRefusedMessage
 from common.protocol.wire import decode_header, encode_header
 from common.settings import MAX_BODY_BYTES
 from edge_agent.engine.exchange import Ask, BrokerGone, Exchange, LinkRate
+from edge_agent.engine.session_asks import ALONE_PAUSE_S, SessionAsks
 
 STEP = Step(b"s" * 16, 0, 0, 3, 11, [Part(0, [1], 130)], 1, 0, 60_000)
 OPENING = Opening("f" * 16, ["2-6"], 128, ["int8"], "")
@@ -165,3 +167,34 @@ def test_the_rate_is_learnt_from_what_came_through() -> None:
     hear(exchange, REPLY, 2.0)
     assert rate.bytes_per_s == pytest.approx(50_000, rel=0.01)
     assert rate.travel_s(50_000) == pytest.approx(4.0, rel=0.01)
+
+
+def test_a_step_with_a_pause_is_sent_after_it() -> None:
+    ask = Ask(STEP, b"", OPENING, True, True, pause_s=1.0)
+    exchange = Exchange(ask, 10.0, LinkRate(), 100.0)
+    assert exchange.due(100.5) is None
+    assert exchange.due_at == 101.0
+    assert exchange.due(101.0) is not None
+
+
+def test_only_who_is_alone_gets_a_step_once_more_after_a_pause() -> None:
+    asks = SessionAsks(OPENING)
+    spoilt = ProtocolError("nonsense")
+
+    def ask() -> Ask:
+        return asks.make(
+            position=0, parts=STEP.parts, body=b"", reply_codec=0, deadline_s=1, reply_bytes=0
+        )
+
+    asks.on_unusable(REPLY, spoilt)
+    first = ask()
+    assert (first.pause_s, first.step.shun) == (0.0, "w1")
+    asks.on_unusable(REPLY, spoilt)
+    again = ask()
+    assert again.pause_s == ALONE_PAUSE_S
+    with pytest.raises(StepRefused, match="3 answers could not be used: nonsense"):
+        asks.on_unusable(structs.replace(REPLY, worker_id="w2"), spoilt)
+    asks.begin_work()
+    asks.on_unusable(structs.replace(REPLY, worker_id="w2"), spoilt)
+    asks.on_unusable(REPLY, spoilt)
+    assert ask().pause_s == 0.0

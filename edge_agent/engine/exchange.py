@@ -46,7 +46,8 @@ Answer = StepReply | Need
 class Ask:
     """A step to be computed. `reply_bytes` says about how much comes back.
 
-    The opening goes along unless the broker `is_known` to have it, and when it asks for it.
+    The opening goes along unless the broker `is_known` to have it, and when it asks for it. It is
+    not sent before `pause_s` have passed.
     """
 
     step: Step
@@ -55,6 +56,7 @@ class Ask:
     is_known: bool
     wait_for_worker: bool
     reply_bytes: int = 0
+    pause_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,7 @@ class Exchange:
         self._travel_s = rate.travel_s(wire_bytes(self._frames) + ask.reply_bytes)
         self._timeout_s = timeout_s
         self._give_up_at = now + timeout_s + self._travel_s
-        self._send_at = now
+        self._send_at = now + ask.pause_s
         self._since = now  # when something was last heard, or a broker came into use
         self._pause_s = ASK_AGAIN_S
         self._was_heard = False

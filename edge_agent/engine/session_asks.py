@@ -17,6 +17,7 @@ from common.protocol.messages import AnyOpening, Need, Part, Step, StepReply
 from common.settings import MAX_ATTEMPTS
 from edge_agent.engine.exchange import Ask
 
+ALONE_PAUSE_S = 1.0  # before a step goes once more to the only worker, which has spoilt it twice
 MAX_NEEDS = 16  # in one piece of work; every worker that dies on the way costs one or two
 
 
@@ -33,7 +34,9 @@ class SessionAsks:
 
     def begin_work(self) -> None:
         """What comes next is one piece of work: patience is new."""
-        self._unusable = self._needs = 0
+        self._needs = 0
+        self._pause_s = 0.0
+        self._unusable: Counter[str] = Counter()  # answers, by worker
         self._askers: Counter[str] = Counter()  # workers that lacked something
 
     def make(
@@ -67,6 +70,7 @@ class SessionAsks:
         return Ask(
             step, body, self.opening,
             is_known=self.is_known, wait_for_worker=self.is_known, reply_bytes=reply_bytes,
+            pause_s=self._pause_s,
         )  # fmt: skip
 
     def on_usable(self, answer: StepReply | Need) -> None:
@@ -78,11 +82,16 @@ class SessionAsks:
             self.opening = structs.replace(self.opening, precision=answer.precision)
 
     def on_unusable(self, answer: StepReply | Need, error: MidspanError) -> None:
-        """An answer made no sense: another worker shall try. Raises StepRefused after some."""
-        self._unusable += 1
+        """An answer made no sense: another worker shall try. Raises StepRefused after some.
+
+        If the same one has tried again there is no other now; who was there mostly comes back.
+        """
+        self._unusable[answer.worker_id] += 1
         self._shun = answer.worker_id
-        if self._unusable >= MAX_ATTEMPTS:
-            raise StepRefused(f"{self._unusable} answers could not be used: {error}") from error
+        self._pause_s = ALONE_PAUSE_S if self._unusable[answer.worker_id] > 1 else 0.0
+        count = self._unusable.total()
+        if count >= MAX_ATTEMPTS:
+            raise StepRefused(f"{count} answers could not be used: {error}") from error
 
     def on_need(self, need: Need, what: str, hint: str = "") -> None:
         """A worker lacks `what` of the session. Raises StepRefused after many of these."""

@@ -157,6 +157,7 @@ def test_no_worker_for_the_model_says_at_once_what_is_served(
 def test_no_worker_for_the_cut_says_at_once_what_is_served(pool: LocalPool) -> None:
     line = error_line("ask", "hi", "--cut", "1:7", "--broker", pool.edge_endpoint)
     assert "no worker serves 1-7" in line
+    assert re.search("To serve it: `midspan worker --model .*stories-llama --span 1-7`", line)
     assert "being served: stories-llama 2-6" in line
 
 

@@ -113,3 +113,11 @@ def test_a_nested_command_reads_its_own_table() -> None:
     assert keys is not None
     with pytest.raises(SettingsError, match="keys new has no option --nonsense"):
         make_defaults(keys, ("keys",), {"keys": {"new": {"nonsense": 1}}})
+
+
+def test_a_shell_completes_commands_and_options() -> None:
+    script = run("completion", "bash").output
+    assert "_MIDSPAN_COMPLETE=bash_complete" in script
+    words = {"COMP_WORDS": "midspan ask --max", "COMP_CWORD": "2"}
+    done = run(_MIDSPAN_COMPLETE="bash_complete", **words)
+    assert "--max-new-tokens" in done.output

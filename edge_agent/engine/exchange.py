@@ -47,7 +47,7 @@ class Ask:
     """A step to be computed. `reply_bytes` says about how much comes back.
 
     The opening goes along unless the broker `is_known` to have it, and when it asks for it. It is
-    not sent before `pause_s` have passed.
+    not sent before `pause_s` have passed. When nobody serves it, `hint` says what would.
     """
 
     step: Step
@@ -57,6 +57,7 @@ class Ask:
     wait_for_worker: bool
     reply_bytes: int = 0
     pause_s: float = 0.0
+    hint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +196,7 @@ class Exchange:
             if message.code != "no_worker":
                 raise StepRefused(message.reason)
             if not self._ask.wait_for_worker:
-                raise NoWorker(message.reason)
+                raise NoWorker(f"{message.reason}{self._ask.hint}")
             self._send_at += NO_WORKER_RETRY_S
         return None
 

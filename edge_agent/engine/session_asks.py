@@ -22,9 +22,13 @@ MAX_NEEDS = 16  # in one piece of work; every worker that dies on the way costs 
 
 
 class SessionAsks:
-    """The steps of one session. `is_known`: a broker has heard of it, and a worker has answered."""
+    """The steps of one session. `is_known`: a broker has heard of it, and a worker has answered.
 
-    def __init__(self, opening: AnyOpening) -> None:
+    `command` would start a worker for it.
+    """
+
+    def __init__(self, opening: AnyOpening, command: str = "") -> None:
+        self._hint = f". To serve it: `{command}`" if command else ""
         self.session_id = secrets.token_bytes(16)
         self.opening = opening
         self.is_known = False
@@ -70,7 +74,7 @@ class SessionAsks:
         return Ask(
             step, body, self.opening,
             is_known=self.is_known, wait_for_worker=self.is_known, reply_bytes=reply_bytes,
-            pause_s=self._pause_s,
+            pause_s=self._pause_s, hint=self._hint,
         )  # fmt: skip
 
     def on_usable(self, answer: StepReply | Need) -> None:

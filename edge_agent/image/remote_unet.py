@@ -100,7 +100,7 @@ class RemoteUNet(nn.Module):
         """Begin a session; the opening names `list_codecs`."""
         self.stats = ImageStats()
         self._opening = opening
-        self._asks = SessionAsks(opening)
+        self._asks = SessionAsks(opening, "midspan worker --image-model DIR, of the same weights")
         self._up, self._down = codec_up, codec_down
         self._reuse = reuse
         self._scheduler = scheduler

@@ -151,7 +151,8 @@ class TextSession:
             seal(draw_key(), pool_key) if pool_key is not None else b"",
             between=self._names.index(self._settings.between) if self._settings.route else 0,
         )  # fmt: skip
-        self._asks = SessionAsks(opening)
+        spans = " ".join(f"--span {span}" for span in opening.route)
+        self._asks = SessionAsks(opening, f"midspan worker --model {ends.directory} {spans}")
         self._caches = ends.new_caches()
         self._log = ReplayLog()
         self._token_ids: list[int] = []  # of the rows in the log

@@ -101,8 +101,9 @@ def test_the_middle_worker_is_killed_and_redis_flushed(
     pool: LocalPool, demo_ends: ModelEnds, prompt_ids: list[int], reference: list[int]
 ) -> None:
     def harm(session: Session) -> None:
+        pool.kill_worker(worker_of(pool, MIDDLE))  # first, or it would commit its rows again
         redis.Redis.from_url(pool.redis_url).flushall()
-        replace_middle(pool)
+        pool.start_worker(span=MIDDLE)
 
     tokens, session = write(pool, demo_ends, prompt_ids, harm)
     assert tokens == reference

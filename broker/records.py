@@ -61,7 +61,7 @@ class StepRecord:
         self.earlier_attempts = self.attempts
         self.earlier_queue_us = min(answer.queue_us, MOST_US)
         self.earlier_compute_us = min(answer.compute_us, MOST_US)
-        self.worker, self.moves, self.queued_at = None, 0, now
+        self.worker, self.moves, self.queued_at, self.wait_until = None, 0, now, 0.0
         self.failures.clear()
         self.late_on.clear()
 

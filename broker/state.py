@@ -361,7 +361,8 @@ class BrokerState:
             cancelled = self._count_answer(record, session, worker, now)
             self._book.drop_record(record)
             next_actions = [Answer(record.edge.address, answer.key), Forget(answer.key)]
-        return [*next_actions, *cancelled, *self._dispatcher.dispatch_to(worker, now)]
+        # cancelled first: who is late at one part may get the same step at the next
+        return [*cancelled, *next_actions, *self._dispatcher.dispatch_to(worker, now)]
 
     def _count_answer(
         self, record: StepRecord, session: SessionRecord, worker: Worker, now: float

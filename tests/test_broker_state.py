@@ -597,3 +597,37 @@ def test_a_codec_between_parts_that_was_not_opened_is_refused() -> None:
     (refuse,) = state.on_step(STEP, structs.replace(CHAIN, between=2), EDGE, 12, now=0.1)
     assert isinstance(refuse, Refuse)
     assert refuse.reason == "the route has a codec beyond the 2 that it opened"
+
+
+def test_a_worker_that_is_late_at_one_part_keeps_the_step_at_the_next() -> None:
+    state = make_state()
+    both = Announce("both", [Service(MODEL, "m", part, 8) for part in (FIRST, SECOND)], 4, 100)
+    arrive(state, both, now=0.0)
+    state.on_step(STEP, CHAIN, EDGE, 12, now=0.1)
+    serve(state, FIRST, "a1", now=0.1)
+    for tenths in range(2, 23, 2):
+        arrive(state, both, now=tenths / 10)
+        serve(state, FIRST, "a1", now=tenths / 10)
+    state.on_tick(now=2.2)
+    assert state.steps[STEP.key].worker_id == "a1"
+    assert state.on_answer(reply("a1", attempt=2), now=2.25, body_bytes=32) == [
+        Cancel("both", STEP.key, 1, ""),
+        PassOn(PASSED_ON),
+        Dispatched("both", STEP.key, 3, 0),
+    ]
+
+
+def test_a_part_does_not_wait_for_those_who_died_at_the_one_before() -> None:
+    state = make_chain("b1")
+    state.on_step(STEP, CHAIN, EDGE, 12, now=0.0)
+    for tenths in range(34):  # a1 is alive, and slow; the others who get the step fall silent
+        now = tenths / 10
+        serve(state, FIRST, "a1", *(["a2"] if now < 2.1 else []), now=now)
+        serve(state, FIRST, *(["a3"] if 2 < now < 2.8 else []), now=now)
+        serve(state, SECOND, "b1", now=now)
+        state.on_tick(now)
+    assert [name for name, _ in state.steps[STEP.key].failures] == ["a2", "a3"]
+    assert state.on_answer(reply("a1"), now=3.4, body_bytes=32) == [
+        PassOn(PASSED_ON),
+        Dispatched("b1", STEP.key, 4, 0),
+    ]

@@ -229,16 +229,26 @@ class BrokerState:
         if session.edge.key != edge.key:
             return [self._note_foreign(edge)]
         self._book.forget_session(session_id)
+        holders = self._holders_of(session)
         actions = self._abandon_older(session)
-        anybody = next(iter(self.workers.values()), None)
+        anybody = next(iter(self.workers), None)
         parts_of: dict[str, list[str]] = {}
-        for hop, part in enumerate(session.opening.route):
-            target = session.warm_worker(hop) or anybody
-            if target is not None:
-                parts_of.setdefault(target.name, []).append(part)
+        for part, names in zip(session.opening.route, holders, strict=True):
+            for name in names or ([anybody] if anybody is not None else []):
+                parts_of.setdefault(name, []).append(part)
         for name, parts in parts_of.items():
             actions.append(ForwardEnd(name, session_id, edge.key, parts))
         return actions
+
+    def _holders_of(self, session: SessionRecord) -> list[list[str]]:
+        """Workers that have something of a session, by hop: warm ones, and those with its step."""
+        warm = [session.warm_worker(hop) for hop in range(len(session.opening.route))]
+        names = [[worker.name] if worker is not None else [] for worker in warm]
+        record = self.steps.get(session.newest)
+        if record is not None:
+            at_it = [record.worker_id, *record.late_on]
+            names[record.hop] += [n for n in at_it if n in self.workers]
+        return [list(dict.fromkeys(each)) for each in names]
 
     def _note_foreign(self, edge: Peer) -> Note:
         self.counters["foreign_sessions"] += 1

@@ -592,6 +592,18 @@ def test_the_end_of_a_session_reaches_every_part() -> None:
     ]
 
 
+def test_the_end_of_a_session_reaches_who_computes_its_step_and_is_not_warm_yet() -> None:
+    state = make_chain()
+    state.on_step(STEP, CHAIN, EDGE, 12, now=0.1)
+    state.on_answer(reply("a1"), now=0.2, body_bytes=32)
+    assert state.on_end(STEP.session_id, EDGE) == [
+        Forget(STEP.key),
+        Cancel("b1", STEP.key, 2, ""),
+        ForwardEnd("a1", STEP.session_id, "", [FIRST]),
+        ForwardEnd("b1", STEP.session_id, "", [SECOND]),
+    ]
+
+
 def test_a_codec_between_parts_that_was_not_opened_is_refused() -> None:
     state = make_chain()
     (refuse,) = state.on_step(STEP, structs.replace(CHAIN, between=2), EDGE, 12, now=0.1)

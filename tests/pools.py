@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
+import redis
 import torch
 
 from cloud_worker.loop.batcher import make_session_key
@@ -32,6 +33,11 @@ GREEDY = SamplingSettings()
 def record_of(session: Session, owner: str = "", part: str = "2-6") -> str:
     """The key of what a session leaves in Redis, at a part of the demo model."""
     return record_key(make_session_key(session.session_id, owner, part))
+
+
+def count_records(store: redis.Redis) -> int:
+    """Of what sessions leave in Redis."""
+    return len([key for key in store.keys("midspan:*") if key.endswith(b"record")])  # type: ignore[union-attr]
 
 
 def reference_tokens(

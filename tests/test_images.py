@@ -7,6 +7,7 @@ import itertools
 import json
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from diffusers import (
 from forks import run_midspan
 from msgspec import structs
 from PIL import Image
-from pools import PROMPTS, generate
+from pools import PROMPTS, count_records, generate
 from test_unet import NARROW
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -244,6 +245,33 @@ def test_redis_is_flushed_and_the_worker_killed(pool: LocalPool, makers: Makers,
     assert difference(makers.make(settings, on_step=harm), undisturbed) == 0
     assert maker.stats.tensors_resent >= 1
     pool.wait_for_workers(2)
+
+
+def test_the_end_of_an_image_frees_the_store_when_only_a_text_worker_is_left(
+    directory: Path,
+) -> None:
+    with LocalPool(PoolSettings(workers=1, model=DEMO_TEXT_MODEL)) as pool:
+        pool.settings = PoolSettings(image_model=str(directory))
+        name = pool.start_worker()
+        pool.wait_for_workers(2)
+        store = redis.Redis.from_url(pool.redis_url)
+        client = pool.connect()
+        maker = ImageMaker(directory, client, "unet")
+
+        def harm(progress: Progress) -> None:
+            if progress.step == 4:
+                assert count_records(store) == 2  # conditioning and latents
+                pool.kill_worker(name)
+                while len(client.status()["workers"]) > 1:
+                    time.sleep(0.02)
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            maker.make(dataclasses.replace(EXACT, sync="cloud"), on_step=harm)
+        client.status()  # what was sent before has been read
+        client.close()
+        pool.drain_worker("w1")
+        assert count_records(store) == 0
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import redis
 import torch
-from pools import GREEDY, PROMPTS, reference_tokens
+from pools import GREEDY, PROMPTS, count_records, reference_tokens
 
 from common.errors import NoWorker, SettingsError
 from common.spans.cut import Span
@@ -123,10 +123,6 @@ def test_the_end_of_a_session_frees_what_every_span_left_in_the_store(
     for name in list(pool.workers):
         pool.drain_worker(name)
     assert count_records(store) == 0
-
-
-def count_records(store: redis.Redis) -> int:
-    return len([key for key in store.keys("midspan:*") if key.endswith(b"record")])  # type: ignore[union-attr]
 
 
 def test_a_lossy_codec_between_the_spans_is_the_edges_choice(

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from cloud_worker.image.stage import CONDITIONING, HISTORY, LATENTS
+from cloud_worker.image.stage import CONDITIONING, HISTORY
+from cloud_worker.state.blobs import LATENTS
 from common.codecs.lambda_split import PREFIX
 from common.codecs.spec import parse_codec
 from common.diffusion.schedulers import SCHEDULERS, describe_scheduler

@@ -19,7 +19,6 @@ from cloud_worker.image.executor import ImageExecutor, ImageInput
 from cloud_worker.image.self_test import compute_test_image
 from cloud_worker.image.stage import (
     CONDITIONING,
-    LATENTS,
     ImageStage,
     Latents,
     conditioning_fields,
@@ -29,6 +28,7 @@ from cloud_worker.loop.batcher import Batcher, Task
 from cloud_worker.loop.outbox import Outbox
 from cloud_worker.loop.stage_service import StageService
 from cloud_worker.loop.together import StepsCancelled
+from cloud_worker.state.blobs import CONDITIONING_ITEM, LATENTS, item_key, item_keys
 from cloud_worker.state.row_seals import RowSeal
 from cloud_worker.state.stage_cache import CacheBudget
 from cloud_worker.state.store import KvStore
@@ -47,7 +47,6 @@ from common.security.keys import KeyPair
 
 log = logging.getLogger("midspan.worker")
 
-CONDITIONING_ITEM = "conditioning"
 MAX_BATCH_STEPS = 64
 
 
@@ -149,8 +148,8 @@ class ImageService(StageService[ImageStage]):
         )  # fmt: skip
 
     def _forget_stored(self, session_key: bytes) -> None:
-        for item in (CONDITIONING_ITEM, LATENTS):
-            self._blobs.forget(item_key(session_key, item))
+        for key in item_keys(session_key):
+            self._blobs.forget(key)
 
     # --- computing
 
@@ -253,8 +252,3 @@ def image_opening(task: Task) -> ImageOpening:
     if not isinstance(task.opening, ImageOpening):
         raise ProtocolError(f"an image's step comes with {task.opening.kind!r}")
     return task.opening
-
-
-def item_key(session_key: bytes, item: str) -> bytes:
-    """Names an item of a stage in the store."""
-    return session_key + f"/{item}".encode()

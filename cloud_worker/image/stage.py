@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from cloud_worker.state.blobs import LATENTS
 from cloud_worker.state.stage import OVERHEAD_BYTES, Stage
 from common.diffusion.unet import Conditioning
 
 CONDITIONING = ("prompt_embeds", "text_embeds", "time_ids")
-LATENTS = "latents"
 HISTORY = "history"
 
 

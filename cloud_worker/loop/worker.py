@@ -28,6 +28,7 @@ from cloud_worker.loop.metrics import list_families
 from cloud_worker.loop.outbox import Outbox
 from cloud_worker.loop.stage_service import StageService
 from cloud_worker.loop.time_shares import TimeShares
+from cloud_worker.state.blobs import item_keys
 from cloud_worker.state.store import KvStore
 from common.console.log_limit import LogLimit
 from common.errors import ProtocolError, SettingsError, StoreUnavailable
@@ -393,8 +394,9 @@ class Worker:
         services = [s for (_, served), s in self._services.items() if served == part]
         for service in services:
             service.on_end(session_key)
-        if not services:
-            self._store.begin_delete(session_key)
+        if not services:  # nor do we know whether it was text or an image
+            for key in (session_key, *item_keys(session_key)):
+                self._store.begin_delete(key)
 
     def _on_not_joined(self, source: int, message: NotJoined) -> None:
         broker = self._settings.brokers[source]

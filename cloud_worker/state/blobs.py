@@ -28,6 +28,7 @@ from common.errors import StoreUnavailable
 
 LARGEST = 256 << 20
 CHECK_LIMIT_S = 2.0
+CONDITIONING_ITEM, LATENTS = "conditioning", "latents"
 
 
 @dataclass(slots=True)
@@ -139,3 +140,13 @@ class Blobs:
             then(unseal_blob(seal, event.rows, generation))
         except ForgedRows:
             then(b"")
+
+
+def item_key(session_key: bytes, item: str) -> bytes:
+    """Names an item of a stage in the store."""
+    return session_key + f"/{item}".encode()
+
+
+def item_keys(session_key: bytes) -> list[bytes]:
+    """Of all items that are blobs."""
+    return [item_key(session_key, item) for item in (CONDITIONING_ITEM, LATENTS)]

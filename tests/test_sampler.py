@@ -87,3 +87,17 @@ def test_nan_logits_are_refused() -> None:
 def test_values_out_of_range_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(SettingsError, match="expected"):
         SamplingSettings(**bad)  # type: ignore[arg-type]
+
+
+def test_whole_numbers_are_numbers() -> None:
+    penalties = SamplingSettings(presence_penalty=1, frequency_penalty=1)
+    assert Sampler(penalties).pick(LOGITS, [1]) == 2  # 3 - 1 - 1 is less than 2
+    assert Sampler(SamplingSettings(logit_bias={3: 5})).pick(LOGITS, [1]) == 3
+
+
+def test_settings_that_leave_no_token_are_named() -> None:
+    none = SamplingSettings(temperature=1.0, logit_bias=dict.fromkeys(range(len(LOGITS)), -100.0))
+    with pytest.raises(SettingsError, match="leave no token"):
+        Sampler(none).pick(LOGITS, [0])
+    with pytest.raises(SettingsError, match="leave no token"):
+        Sampler(SamplingSettings(temperature=1e-4)).pick(LOGITS * 1e36, [0])

@@ -110,7 +110,11 @@ class Sampler:
         if not torch.isfinite(logits).all():
             raise NonFiniteError("the model's logits hold NaN or infinity; is the dtype too small?")
         if self._processors:
-            logits = self._processors(torch.tensor([token_ids]), logits[None].clone())[0]
+            logits = self._processors(torch.tensor([token_ids]), logits[None].float().clone())[0]
+            if not torch.isfinite(logits.max()):
+                raise SettingsError(
+                    "temperature, bias and penalties leave no token with a probability"
+                )
         if self._greedy:
             return int(logits.argmax())
         probabilities = torch.softmax(logits, dim=-1)
@@ -122,7 +126,7 @@ class LogitBias(LogitsProcessor):  # type: ignore[misc]
 
     def __init__(self, bias: Mapping[int, float]) -> None:
         self._ids = torch.tensor(list(bias))
-        values = [-torch.inf if value <= BAN else value for value in bias.values()]
+        values = [-torch.inf if value <= BAN else float(value) for value in bias.values()]
         self._values = torch.tensor(values)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -145,4 +149,4 @@ class UsePenalty(LogitsProcessor):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """`scores` (1, vocabulary) after `input_ids` (1, T)."""
         ids, counts = torch.unique(input_ids[0, self._prompt_tokens :], return_counts=True)
-        return scores.index_add(1, ids, -(self._presence + self._frequency * counts)[None])
+        return scores.index_add(1, ids, -(self._presence + self._frequency * counts.float())[None])

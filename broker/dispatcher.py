@@ -37,7 +37,7 @@ class Dispatcher:
         self._steps = book.steps
         self._sessions = book.sessions
         self._counters = book.counters
-        self._max_attempts = max_attempts
+        self.max_attempts = max_attempts
         self.settling: dict[StepKey, StepRecord] = {}  # not to be handed out yet
 
     def route(self, record: StepRecord, now: float, has_waited: bool = False) -> list[Action]:
@@ -111,7 +111,7 @@ class Dispatcher:
 
     def try_elsewhere(self, record: StepRecord, now: float) -> list[Action]:
         """Route a step that a worker failed, or refuse it after too many."""
-        if record.tries >= self._max_attempts:
+        if record.tries >= self.max_attempts:
             reasons = dict.fromkeys(f"worker {w}: {why}" for w, why in record.failures)
             tried = f"failed {record.tries} times: {'; '.join(reasons)}"
             return self.refuse(record, "failed", tried)

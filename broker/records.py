@@ -14,6 +14,15 @@ SEND_AGAIN_S = 1.0
 MOST_US = 3600 * 10**6  # that a worker is believed to have taken
 
 
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """Whose rows of a step nobody at the next part could use."""
+
+    key: StepKey
+    hop: int
+    worker_id: str
+
+
 @dataclass(slots=True, eq=False)
 class StepRecord:
     """A step between its arrival and its answer, on its way along its session's route."""
@@ -51,6 +60,11 @@ class StepRecord:
     def worker_id(self) -> str | None:
         return self.worker.name if self.worker is not None else None
 
+    def blame(self, suspect: Suspect | None) -> None:
+        """Rather not who is suspected, at the part where it is."""
+        if suspect is not None and (suspect.key, suspect.hop) == (self.step.key, self.hop):
+            self.failures.append((suspect.worker_id, "the next part could not use its rows"))
+
     def failed_on(self, worker_id: str) -> bool:
         return any(failed == worker_id for failed, _ in self.failures)
 
@@ -78,6 +92,7 @@ class SessionRecord:
     opening_frame: bytes = b""  # as it came
     precision: str = ""  # of the workers that have answered
     workers: dict[int, Worker] = field(default_factory=dict)  # by hop: who answered last there
+    suspect: Suspect | None = None  # because of whom a step was asked for anew
 
     def warm_worker(self, hop: int) -> Worker | None:
         """Who has its KV of a part in memory, if it is still here."""

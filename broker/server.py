@@ -279,7 +279,11 @@ class BrokerServer:
             if forged is not None:
                 self._perform([forged])
                 return
-        if isinstance(message, StepReply | Need):
+        if isinstance(message, StepReply) and len(frames) != 2:
+            why = f"answered with {len(frames) - 1} bodies; expected 1"
+            failed = StepFailed(*message.key, message.attempt, message.worker_id, why)
+            self._perform(self.state.on_failed(failed, now))
+        elif isinstance(message, StepReply | Need):
             self._answer = frames
             self._perform(self.state.on_answer(message, now, sum(map(len, frames[1:]))))
             self._answer = []

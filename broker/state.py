@@ -56,7 +56,7 @@ from broker.pools import (
     describe_service,
     service_key,
 )
-from broker.records import SessionRecord, StepRecord
+from broker.records import SessionRecord, StepRecord, Suspect
 from common.protocol.messages import (
     Alive,
     Announce,
@@ -171,6 +171,7 @@ class BrokerState:
             session.precision = precision
         deadline_at = now + min(step.deadline_ms / 1000, MAX_DEADLINE_S)
         record = StepRecord(step, pool, edge, account, body_bytes, now, now, deadline_at)
+        record.blame(session.suspect)
         self.steps[key] = record
         self._ledger.add_step(account, body_bytes)
         return actions + self._dispatcher.route(record, now)
@@ -404,6 +405,7 @@ class BrokerState:
         self._ledger.drop_step(record.account, record.body_bytes)
         self._ledger.add_step(record.account, body_bytes)
         record.pass_on(structs.replace(record.step, parts=rows), answer, body_bytes, now)
+        record.blame(session.suspect)
         record.pool = self._book.pool_of(self._book.choose_anew(record).key)
         return [PassOn(record.step), *self._dispatcher.route(record, now, has_waited=True)]
 
@@ -431,8 +433,26 @@ class BrokerState:
         if record.late_on.pop(worker.name, None) is None:
             record.failures.append((worker.name, reason))
             self._dispatcher.take_back(record, now)
-            actions = self._dispatcher.try_elsewhere(record, now)
+            actions = self._begin_anew(record) or self._dispatcher.try_elsewhere(record, now)
         return actions + self._dispatcher.dispatch_to(worker, now)
+
+    def _begin_anew(self, record: StepRecord) -> list[Action]:
+        """All attempts at a part have failed: perhaps what the part before gave is no good.
+
+        Once for a step, and if another worker serves that part, the edge is asked for it again.
+        """
+        session, hop = self.sessions[record.step.session_id], record.hop - 1
+        before = session.warm_worker(hop)
+        is_asked = session.suspect is not None and session.suspect.key == record.step.key
+        if before is None or is_asked or record.tries < self._dispatcher.max_attempts:
+            return []
+        if len(self._book.pools_on(session.opening, session.precision)[hop].workers) < 2:
+            return []
+        session.suspect = Suspect(record.step.key, hop, before.name)
+        del session.workers[hop]
+        note = f"nobody could use what worker {before.name} has computed; asking for the step again"
+        asked = AskStep(record.edge.address, record.step.key)
+        return [Note(note, is_warning=True), *self._dispatcher.remove(record), asked]
 
     def on_drain(self, worker_id: str, peer: Peer, now: float) -> list[Action]:
         """A worker wants to leave: it gets nothing new."""

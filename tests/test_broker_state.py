@@ -8,6 +8,7 @@ from broker.actions import (
     Action,
     Answer,
     AskOpening,
+    AskStep,
     Cancel,
     Dispatched,
     Forget,
@@ -518,14 +519,35 @@ def test_what_one_part_answers_goes_to_the_next_and_only_the_last_answer_to_the_
 
 
 def test_each_part_has_its_own_attempts() -> None:
-    state = make_chain()
+    state = make_state()
+    serve(state, FIRST, "a1")
+    serve(state, SECOND, "b1", "b2")
     state.on_step(STEP, CHAIN, EDGE, 12, now=0.01)
     state.on_failed(failed("a1"), now=0.02)
-    state.on_answer(reply("a2", attempt=2), now=0.03, body_bytes=32)
+    state.on_answer(reply("a1", attempt=2), now=0.03, body_bytes=32)
     assert state.on_failed(failed("b1", attempt=3), now=0.04) == [Dispatched("b2", STEP.key, 4, 0)]
     state.on_failed(failed("b2", attempt=4), now=0.05)
     (refuse,) = [a for a in state.on_failed(failed("b1", attempt=5), now=0.06) if type(a) is Refuse]
     assert "worker b1: boom; worker b2: boom" in refuse.reason
+
+
+def test_a_step_whose_rows_no_next_part_can_use_begins_anew_without_who_gave_them() -> None:
+    state = make_chain("b1")
+    state.on_step(STEP, CHAIN, EDGE, 12, now=0.01)
+    state.on_answer(reply("a1"), now=0.02, body_bytes=5)
+    for attempt in (2, 3):
+        again = state.on_failed(failed("b1", attempt=attempt), now=0.03)
+        assert again == [Dispatched("b1", STEP.key, attempt + 1, 0)]
+    actions = state.on_failed(failed("b1", attempt=4), now=0.04)
+    assert without_notes(actions) == [Forget(STEP.key), AskStep(EDGE.address, STEP.key)]
+    account = state.sessions[STEP.session_id].account
+    assert (account.steps, account.body_bytes) == (0, 0)
+    assert state.on_step(STEP, None, EDGE, 12, now=0.05) == [Dispatched("a2", STEP.key, 1, 0)]
+    state.on_answer(reply("a2"), now=0.06, body_bytes=5)
+    for attempt in (2, 3, 4):
+        actions = state.on_failed(failed("b1", attempt=attempt), now=0.07)
+    (refuse,) = [action for action in actions if isinstance(action, Refuse)]
+    assert refuse.reason == "failed 3 times: worker b1: boom"
 
 
 def test_an_answer_of_a_part_that_the_step_has_passed_is_late() -> None:

@@ -367,13 +367,13 @@ class BrokerState:
                 why = f"answers {answer.rows} rows of {record.step.rows}; the next part needs all"
                 return self._fail(record, worker, why, now)
             cancelled = self._count_answer(record, session, worker, now)
-            next_actions = self._pass_on(record, session, answer, body_bytes, now)
+            # cancelled first: who is late at one part may get the same step at the next
+            actions = [*cancelled, *self._pass_on(record, session, answer, body_bytes, now)]
         else:
             cancelled = self._count_answer(record, session, worker, now)
             self._book.drop_record(record)
-            next_actions = [Answer(record.edge.address, answer.key), Forget(answer.key)]
-        # cancelled first: who is late at one part may get the same step at the next
-        return [*cancelled, *next_actions, *self._dispatcher.dispatch_to(worker, now)]
+            actions = [Answer(record.edge.address, answer.key), Forget(answer.key), *cancelled]
+        return [*actions, *self._dispatcher.dispatch_to(worker, now)]
 
     def _count_answer(
         self, record: StepRecord, session: SessionRecord, worker: Worker, now: float

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import socket
+import struct
 import time
 import urllib.error
 import urllib.request
@@ -15,6 +18,7 @@ from pools import PROMPTS, generate
 from prometheus_client.parser import text_string_to_metric_families
 
 from common.errors import SettingsError
+from common.metrics import page as page_module
 from common.metrics.families import gauge, histograms
 from common.metrics.histogram import Histogram
 from common.metrics.page import STUCK_S, MetricsPage, parse_address
@@ -151,3 +155,37 @@ def test_the_dashboard_asks_for_numbers_that_there_are(pool: LocalPool) -> None:
     }
     assert len(asked) > 15
     assert asked <= known
+
+
+def test_clients_that_never_finish_hold_no_more_than_their_places(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(page_module, "MAX_CLIENTS", 2)
+    page = MetricsPage("0")
+    host, port = page.address.rsplit(":", 1)
+    stuck = [socket.create_connection((host, int(port))) for _ in range(2)]
+    for client in stuck:
+        client.sendall(b"GET /hea")
+    with pytest.raises((ConnectionError, urllib.error.URLError)):
+        get(page.address, "health")
+    for client in stuck:  # a reset, while the answer is being written
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+    give_up_at = time.monotonic() + 10
+    while True:
+        with contextlib.suppress(OSError):
+            assert get(page.address, "health") == (200, "ok\n")
+            break
+        assert time.monotonic() < give_up_at
+    page.close()
+    assert capfd.readouterr().err == ""
+
+
+def test_a_client_that_says_nothing_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_module, "CLIENT_S", 0.05)
+    page = MetricsPage("0")
+    host, port = page.address.rsplit(":", 1)
+    with socket.create_connection((host, int(port)), timeout=10) as client:
+        client.sendall(b"GET /hea")
+        assert client.recv(1) == b""
+    page.close()

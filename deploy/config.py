@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,13 @@ def read_config() -> dict[str, Any]:
         raise SettingsError(f"{path} cannot be read: {error}") from error
 
 
+def check_names(config: Mapping[str, Any], commands: Iterable[str]) -> None:
+    """Raise SettingsError for what is neither a command's table nor an option that edges share."""
+    unknown = sorted(set(config) - {*commands, *SHARED})
+    if unknown:
+        raise SettingsError(f"config.toml: {unknown[0]} is no command, nor an option of them all")
+
+
 def make_defaults(
     command: click.Command, path: tuple[str, ...], config: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -76,7 +83,10 @@ def make_defaults(
     if unknown:
         raise SettingsError(f"config.toml: {' '.join(path)} has no option --{unknown[0]}")
     shared = {flag: config[flag] for flag in options if flag in config and is_shared(path, flag)}
-    return {str(options[flag].name): _as_text(value) for flag, value in {**shared, **table}.items()}
+    return {
+        str(options[flag].name): _read_value(options[flag], f"{' '.join(path)} --{flag}", value)
+        for flag, value in {**shared, **table}.items()
+    }
 
 
 def is_shared(path: tuple[str, ...], flag: str) -> bool:
@@ -95,8 +105,17 @@ def _as_variable(name: str) -> str:
     return name.replace("-", "_").upper()
 
 
-def _as_text(value: Any) -> Any:
-    """What click would have read on the command line."""
-    if isinstance(value, list):
-        return [_as_text(each) for each in value]
-    return value if isinstance(value, bool) else str(value)
+def _read_value(option: click.Option, name: str, value: Any) -> Any:
+    """What click would have read on the command line. Raises SettingsError for what it cannot."""
+    if option.multiple or option.nargs != 1:
+        values = value if isinstance(value, list) else [value]
+        return [_as_text(name, each) for each in values]
+    if isinstance(value, bool) and option.is_flag:
+        return value
+    return _as_text(name, value)
+
+
+def _as_text(name: str, value: Any) -> str:
+    if isinstance(value, bool | list | dict):
+        raise SettingsError(f"config.toml: {name} has value {value!r}; expected text or a number")
+    return str(value)

@@ -41,6 +41,11 @@ def test_a_broker_from_the_file_and_what_wins_over_it(config: Path) -> None:
     assert f"at {other}" in run("ask", "hi", "--broker", other, **environment).output
 
 
+def test_one_broker_needs_no_list(config: Path) -> None:
+    config.write_text(f'broker = "{NOWHERE}"\n')
+    assert f"at {NOWHERE} " in run("ask", "hi", MIDSPAN_CONFIG=str(config)).output
+
+
 def test_an_edges_broker_is_not_a_workers(config: Path) -> None:
     config.write_text('broker = "nonsense"\n[worker]\nredis-url = "redis://127.0.0.1:9"\n')
     options = ("worker", "--help")
@@ -63,6 +68,12 @@ def test_flags_and_numbers_are_read_as_on_the_command_line(config: Path) -> None
         ("ask = 3\n", "config.toml: ask is no table"),
         ("[ask\n", "cannot be read: "),
         ("[ask]\nmax-new-tokens = 'many'\n", "'many' is not a valid int"),
+        ("[ask]\ntimeout = [1, 2]\n", "ask --timeout has value [1, 2]; expected text or a number"),
+        ("timeout = true\n", "ask --timeout has value True; expected text or a number"),
+        ("[ask]\nmodel = {a = 1}\n", "ask --model has value {'a': 1}; expected text or a number"),
+        ("[ask]\nbroker = [['a']]\n", "ask --broker has value ['a']; expected text or a number"),
+        ("brokr = 'x'\n", "config.toml: brokr is no command, nor an option of them all"),
+        ("[aks]\ntimeout = 1\n", "config.toml: aks is no command, nor an option of them all"),
     ],
 )
 def test_what_is_wrong_in_the_file_is_named(config: Path, text: str, words: str) -> None:

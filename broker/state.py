@@ -26,6 +26,8 @@ one is alive; a session belongs to the edge, by its key, that opened it.
 
 from __future__ import annotations
 
+import itertools
+
 from msgspec import structs
 
 from broker.actions import (
@@ -655,4 +657,13 @@ def _why_wrong(step: Step, opening: AnyOpening) -> str:
             return f"the step has {step.rows} rows; at most {MAX_STEP_ROWS}"
         if len(opening.route) > 1 and opening.between >= len(opening.codecs):
             return f"the route has a codec beyond the {len(opening.codecs)} that it opened"
+        if len(opening.route) > 1 and not _is_in_a_row(opening.route):
+            return f"the route {', '.join(opening.route)} is not one span after another"
     return ""
+
+
+def _is_in_a_row(route: list[str]) -> bool:
+    """Whether each span begins where the one before ends; a worker keeps one KV for each."""
+    bounds = [tuple(map(int, part.split("-"))) for part in route]
+    joined = all(a[1] == b[0] for a, b in itertools.pairwise(bounds))
+    return joined and all(first < last for first, last in bounds)

@@ -665,3 +665,11 @@ def test_a_part_does_not_wait_for_those_who_died_at_the_one_before() -> None:
         PassOn(PASSED_ON),
         Dispatched("b1", STEP.key, 4, 0),
     ]
+
+
+@pytest.mark.parametrize("route", [["2-4", "2-4"], ["2-4", "3-6"], ["4-6", "2-4"], ["2-2", "2-4"]])
+def test_a_route_that_is_not_span_after_span_is_refused(route: list[str]) -> None:
+    state = make_chain()
+    (refuse,) = state.on_step(STEP, structs.replace(CHAIN, route=route), EDGE, 12, now=0.1)
+    assert isinstance(refuse, Refuse)
+    assert refuse.reason == f"the route {', '.join(route)} is not one span after another"

@@ -399,6 +399,7 @@ def test_a_pool_without_the_image_model_says_what_it_serves(directory: Path) -> 
         ({"shape": [1, 3, 16, 16]}, {}, r"expected \(n, 4, h, w\)"),
         ({"shape": [2, 4, 16, 16]}, {}, "sample is of 2 images; expected 1"),
         ({"name": "bogus"}, {}, "unknown tensor 'bogus'"),
+        ({"name": "latents"}, {"latents_dtype": "foo"}, "latents comes in a session that keeps"),
         ({"codec": 9}, {}, "codec beyond the 1 it opened"),
         ({}, {"images": 10**6}, "session has 1000000 images"),
         ({}, {"timesteps": []}, "step is number 0; the session has 0"),

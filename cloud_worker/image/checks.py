@@ -114,6 +114,8 @@ class ImageChecks:
             count = doubled
             self._check_conditioning(name, shape)
         elif name in (BOUNDARY, LATENTS) or name.startswith(HISTORY):
+            if name != BOUNDARY and not opening.keeps_latents:
+                raise ProtocolError(f"{what} comes in a session that keeps its latents to itself")
             count = doubled if name == BOUNDARY and inner else opening.images
             channels = boundary_channels(self._config)[0] if inner else self._config.in_channels
             if len(shape) != 4 or shape[1] != channels:

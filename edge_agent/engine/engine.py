@@ -143,8 +143,9 @@ class TokenStream:
         with self._changed:
             self._events.append(event)
             self._changed.notify_all()
-            for wake in self._wakers:
-                wake()
+            wakers = tuple(self._wakers)
+        for wake in wakers:  # without the lock, which is the first thing that they want
+            wake()
 
 
 class Conversation:

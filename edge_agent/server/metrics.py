@@ -61,6 +61,8 @@ class Meter:
         self._bytes_up = self._bytes_down = 0
         self._last_at_s: float | None = None
         metrics.tokens.labels("prompt").inc(prompt_tokens)
+        self._completion = metrics.tokens.labels("completion")
+        self._up, self._down = metrics.bytes.labels("up"), metrics.bytes.labels("down")
 
     def note(self, token: Token) -> None:
         if self._last_at_s is None:
@@ -68,7 +70,7 @@ class Meter:
         else:
             self._metrics.token.observe(token.at_s - self._last_at_s)
         self._last_at_s = token.at_s
-        self._metrics.tokens.labels("completion").inc()
+        self._completion.inc()
         self._count_bytes(token.bytes_up, token.bytes_down)
 
     def end(self, stats: GenerationStats) -> None:
@@ -76,6 +78,6 @@ class Meter:
         self._count_bytes(stats.bytes_up, stats.bytes_down)
 
     def _count_bytes(self, up: int, down: int) -> None:
-        self._metrics.bytes.labels("up").inc(max(0, up - self._bytes_up))
-        self._metrics.bytes.labels("down").inc(max(0, down - self._bytes_down))
+        self._up.inc(max(0, up - self._bytes_up))
+        self._down.inc(max(0, down - self._bytes_down))
         self._bytes_up, self._bytes_down = up, down

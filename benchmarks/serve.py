@@ -86,7 +86,7 @@ def measure(model: str | None, tokens: int, rounds: int, codec: str) -> dict[str
     from common.console.processes import freeze_loaded_objects, set_up_torch
     from common.weights.demo_model import find_model
     from deploy.pool import LocalPool, PoolSettings
-    from edge_agent.engine.engine import Token, TokenStream
+    from edge_agent.engine.streams import Token, TokenStream
     from edge_agent.server.app import make_app
     from edge_agent.server.opening import PoolAccess, open_services
     from edge_agent.server.running import DrainingServer, bind

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from common.weights.demo_model import find_model
     from deploy.pool import LocalPool, PoolSettings
     from edge_agent.engine.client import BrokerClient
-    from edge_agent.engine.engine import Conversation, Engine, Token, TokenStream
+    from edge_agent.engine.engine import Engine
+    from edge_agent.engine.streams import Conversation, Token, TokenStream
     from edge_agent.text.ends import load_ends
     from edge_agent.text.generation import start_generation
     from edge_agent.text.sampler import SamplingSettings
@@ -47,7 +48,7 @@ __all__ = [
 
 HOMES = {
     "BrokerClient": "edge_agent.engine.client",
-    "Conversation": "edge_agent.engine.engine",
+    "Conversation": "edge_agent.engine.streams",
     "Engine": "edge_agent.engine.engine",
     "LocalPool": "deploy.pool",
     "MidspanError": "common.errors",
@@ -56,8 +57,8 @@ HOMES = {
     "Session": "edge_agent.text.session",
     "SessionSettings": "edge_agent.text.text_session",
     "TextTokenizer": "edge_agent.text.tokenizer",
-    "Token": "edge_agent.engine.engine",
-    "TokenStream": "edge_agent.engine.engine",
+    "Token": "edge_agent.engine.streams",
+    "TokenStream": "edge_agent.engine.streams",
     "find_model": "common.weights.demo_model",
     "load_ends": "edge_agent.text.ends",
     "start_generation": "edge_agent.text.generation",

@@ -14,7 +14,8 @@ from pools import PROMPTS
 
 from common.errors import BrokerUnavailable, EngineClosed, SettingsError, TooManySessions
 from deploy.pool import LocalPool, PoolSettings
-from edge_agent.engine.engine import Engine, TokenStream
+from edge_agent.engine.engine import Engine
+from edge_agent.engine.streams import TokenStream
 from edge_agent.text.ends import ModelEnds
 from edge_agent.text.sampler import SamplingSettings
 from edge_agent.text.text_session import uniform_settings

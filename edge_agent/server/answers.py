@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 
-from edge_agent.engine.engine import Token, TokenStream
+from edge_agent.engine.streams import Token, TokenStream
 from edge_agent.server.metrics import Meter
 from edge_agent.text.logprobs import TokenLogprob
 from edge_agent.text.sampler import SamplingSettings

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edge_agent.engine.engine import Conversation, Engine
+from edge_agent.engine.engine import Engine
+from edge_agent.engine.streams import Conversation
 
 
 class KeptConversations:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from common.errors import MidspanError
-from edge_agent.engine.engine import Token
+from edge_agent.engine.streams import Token
 from edge_agent.server.answers import Answer, ShownToken
 from edge_agent.server.errors import fault_of
 from edge_agent.server.json_bodies import as_event

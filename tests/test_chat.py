@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ from edge_agent.text.text_session import uniform_settings
 from edge_agent.text.tokenizer import TextTokenizer
 
 COUNT = 16
+CHAT = ("chat", "--threads", "1")  # in this process, whose other tests count on one
 LIMIT_S = 40.0
 
 
@@ -54,7 +56,7 @@ def talk(engine: Engine, tokenizer: TextTokenizer, count: int = COUNT) -> Chat:
 
 
 def type_lines(pool: LocalPool, *lines: str) -> Result:
-    arguments = ["chat", "--broker", pool.edge_endpoint, "--codec", "fp32", "-n", str(COUNT)]
+    arguments = [*CHAT, "--broker", pool.edge_endpoint, "--codec", "fp32", "-n", str(COUNT)]
     return CliRunner().invoke(midspan, arguments, input="\n".join(lines) + "\n")
 
 
@@ -115,7 +117,7 @@ def test_a_template_from_a_file_and_one_that_is_none(pool: LocalPool, tmp_path: 
     good, bad = tmp_path / "good.jinja", tmp_path / "bad.jinja"
     good.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     bad.write_text("{% for %}")
-    arguments = ["chat", "--broker", pool.edge_endpoint, "-n", "4", "--chat-template"]
+    arguments = [*CHAT, "--broker", pool.edge_endpoint, "-n", "4", "--chat-template"]
     fine = CliRunner().invoke(midspan, [*arguments, str(good)], input="Once upon a time\n")
     assert fine.exit_code == 0
     broken = CliRunner().invoke(midspan, [*arguments, str(bad)], input="Once upon a time\n")
@@ -170,6 +172,7 @@ def _take_terminal() -> None:
     import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever runs the tests may ignore it
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_program(pool: LocalPool, tmp_path: Path) -> None:

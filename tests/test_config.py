@@ -16,7 +16,8 @@ NOWHERE = "tcp://127.0.0.1:9"
 
 
 def run(*arguments: str, **environment: str) -> Result:
-    return CliRunner().invoke(midspan, list(arguments), env=environment)
+    own = {"MIDSPAN_ASK_THREADS": "1"}  # of this process, whose other tests count on one
+    return CliRunner().invoke(midspan, list(arguments), env={**own, **environment})
 
 
 @pytest.fixture

@@ -141,7 +141,10 @@ class ImageMaker:
             check_plain_files(directory / part)
         try:
             pipeline = StableDiffusionXLPipeline(
-                vae=AutoencoderKL.from_pretrained(directory / "vae", **loading),
+                # the other way empties modules of other threads meanwhile, where accelerate is
+                vae=AutoencoderKL.from_pretrained(
+                    directory / "vae", low_cpu_mem_usage=False, **loading
+                ),
                 text_encoder=transformers.CLIPTextModel.from_pretrained(
                     directory / "text_encoder", **texts
                 ),

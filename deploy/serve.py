@@ -32,6 +32,7 @@ from common.security.keys import is_public, read_public
 from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
 from edge_agent.commands.codec_options import CodecChoice, codec_options
 from edge_agent.commands.connection_options import Connection, connection_options
+from edge_agent.commands.prompts import read_file, read_template
 from edge_agent.commands.run_options import encrypt_option, timeout_option
 
 if TYPE_CHECKING:
@@ -248,20 +249,8 @@ def _heal(pool: LocalPool, is_over: threading.Event) -> None:
 
 def read_key_file(path: Path) -> list[str]:
     """The lines of a file that are not empty. Raises SettingsError."""
-    lines = [line.strip() for line in _read(path, "--api-key-file").splitlines()]
+    lines = [line.strip() for line in read_file(path, "--api-key-file").splitlines()]
     keys = [line for line in lines if line]
     if not keys:
         raise SettingsError(f"--api-key-file {path} has no key in it")
     return keys
-
-
-def read_template(path: Path) -> str:
-    """Raises SettingsError."""
-    return _read(path, "--chat-template")
-
-
-def _read(path: Path, option: str) -> str:
-    try:
-        return path.expanduser().read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"{option} {path} cannot be read: {error}") from error

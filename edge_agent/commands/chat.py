@@ -19,6 +19,7 @@ from common.weights.demo_model import find_model
 from edge_agent.commands.ask import format_stats
 from edge_agent.commands.codec_options import CodecChoice, codec_options
 from edge_agent.commands.connection_options import Connection, connection_options
+from edge_agent.commands.prompts import read_template
 from edge_agent.commands.run_options import encrypt_option, timeout_option
 from edge_agent.commands.sampling_options import Sampling, sampling_options
 
@@ -104,14 +105,6 @@ def chat(
         about = f"{ends.name}, layers {ends.cut.middle} in the pool, {codecs.codec} on the wire"
         Terminal(talk, about).run()
         talk.close()
-
-
-def read_template(path: Path) -> str:
-    """Raises SettingsError if it is no text."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"--chat-template {path} cannot be read: {error}") from error
 
 
 class Terminal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from common.errors import SettingsError
 
@@ -27,3 +28,16 @@ def check_text(name: str, text: str) -> str:
     except UnicodeEncodeError as error:
         raise SettingsError(f"{name} is not UTF-8 at character {error.start}") from error
     return text
+
+
+def read_template(path: Path) -> str:
+    """What --chat-template names. Raises SettingsError if it is no text."""
+    return read_file(path, "--chat-template")
+
+
+def read_file(path: Path, option: str) -> str:
+    """The text of a file that an option names. Raises SettingsError, which names the option."""
+    try:
+        return path.expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{option} {path} cannot be read: {error}") from error

@@ -20,6 +20,7 @@ import zstandard
 from pools import PROMPTS, generate, reference_tokens
 
 from common.codecs.codec import COMPRESSED, make_codec
+from common.diffusion.schedulers import describe_scheduler, read_scheduler_config
 from common.errors import StepRefused
 from common.protocol.messages import (
     BOUNDARY,
@@ -30,7 +31,7 @@ from common.protocol.messages import (
     Step,
 )
 from common.protocol.wire import encode_header
-from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
+from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.text.ends import ModelEnds
 from edge_agent.text.tokenizer import TextTokenizer
@@ -78,6 +79,12 @@ def image(words: str, *tensors: Tensor, **opening: Any) -> Tiny:
     return Tiny(words, list(tensors), opening)
 
 
+def image_at_worker(words: str, *tensors: Tensor) -> Tiny:
+    """In a session whose latents are the worker's to keep: an edge may hand it earlier ones."""
+    scheduler = describe_scheduler(read_scheduler_config(find_model(DEMO_IMAGE_MODEL)), "euler")
+    return image(words, *tensors, keeps_latents=True, scheduler=scheduler)
+
+
 def text(words: str, rows: int, parts: int = 1) -> Tiny:
     body = make_codec(CODECS[BITS], "up").encode(torch.zeros(rows, 128))
     return Tiny(words, rows=[(rows, body)] * parts)
@@ -122,12 +129,15 @@ MESSAGES: dict[str, Callable[[], Tiny]] = {
     "inner rows without end": lambda: image(
         "1 images with 1048576 pixels", Tensor(BOUNDARY, [1, 64, 512, 512]), route=["inner"]
     ),
-    "a history that is large": lambda: image(
+    "a history that is large": lambda: image_at_worker(
         "several sizes", sample(1, 16),
         *(Tensor(f"history{index}", [1, 4, 1024, 64], FLOATS) for index in range(12)),
     ),
-    "a history in a few bits": lambda: image(
+    "a history in a few bits": lambda: image_at_worker(
         "history0 is in 'int1", sample(1, 256), Tensor("history0", [1, 4, 256, 256])
+    ),
+    "a history in a session without one": lambda: image(
+        "keeps its latents to itself", sample(1, 16), Tensor("history0", [1, 4, 16, 16], FLOATS)
     ),
     "a prompt that is wide": lambda: image(
         "prompt_embeds has shape", sample(1, 16), Tensor("prompt_embeds", [1, 77, 50_000], FLOATS)

@@ -1,6 +1,6 @@
 """What peers make a broker keep that show no key, end no message or read no answer.
 
-    python benchmarks/before_a_key.py
+    python -P benchmarks/before_a_key.py    (-P: or broker.py beside it would be the package)
 
 A broker in a process of its own for each figure, once without broker/connections.py's limits
 ("before") and once with them. Prints its peak of resident memory (VmHWM), the bytes that the peers
@@ -40,7 +40,7 @@ class Broker:
     """One in a process of its own."""
 
     def __init__(self, with_limits: bool, keys: Path | None) -> None:
-        command = [sys.executable, __file__, "--serve", "limits" if with_limits else "none"]
+        command = [sys.executable, "-P", __file__, "--serve", "limits" if with_limits else "none"]
         command += ["--keys", str(keys)] if keys is not None else []
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None

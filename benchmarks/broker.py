@@ -113,7 +113,8 @@ def be_edges(endpoint: str, count: int, seconds: float, pipe: Connection) -> Non
 
     for index in range(count):
         ask(index, opening)
-    answered, waits = 0, []
+    answered = 0
+    waits: list[float] = []
     warm_at = time.monotonic() + 1.0
     stop_at = warm_at + seconds
     is_warm = False

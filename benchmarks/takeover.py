@@ -37,7 +37,8 @@ from deploy.pool import LocalPool, PoolSettings
 from edge_agent.engine.client import BrokerClient
 from edge_agent.text.ends import ModelEnds, load_ends
 from edge_agent.text.sampler import SamplingSettings
-from edge_agent.text.session import Session, uniform_settings
+from edge_agent.text.session import Session
+from edge_agent.text.text_session import uniform_settings
 
 WARM_TOKENS = 3
 PAUSE_S = 0.4
@@ -74,7 +75,7 @@ class Bench:
         self.client = pool.connect()
 
     def committed(self, session: Session) -> int:
-        return int(self.raw.hget(self.record_of(session), "position") or 0)  # type: ignore[arg-type]
+        return int(self.raw.hget(self.record_of(session), "position") or 0)
 
     def record_of(self, session: Session) -> str:
         part = str(self.ends.cut.middle)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 
+from broker.demand import DEFAULT_GOALS, Goals, Sample
 from broker.ledger import Ledger, Limits
 from broker.pools import (
     ServiceKey,
@@ -26,7 +27,8 @@ COUNTERS = (
 class Book:
     """Shared by those who decide. Nothing in it could not be lost."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, goals: Goals = DEFAULT_GOALS) -> None:
+        self._goals = goals
         self.ledger = Ledger(limits)
         self.workers: dict[str, Worker] = {}
         self.steps: dict[StepKey, StepRecord] = {}
@@ -68,7 +70,7 @@ class Book:
     def pool_of(self, service: ServiceKey) -> ServicePool:
         pool = self.pools.get(service)
         if pool is None:
-            pool = self.pools[service] = ServicePool(service)
+            pool = self.pools[service] = ServicePool(service, self._goals)
             self.pools_of_part.setdefault(service[:2], []).append(pool)
         return pool
 
@@ -91,6 +93,17 @@ class Book:
         served = Counter(pool.key[2] for pools in pools_of for pool in pools)
         load = {pool.key[2]: pool.least_load for pool in pools_of[0]}
         return min(served, key=lambda name: (-served[name], load.get(name, 0), name), default="")
+
+    def sample_demand(self, now: float) -> None:
+        """Look at what each service has to do. In the time that it takes to walk over all steps."""
+        steps: dict[ServicePool, list[StepRecord]] = {pool: [] for pool in self.pools.values()}
+        for record in self.steps.values():
+            steps.setdefault(record.pool, []).append(record)
+        for pool, records in steps.items():
+            busy = {record.worker for record in records if record.worker is not None}
+            queued = [now - record.queued_at for record in records if record.worker is None]
+            seen = Sample(len(busy), len(records), queued, has_workers=bool(pool.workers))
+            pool.demand.sample(seen, now)
 
     def why_no_worker(self, service: ServiceKey) -> str:
         model, part, precision = service

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from broker.demand import DEFAULT_GOALS, Goals
 from common.console.listeners import name_listener
 from common.console.option_types import COUNT
 from common.console.options import Logs, insecure_option, log_options, metrics_option, open_page
@@ -22,6 +23,7 @@ from common.settings import (
     HEARTBEATS_MISSED,
     MAX_ATTEMPTS,
     MAX_BROKER_MB,
+    MAX_DEADLINE_S,
     MAX_QUEUED_STEPS,
     MAX_SESSIONS_PER_EDGE,
     WORKER_ENDPOINT,
@@ -73,6 +75,29 @@ log = logging.getLogger("midspan.broker")
     help="Of this process; beyond that edges are told to come back.",
 )
 @click.option(
+    "--hold",
+    "hold_s",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0, MAX_DEADLINE_S),
+    help="Seconds for which steps wait for a worker that serves them, when there is none: for "
+    "pools that grow from zero. What is misspelt waits, too.",
+)
+@click.option(
+    "--target-occupancy",
+    default=DEFAULT_GOALS.occupancy,
+    show_default=True,
+    type=click.FloatRange(0.05, 1.0),
+    help="Part of the time in which a worker should have something to do; for `autoscale`.",
+)
+@click.option(
+    "--target-wait-ms",
+    default=round(DEFAULT_GOALS.wait_s * 1000),
+    show_default=True,
+    type=click.IntRange(1, 3_600_000),
+    help="For which steps may wait before more workers are wanted; for `autoscale`.",
+)
+@click.option(
     "--keys",
     type=click.Path(path_type=Path),
     help="Directory with broker.key_secret and authorized/: admit only these (midspan keys).",
@@ -88,6 +113,9 @@ def broker(
     max_attempts: int,
     max_sessions: int,
     max_memory_mb: int,
+    hold_s: float,
+    target_occupancy: float,
+    target_wait_ms: int,
     keys: Path | None,
     insecure: bool,
     metrics: str | None,
@@ -114,6 +142,8 @@ def broker(
         max_queued_steps=max_queued,
         max_attempts=max_attempts,
         max_sessions_per_edge=max_sessions,
+        hold_s=hold_s,
+        goals=Goals(target_occupancy, target_wait_ms / 1000),
         keys=keys.expanduser() if keys else None,
         max_memory_mb=max_memory_mb,
         metrics=open_page(metrics),

@@ -41,6 +41,14 @@ def list_families(
         SERVICE, {pool.key: pool.waits for pool in pools},
     )  # fmt: skip
     yield gauges(
+        "broker_wanted_workers", "Workers that the service could use; pools grow and shrink by it.",
+        SERVICE, [(pool.key, pool.demand.wanted_workers) for pool in pools],
+    )  # fmt: skip
+    yield gauges(
+        "broker_busy_workers", "Workers with a step, a mean over seconds.",
+        SERVICE, [(pool.key, pool.demand.busy_workers) for pool in pools],
+    )  # fmt: skip
+    yield gauges(
         "broker_workers", "Workers by what they are doing.", ("state",), _count_states(state)
     )
     workers = state.workers.values()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from broker.demand import DEFAULT_GOALS, Demand, Goals
 from broker.fair_queue import FairQueue
 from broker.ledger import Account
 from broker.peer import Peer
@@ -141,8 +142,9 @@ class Worker:
 class ServicePool:
     """Who serves one part of one model in one precision, and what waits for that."""
 
-    def __init__(self, key: ServiceKey) -> None:
+    def __init__(self, key: ServiceKey, goals: Goals = DEFAULT_GOALS) -> None:
         self.key = key
+        self.demand = Demand(goals)
         self.workers: dict[str, Worker] = {}
         self.waiting = FairQueue()  # for whoever has room
         self.backlogs: dict[Worker, FairQueue] = {}  # for the worker that is warm for them

@@ -65,6 +65,12 @@ class StepRecord:
         if suspect is not None and (suspect.key, suspect.hop) == (self.step.key, self.hop):
             self.failures.append((suspect.worker_id, "the next part could not use its rows"))
 
+    def learn_demand(self, answer: StepReply) -> None:
+        """How long it waited at this part and was computed, which is the worker's word."""
+        wait_us = min(answer.queue_us, MOST_US) - self.earlier_queue_us
+        compute_us = min(answer.compute_us, MOST_US) - self.earlier_compute_us
+        self.pool.demand.observe(max(0, wait_us) / 1e6, max(0, compute_us) / 1e6)
+
     def failed_on(self, worker_id: str) -> bool:
         return any(failed == worker_id for failed, _ in self.failures)
 

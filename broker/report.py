@@ -23,7 +23,16 @@ def make_report(state: BrokerState, now: float) -> dict[str, Any]:
             _report_worker(worker, warm[worker.name], now) for worker in state.workers.values()
         ],
         "queues": [
-            {"model": model, "part": part, "precision": precision, "queued": pool.count_queued()}
+            {
+                "model": model,
+                "part": part,
+                "precision": precision,
+                "queued": pool.count_queued(),
+                "workers": len(pool.workers),
+                "busy_workers": round(pool.demand.busy_workers, 3),
+                "wanted_workers": round(pool.demand.wanted_workers, 3),
+                "wait_ms": round(pool.demand.wait_s * 1000, 1),
+            }
             for (model, part, precision), pool in state.pools.items()
         ],
         "sessions": len(state.sessions),

@@ -48,6 +48,7 @@ from broker.actions import (
     TellPending,
 )
 from broker.book import Book
+from broker.demand import DEFAULT_GOALS, Goals
 from broker.dispatcher import Dispatcher
 from broker.ledger import Account, Limits
 from broker.peer import Peer
@@ -107,10 +108,14 @@ class BrokerState:
         max_attempts: int = MAX_ATTEMPTS,
         max_queued_bytes: int = MAX_QUEUED_BYTES,
         max_sessions_per_edge: int = MAX_SESSIONS_PER_EDGE,
+        hold_s: float = 0.0,
+        goals: Goals = DEFAULT_GOALS,
     ) -> None:
         self.started_at = started_at
         self.silence_s = silence_s
-        self._book = Book(Limits(max_queued_steps, max_queued_bytes, max_sessions_per_edge))
+        self._hold_s = hold_s  # how long steps wait for a service that nobody has
+        limits = Limits(max_queued_steps, max_queued_bytes, max_sessions_per_edge)
+        self._book = Book(limits, goals)
         self._dispatcher = Dispatcher(self._book, max_attempts)
         self._ledger = self._book.ledger
         self.workers = self._book.workers
@@ -368,19 +373,26 @@ class BrokerState:
             if answer.rows != record.step.rows:
                 why = f"answers {answer.rows} rows of {record.step.rows}; the next part needs all"
                 return self._fail(record, worker, why, now)
-            cancelled = self._count_answer(record, session, worker, now)
+            cancelled = self._count_answer(record, session, worker, answer, now)
             # cancelled first: who is late at one part may get the same step at the next
             actions = [*cancelled, *self._pass_on(record, session, answer, body_bytes, now)]
         else:
-            cancelled = self._count_answer(record, session, worker, now)
+            cancelled = self._count_answer(record, session, worker, answer, now)
             self._book.drop_record(record)
             actions = [Answer(record.edge.address, answer.key), Forget(answer.key), *cancelled]
         return [*actions, *self._dispatcher.dispatch_to(worker, now)]
 
     def _count_answer(
-        self, record: StepRecord, session: SessionRecord, worker: Worker, now: float
+        self,
+        record: StepRecord,
+        session: SessionRecord,
+        worker: Worker,
+        answer: StepReply | Need,
+        now: float,
     ) -> list[Action]:
         """A worker has computed a step, or said what it lacks: no other need do it."""
+        if isinstance(answer, StepReply):
+            record.learn_demand(answer)
         self.counters["answers"] += 1
         worker.steps_done += 1
         session.workers[record.hop], session.precision = worker, record.pool.key[2]
@@ -546,6 +558,7 @@ class BrokerState:
             if not pool.workers:
                 actions += self._look_after_lost(service, pool, now)
         self._forget_silent_sessions(now)
+        self._book.sample_demand(now)
         return actions
 
     def _forget_silent_sessions(self, now: float) -> None:
@@ -576,7 +589,7 @@ class BrokerState:
         now: float,
     ) -> Action | None:
         for pool in pools:
-            if not pool.workers and not self._may_return(pool, now):
+            if not (pool.workers or self._hold_s or self._may_return(pool, now)):
                 self.counters["refused"] += 1
                 return Refuse(edge.address, key, "no_worker", self._book.why_no_worker(pool.key))
         if is_new and self._ledger.has_all_sessions(account):
@@ -605,10 +618,12 @@ class BrokerState:
         if self._may_return(pool, now):
             return []
         actions: list[Action] = []
-        for key in list(pool.queued()):
-            actions += self._dispatcher.refuse(
-                self.steps[key], "no_worker", self._book.why_no_worker(service)
-            )
+        for record in [self.steps[key] for key in pool.queued()]:
+            if now - record.queued_at >= self._hold_s:
+                why = self._book.why_no_worker(service)
+                actions += self._dispatcher.refuse(record, "no_worker", why)
+        if pool.count_queued():
+            return actions
         del self.pools[service]
         self._book.pools_of_part[service[:2]].remove(pool)
         if not self._book.pools_of_part[service[:2]]:

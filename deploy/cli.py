@@ -16,6 +16,10 @@ from deploy.config import check_names, make_defaults, name_options, read_config
 
 COMMANDS = {
     "ask": ("edge_agent.commands.ask:ask", "Answer a prompt with the pool's help."),
+    "autoscale": (
+        "deploy.scaling.command:autoscale",
+        "Run as many workers as a pool needs.",
+    ),
     "broker": ("broker.cli:broker", "Run the broker."),
     "calibrate": ("evaluation.calibrate:calibrate", "Measure what calibrated codecs need to know."),
     "chat": ("edge_agent.commands.chat:chat", "Talk with a model."),

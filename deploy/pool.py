@@ -18,11 +18,13 @@ from common.security.keys import BROKER, ClientKeys, create_key, ensure_member
 from common.settings import REDIS_URL
 from common.weights.demo_model import DEMO_TEXT_MODEL
 from deploy.child import Child, midspan_command
+from deploy.departures import Departures
 from deploy.embedded_redis import EmbeddedRedis
 from edge_agent.engine.client import BrokerClient
 
 START_LIMIT_S = 120.0
 MAX_RESTARTS, RESTART_MEMORY_S = 10, 60.0
+LEAVE_LIMIT_S = 120.0  # for a worker that drains
 T = TypeVar("T")
 
 
@@ -55,6 +57,7 @@ class LocalPool:
         self.redis: EmbeddedRedis | None = None
         self.broker: Child | None = None
         self.workers: dict[str, Child] = {}
+        self._departures = Departures(LEAVE_LIMIT_S)
         self.edge_endpoint = settings.edge_endpoint
         self.worker_endpoint = settings.worker_endpoint
         self._workers_started = 0
@@ -178,15 +181,23 @@ class LocalPool:
         self.workers.pop(name).kill()
 
     def drain_worker(self, name: str) -> None:
-        """Let a worker finish, commit and leave."""
+        """Let a worker finish, commit and leave, and wait for that."""
         self.workers.pop(name).stop()
+
+    def begin_drain(self, name: str) -> None:
+        """Tell a worker to finish, commit and leave; `heal` sees to its end."""
+        self._departures.begin(self.workers.pop(name), time.monotonic())
+
+    def names(self) -> list[str]:
+        """The workers that are here to stay."""
+        return list(self.workers)
 
     def heal(self) -> list[str]:
         """Start again what has ended; returns what happened, a line each.
 
         Raises ProcessFailed when that does not help: a process ended again and again.
         """
-        lines = []
+        lines = self._departures.see_off(time.monotonic())
         for name in [name for name, child in self.workers.items() if not child.is_running()]:
             words = self.workers.pop(name).last_words()
             lines.append(f"{words}; starting {self._start_again(words, self.start_worker)}")
@@ -216,9 +227,10 @@ class LocalPool:
 
     def stop(self) -> None:
         """Drain the workers, then stop broker and Redis, and remove what was written."""
-        for child in self.workers.values():
+        workers = [*self.workers.values(), *self._departures.take_all()]
+        for child in workers:
             child.signal(signal.SIGTERM)
-        for child in self.workers.values():
+        for child in workers:
             child.stop()
         if self.broker is not None:
             self.broker.stop()

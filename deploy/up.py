@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from common.console.option_types import THREADS
+from common.console.option_types import THREADS, WorkerRange
 from common.console.options import (
     calibration_option,
     dtype_option,
@@ -21,7 +21,14 @@ from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
 
 
 @click.command()
-@click.option("--workers", default=2, show_default=True, type=click.IntRange(1, 1000))
+@click.option(
+    "--workers",
+    "worker_range",
+    default="2",
+    show_default=True,
+    type=WorkerRange(least=0),
+    help="N, or A..B: then as many as are needed.",
+)
 @click.option("--model", help="Hugging Face directory.  [default: both demo models]")
 @image_model_option
 @click.option("--span", help="Layers the workers serve, as a-b.  [default: the middle half]")
@@ -43,7 +50,7 @@ from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
 @click.option("--edges", default=EDGE_ENDPOINT, show_default=True)
 @click.option("--worker-endpoint", default=WORKER_ENDPOINT, show_default=True)
 def up(
-    workers: int,
+    worker_range: tuple[int, int],
     model: str | None,
     image_model: str | None,
     span: str | None,
@@ -63,7 +70,10 @@ def up(
     from deploy.embedded_redis import choose_port
     from deploy.hints import describe_pool, hide_password
     from deploy.pool import LocalPool, PoolSettings
+    from deploy.scaling.keeper import hold_options, keep
+    from deploy.scaling.policy import ScalingSettings
 
+    least, most = worker_range
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
@@ -71,29 +81,28 @@ def up(
     if model is None and image_model is None:
         model, image_model = DEMO_TEXT_MODEL, DEMO_IMAGE_MODEL
     settings = PoolSettings(
-        workers=workers,
+        workers=least,
         model=model,
         image_model=image_model,
         span=span,
         dtype=dtype,
-        threads=threads or max(1, (os.cpu_count() or 1) // workers),
+        threads=threads or max(1, (os.cpu_count() or 1) // most),
         redis_url=redis_url,
         # keys are for those who do not trust everybody here: then Redis has no port, either
         redis_port=choose_port(REDIS_PORT) if redis_url is None and keys is None else None,
         keys=keys.expanduser() if keys else None,
-        broker_options=["--insecure"] if insecure else [],
+        broker_options=[*(["--insecure"] if insecure else []), *hold_options(least)],
         calibration=calibration,
         edge_endpoint=parse_endpoint(edges, "--edges"),
         worker_endpoint=parse_endpoint(worker_endpoint, "--worker-endpoint"),
     )
     store = hide_password(redis_url) if redis_url else "an embedded Redis"
-    click.echo(f"starting a broker and {workers} worker{'s' * (workers > 1)}, with {store} …")
+    workers = f"{least} to {most}" if most > least else str(least)
+    click.echo(f"starting a broker and {workers} worker{'s' * (most > 1)}, with {store} …")
     with LocalPool(settings) as pool:
         for line in describe_pool(pool):
             click.echo(line)
         click.echo("Ctrl-C stops")
-        while not stopped.wait(0.5):
-            for line in pool.heal():
-                click.echo(line)
+        keep(pool, ScalingSettings(least, most), stopped)
         click.echo("draining …")
     click.echo("stopped")

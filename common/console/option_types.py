@@ -8,16 +8,47 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 MAX_COUNT = 1 << 31
 MAX_THREADS = max(64, 4 * (os.cpu_count() or 1))  # with tens of thousands torch crashes
 
+if TYPE_CHECKING:
+    _Bounds = click.ParamType[tuple[int, int]]
+else:
+    _Bounds = click.ParamType  # not generic in every version of click
+
 THREADS = click.IntRange(1, MAX_THREADS)
 SEED = click.IntRange(-(1 << 63), (1 << 64) - 1)  # what torch's generators take
 COUNT = click.IntRange(1, MAX_COUNT)
+
+
+class WorkerRange(_Bounds):
+    """How many workers: `N`, or `A..B` for a pool that grows and shrinks. Gives (A, B)."""
+
+    name = "N|A..B"
+
+    def __init__(self, least: int = 1, most: int = 1000) -> None:
+        self._least, self._most = least, most
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        low, dots, high = str(value).partition("..")
+        try:
+            bounds = int(low), int(high if dots else low)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor two, as in 1..8.", param, ctx)
+        if not self._least <= bounds[0] <= bounds[1] <= self._most or bounds[1] < 1:
+            self.fail(
+                f"{value}: expected {self._least} <= A <= B <= {self._most}, and B at least 1.",
+                param, ctx,
+            )  # fmt: skip
+        return bounds
 
 
 class FiniteRange(click.FloatRange):

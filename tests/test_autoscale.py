@@ -1,0 +1,183 @@
+"""Pools that grow and shrink: real brokers, real workers that start and drain."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from pools import PROMPTS, generate, reference_tokens
+
+from deploy.child import Child, midspan_command
+from deploy.pool import LocalPool, PoolSettings
+from deploy.scaling.keeper import hold_options, keep
+from deploy.scaling.policy import ScalingSettings
+from edge_agent.text.ends import ModelEnds
+from edge_agent.text.session import Session
+from edge_agent.text.tokenizer import TextTokenizer
+
+TOKENS = 24
+FROM_ZERO = PoolSettings(workers=0, broker_options=hold_options(0))
+
+
+@contextlib.contextmanager
+def kept(pool: LocalPool, settings: ScalingSettings) -> Iterator[None]:
+    """A pool that is looked after meanwhile."""
+    is_over = threading.Event()
+    keeping = threading.Thread(target=keep, args=(pool, settings, is_over))
+    keeping.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        keeping.join()
+
+
+def wait_until(is_so: Callable[[], bool], limit_s: float = 60.0) -> None:
+    give_up_at = time.monotonic() + limit_s
+    while not is_so():
+        assert time.monotonic() < give_up_at, "it did not come"
+        time.sleep(0.05)
+
+
+def count_known(pool: LocalPool) -> int:
+    client = pool.connect()
+    try:
+        return len(client.status()["workers"])
+    finally:
+        client.close()
+
+
+def test_a_request_to_an_empty_pool_waits_for_the_worker_that_it_brings_and_the_last_one_goes(
+    demo_ends: ModelEnds, whole_model: torch.nn.Module
+) -> None:
+    tokenizer = TextTokenizer(demo_ends.directory)
+    (want,) = reference_tokens(whole_model, tokenizer, PROMPTS[:1], TOKENS)
+    prompt = tokenizer.encode(PROMPTS[0])
+    with LocalPool(FROM_ZERO) as pool, kept(pool, ScalingSettings(0, 2, 0.5, 2.0)):
+        assert pool.workers == {}
+        tokens, _ = generate(pool, demo_ends, prompt, TOKENS)
+        assert tokens == want
+        wait_until(lambda: not pool.workers and count_known(pool) == 0)
+        tokens, _ = generate(pool, demo_ends, prompt, TOKENS)
+        assert tokens == want
+
+
+def test_a_session_outlives_the_pool_that_shrinks_to_nothing_under_it(
+    demo_ends: ModelEnds, whole_model: torch.nn.Module
+) -> None:
+    tokenizer = TextTokenizer(demo_ends.directory)
+    (want,) = reference_tokens(whole_model, tokenizer, PROMPTS[1:2], TOKENS)
+    with LocalPool(FROM_ZERO) as pool, kept(pool, ScalingSettings(0, 2, 0.5, 2.0)):
+
+        def wait_for_nobody(count: int, _: Session) -> None:
+            if count == TOKENS // 2:
+                wait_until(lambda: count_known(pool) == 0)
+
+        prompt = tokenizer.encode(PROMPTS[1])
+        tokens, session = generate(pool, demo_ends, prompt, TOKENS, on_token=wait_for_nobody)
+    assert tokens == want
+    assert len(session.stats.tokens_by_worker) == 2
+    assert session.stats.rows_replayed == 0
+
+
+def test_a_pool_under_load_grows_and_shrinks_again_without_a_row_replayed(
+    demo_ends: ModelEnds, whole_model: torch.nn.Module
+) -> None:
+    tokenizer = TextTokenizer(demo_ends.directory)
+    prompts = PROMPTS[:8]
+    want = reference_tokens(whole_model, tokenizer, prompts, TOKENS)
+    settings = PoolSettings(workers=1, broker_options=["--target-occupancy", "0.1"])
+    wrong: list[str] = []
+    replayed: list[int] = []
+
+    def answer(index: int, pool: LocalPool, until: Callable[[], bool]) -> None:
+        prompt = tokenizer.encode(prompts[index])
+        while not until():
+            tokens, session = generate(pool, demo_ends, prompt, TOKENS)
+            replayed.append(session.stats.rows_replayed)
+            if tokens != want[index]:
+                wrong.append(f"{prompts[index]}: {tokens}")
+
+    with LocalPool(settings) as pool, kept(pool, ScalingSettings(1, 3, 2.0, 2.0)):
+        quiet = threading.Event()
+        grown = threading.Event()
+        threads = [
+            threading.Thread(target=answer, args=(0, pool, quiet.is_set)),
+            *(
+                threading.Thread(target=answer, args=(index, pool, grown.is_set))
+                for index in range(1, 8)
+            ),
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            wait_until(lambda: count_known(pool) == 3)
+            grown.set()  # one session goes on while the others' workers leave
+            wait_until(lambda: len(pool.workers) == 1 and count_known(pool) == 1)
+        finally:
+            grown.set()
+            quiet.set()
+            for thread in threads:
+                thread.join()
+    assert wrong == []
+    assert sum(replayed) == 0
+
+
+def test_autoscale_starts_a_users_command_for_each_worker_and_drains_them_at_its_end(
+    demo_ends: ModelEnds, whole_model: torch.nn.Module
+) -> None:
+    tokenizer = TextTokenizer(demo_ends.directory)
+    (want,) = reference_tokens(whole_model, tokenizer, PROMPTS[:1], TOKENS)
+    with LocalPool(FROM_ZERO) as pool:
+        started = midspan_command(
+            "worker", "--broker", pool.worker_endpoint, "--redis-url", pool.redis_url,
+            "--threads", "1",
+        )  # fmt: skip
+        command = midspan_command(
+            "autoscale", "--broker", pool.edge_endpoint, "--workers", "0..1", "--", *started
+        )
+        autoscaler = Child("autoscale", command, pool.directory)
+        tokens, session = generate(pool, demo_ends, tokenizer.encode(PROMPTS[0]), TOKENS)
+        assert tokens == want
+        (name,) = session.stats.tokens_by_worker
+        assert f"0 -> 1 workers: the pool could use 1.0; starting {name}" in autoscaler.log_text()
+        autoscaler.stop()
+        assert autoscaler.log_text().splitlines()[-2:] == ["draining …", "stopped"]
+        wait_until(lambda: count_known(pool) == 0)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["no-such-program"], "Error: 'no-such-program' cannot be run: No such file or directory"),
+        (["sh", "-c", "echo no GPU here; exit 3"], "no GPU here; 5 ended in a minute, giving up"),
+    ],
+)
+def test_a_command_that_starts_no_worker_is_given_up_with_its_last_words(
+    command: list[str], words: str
+) -> None:
+    with LocalPool(PoolSettings(workers=0)) as pool:
+        autoscale = midspan_command(
+            "autoscale", "--broker", pool.edge_endpoint, "--workers", "1..2", "--", *command
+        )
+        child = Child("autoscale", autoscale, pool.directory)
+        child.wait_for(words)
+        wait_until(lambda: not child.is_running())
+
+
+def test_a_step_that_nobody_serves_is_refused_after_the_time_for_which_it_is_held(
+    demo_ends: ModelEnds,
+) -> None:
+    from common.errors import NoWorker
+
+    tokenizer = TextTokenizer(demo_ends.directory)
+    settings = PoolSettings(workers=0, broker_options=["--hold", "4"])
+    with LocalPool(settings) as pool:
+        began_at = time.monotonic()
+        with pytest.raises(NoWorker, match="there are no workers at all"):
+            generate(pool, demo_ends, tokenizer.encode(PROMPTS[0]), TOKENS)
+        assert time.monotonic() - began_at >= 4

@@ -213,7 +213,11 @@ def measure(
 def measure_broker(edges: int, workers: int, seconds: float) -> list[float]:
     with TemporaryDirectory() as directory:
         command = midspan_command(
-            "broker", "--edges", "tcp://127.0.0.1:*", "--workers", "tcp://127.0.0.1:*"
+            "broker",
+            "--edge-endpoint",
+            "tcp://127.0.0.1:*",
+            "--worker-endpoint",
+            "tcp://127.0.0.1:*",
         )
         child = Child("broker", command, Path(directory))
         words = child.wait_for("broker ready").split()

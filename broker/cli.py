@@ -14,11 +14,17 @@ import click
 from broker.demand import DEFAULT_GOALS, Goals
 from common.console.listeners import name_listener
 from common.console.option_types import COUNT
-from common.console.options import Logs, insecure_option, log_options, metrics_option, open_page
+from common.console.options import (
+    Logs,
+    endpoint_options,
+    insecure_option,
+    log_options,
+    metrics_option,
+    open_page,
+)
 from common.errors import SettingsError
 from common.security.keys import is_public
 from common.settings import (
-    EDGE_ENDPOINT,
     HEARTBEAT_S,
     HEARTBEATS_MISSED,
     MAX_ATTEMPTS,
@@ -26,7 +32,6 @@ from common.settings import (
     MAX_DEADLINE_S,
     MAX_QUEUED_STEPS,
     MAX_SESSIONS_PER_EDGE,
-    WORKER_ENDPOINT,
     parse_endpoint,
 )
 
@@ -37,8 +42,7 @@ log = logging.getLogger("midspan.broker")
 
 
 @click.command()
-@click.option("--edges", default=EDGE_ENDPOINT, show_default=True, help="Address for edge agents.")
-@click.option("--workers", default=WORKER_ENDPOINT, show_default=True, help="Address for workers.")
+@endpoint_options(old_worker_endpoint=["--workers"])
 @click.option(
     "--silence-ms",
     default=round(HEARTBEAT_S * HEARTBEATS_MISSED * 1000),
@@ -65,7 +69,7 @@ log = logging.getLogger("midspan.broker")
     default=MAX_SESSIONS_PER_EDGE,
     show_default=True,
     type=COUNT,
-    help="Sessions that one edge may have open.",
+    help="Sessions at once, of one edge.",
 )
 @click.option(
     "--max-memory-mb",
@@ -100,14 +104,14 @@ log = logging.getLogger("midspan.broker")
 @click.option(
     "--keys",
     type=click.Path(path_type=Path),
-    help="Directory with broker.key_secret and authorized/: admit only these (midspan keys).",
+    help="Directory of keys (midspan keys): admit only those that are authorized there.",
 )
 @insecure_option
 @metrics_option
 @log_options
 def broker(
-    edges: str,
-    workers: str,
+    edge_endpoint: str,
+    worker_endpoint: str,
     silence_ms: int,
     max_queued: int,
     max_attempts: int,
@@ -127,7 +131,9 @@ def broker(
     generations go on.
     """
     logs.set_up()
-    for option, endpoint in (("--edges", edges), ("--workers", workers)):
+    for option, endpoint in (
+        ("--edge-endpoint", edge_endpoint), ("--worker-endpoint", worker_endpoint),
+    ):  # fmt: skip
         parse_endpoint(endpoint, option)  # what is no address is not a public one, either
         if is_public(endpoint) and keys is None and not insecure:
             raise SettingsError(
@@ -136,8 +142,8 @@ def broker(
                 "`midspan keys new broker`, or say --insecure"
             )
     server = bind_server(
-        edges,
-        workers,
+        edge_endpoint,
+        worker_endpoint,
         silence_s=silence_ms / 1000,
         max_queued_steps=max_queued,
         max_attempts=max_attempts,

@@ -67,7 +67,7 @@ class Port:
         except zmq.ZMQError as error:
             self.socket.close(linger=0)
             raise SettingsError(
-                f"--{role}s {endpoint} cannot be bound: {zmq.strerror(error.errno or 0)}; "
+                f"--{role}-endpoint {endpoint} cannot be bound: {zmq.strerror(error.errno or 0)}; "
                 "is another broker running?"
             ) from error
         self.endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)

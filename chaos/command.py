@@ -20,8 +20,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from chaos.saboteur import HarmedPool, Saboteur
-from common.console.option_types import COUNT, FiniteRange
-from common.console.options import cut_option, group_options, model_option
+from common.console.option_types import COUNT, SEED, FiniteRange
+from common.console.options import (
+    group_options,
+    model_option,
+    new_tokens_option,
+    span_option,
+)
+from common.console.renamed import RenamedOption
 from common.console.tables import format_table
 from common.errors import BrokerUnavailable, MidspanError
 from deploy.pool import LocalPool, PoolSettings
@@ -111,18 +117,30 @@ class ChaosSettings:
     duration_s: float
     every_s: float  # between faults, on average
     engines: int
-    tokens: int  # of one answer
+    max_new_tokens: int  # of one answer; a session has two
     seed: int
     model_name: str | None
-    cut_text: str | None
+    span_text: str | None
     codec: str
 
 
 chaos_options = group_options(
     "settings",
     ChaosSettings,
-    click.option("--sessions", default=16, show_default=True, type=click.IntRange(1, 1000)),
-    click.option("--workers", default=4, show_default=True, type=click.IntRange(1, 1000)),
+    click.option(
+        "--sessions",
+        default=16,
+        show_default=True,
+        type=click.IntRange(1, 1000),
+        help="Sessions that generate all the time.",
+    ),
+    click.option(
+        "--workers",
+        default=4,
+        show_default=True,
+        type=click.IntRange(1, 1000),
+        help="Worker processes.",
+    ),
     click.option(
         "--duration",
         "duration_s",
@@ -146,23 +164,17 @@ chaos_options = group_options(
         type=COUNT,
         help="Edges that the sessions are of.",
     ),
-    click.option(
-        "--tokens",
-        default=60,
-        show_default=True,
-        type=COUNT,
-        help="Of one answer; a session has two.",
-    ),
-    click.option("--seed", default=1, show_default=True),
+    new_tokens_option(60, cls=RenamedOption, old=["--tokens"]),
+    click.option("--seed", default=1, show_default=True, type=SEED, help="Makes it repeatable."),
     model_option,
-    cut_option,
-    click.option("--codec", default="fp32", show_default=True),
+    span_option("the middle half"),
+    click.option("--codec", default="fp32", show_default=True, help="Boundary codec."),
 )
 
 
 @click.command()
 @chaos_options
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, not a table.")
 def chaos(settings: ChaosSettings, as_json: bool) -> None:
     """Break a pool on purpose, on a seeded schedule, and compare every token.
 
@@ -187,7 +199,7 @@ def run_chaos(settings: ChaosSettings) -> Outcome:
 
     set_up_torch(threads=1)
     directory = find_model(settings.model_name)
-    ends, tokenizer = load_ends(directory, settings.cut_text), TextTokenizer(directory)
+    ends, tokenizer = load_ends(directory, settings.span_text), TextTokenizer(directory)
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
     edit = tokenizer.encode(EDIT)[1:]
     pool_settings = PoolSettings(
@@ -200,7 +212,9 @@ def run_chaos(settings: ChaosSettings) -> Outcome:
             stack.enter_context(Engine(ends, [address], codecs, max_sessions=settings.sessions))
             for address in addresses
         ]
-        wanted = [_converse(engines[0], prompt, edit, settings.tokens)[0] for prompt in prompts]
+        wanted = [
+            _converse(engines[0], prompt, edit, settings.max_new_tokens)[0] for prompt in prompts
+        ]
         outcome = Outcome()
         stop_at = time.monotonic() + settings.duration_s
 
@@ -210,7 +224,7 @@ def run_chaos(settings: ChaosSettings) -> Outcome:
                 which = turn % len(prompts)
                 try:
                     engine = engines[index % settings.engines]
-                    answer = _converse(engine, prompts[which], edit, settings.tokens)
+                    answer = _converse(engine, prompts[which], edit, settings.max_new_tokens)
                 except MidspanError as error:
                     outcome.add_failure(error)
                 else:

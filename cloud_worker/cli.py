@@ -30,14 +30,14 @@ log = logging.getLogger("midspan.worker")
 
 @click.command()
 @model_options
-@broker_option(WORKER_ENDPOINT, "workers")
+@broker_option(WORKER_ENDPOINT)
 @click.option(
     "--redis-url",
     envvar=REDIS_URL,
     show_envvar=True,
     default=f"redis://127.0.0.1:{REDIS_PORT}/0",
     show_default=True,
-    help="Where KV is kept. A password is better given in the variable: `ps` shows arguments.",
+    help="Redis that keeps KV. A password is better given in the variable: `ps` shows arguments.",
 )
 @calibration_option
 @dtype_option
@@ -49,10 +49,12 @@ log = logging.getLogger("midspan.worker")
     default=round(HEARTBEAT_S * 1000),
     show_default=True,
     type=click.IntRange(10, 3_600_000),
+    help="Between two signs of life to the broker.",
 )
-@key_options("This worker")
+@key_options
 @click.option(
     "--pool-key",
+    "pool_secret",
     type=click.Path(path_type=Path),
     help="The pool's .key_secret: opens the keys of sessions with --encrypt-kv.",
 )
@@ -71,7 +73,7 @@ def worker(
     heartbeat_ms: int,
     key: Path | None,
     broker_key: str | None,
-    pool_key: Path | None,
+    pool_secret: Path | None,
     worker_id: str,
     metrics: str | None,
     logs: Logs,
@@ -82,7 +84,7 @@ def worker(
     """
     endpoints = [parse_endpoint(broker, "--broker") for broker in brokers]
     keys = load_client_keys(key, broker_key)
-    pool_pair = read_pair(pool_key) if pool_key else None
+    pool_pair = read_pair(pool_secret) if pool_secret else None
     logs.set_up()
     page = open_page(metrics)
     set_up_torch(threads)

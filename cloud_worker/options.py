@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from common.console.option_types import COUNT
-from common.console.options import group_options, image_model_option
+from common.console.options import group_options, image_model_option, image_part_option, span_option
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,21 +46,15 @@ model_options = group_options(
     click.option(
         "--model",
         "model_name",
-        help="Language model: a Hugging Face directory.  "
-        "[default: the demo models, if none is named]",
+        help="Language model: a Hugging Face directory.  [default: both demo models]",
     ),
-    click.option(
-        "--span", "span_text", help="Layers to serve, as a-b.  [default: the middle half]"
-    ),
+    span_option("the middle half"),
     image_model_option,
-    click.option(
-        "--image-part",
+    image_part_option(
         "image_parts",
         multiple=True,
-        type=click.Choice(["unet", "inner"]),
         default=["unet", "inner"],
-        show_default=True,
-        help="What to serve of it; inner alone reads the inner blocks only.",
+        more="; repeat it for both, inner alone reads the inner blocks only.",
     ),
 )
 
@@ -80,9 +74,15 @@ class Bounds:
 bound_options = group_options(
     "bounds",
     Bounds,
-    click.option("--max-batch-rows", default=512, show_default=True, type=COUNT),
-    click.option("--max-batch-steps", default=32, show_default=True, type=COUNT),
-    click.option("--max-batch-images", default=16, show_default=True, type=COUNT),
+    click.option(
+        "--max-batch-rows", default=512, show_default=True, type=COUNT, help="Rows of a batch."
+    ),
+    click.option(
+        "--max-batch-steps", default=32, show_default=True, type=COUNT, help="Steps of a batch."
+    ),
+    click.option(
+        "--max-batch-images", default=16, show_default=True, type=COUNT, help="Images of a batch."
+    ),
     click.option(
         "--capacity",
         default=64,

@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 
+from common.console.renamed import old_spellings
 from common.errors import SettingsError
 
 CONFIG = "MIDSPAN_CONFIG"  # names another file
@@ -34,7 +35,9 @@ def name_options(command: click.Command, path: tuple[str, ...]) -> None:
             name_options(inner, (*path, name))
     prefix = "_".join(("MIDSPAN", *path))
     for flag, option in _options(command):
-        names = [prefix + "_" + flag] + (["MIDSPAN_" + flag] if is_shared(path, flag) else [])
+        flags = [flag, *_old_flags(option)]
+        names = [f"{prefix}_{each}" for each in flags]
+        names += ["MIDSPAN_" + flag] if is_shared(path, flag) else []
         own = [option.envvar] if isinstance(option.envvar, str) else list(option.envvar or ())
         option.envvar = list(dict.fromkeys([*own, *map(_as_variable, names)]))
 
@@ -79,6 +82,7 @@ def make_defaults(
             for name, inner in command.commands.items()
         }
     options = dict(_options(command))
+    table = _rename(table, options.values(), " ".join(path))
     unknown = sorted(set(table) - set(options))
     if unknown:
         raise SettingsError(f"config.toml: {' '.join(path)} has no option --{unknown[0]}")
@@ -99,6 +103,27 @@ def _options(command: click.Command) -> Iterator[tuple[str, click.Option]]:
         if isinstance(option, click.Option) and option.name != "help":
             longest = max(option.opts, key=len)
             yield longest.lstrip("-"), option
+
+
+def _old_flags(option: click.Option) -> list[str]:
+    return [spelling.lstrip("-") for spelling in old_spellings(option)]
+
+
+def _rename(
+    table: Mapping[str, Any], options: Iterable[click.Option], command: str
+) -> dict[str, Any]:
+    """A table with today's names. Raises SettingsError for one option under two of its names."""
+    renamed = dict(table)
+    for flag, option in ((max(o.opts, key=len).lstrip("-"), o) for o in options):
+        for old in _old_flags(option):
+            if old in renamed and flag in renamed:
+                raise SettingsError(
+                    f"config.toml: {command} has {flag} and {old}, the new and the old name of "
+                    f"one option; keep {flag} only"
+                )
+            if old in renamed:
+                renamed[flag] = renamed.pop(old)
+    return renamed
 
 
 def _as_variable(name: str) -> str:

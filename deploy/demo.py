@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from common.console.option_types import COUNT, SEED
+from common.console.option_types import SEED
+from common.console.options import new_tokens_option
 from common.console.outputs import check_writable
+from common.console.renamed import RenamedOption
 from edge_agent.commands.prompts import check_text
 
 if TYPE_CHECKING:
@@ -21,16 +23,19 @@ KILL_AFTER_STEPS = 6
 
 
 @click.command()
-@click.option("--prompt", default=PROMPT, show_default=True)
-@click.option("--seed", default=7, type=SEED, show_default=True)
-@click.option("-n", "--max-new-tokens", default=200, type=COUNT, show_default=True)
+@click.option("--prompt", default=PROMPT, show_default=True, help="Prompt: how the story begins.")
+@click.option("--seed", default=7, type=SEED, show_default=True, help="Makes it repeatable.")
+@new_tokens_option(200)
 @click.option(
-    "--image",
+    "-o",
+    "--output",
     "image_file",
+    cls=RenamedOption,
+    old=["--image"],
     type=click.Path(path_type=Path),
     default=Path("demo-image.png"),
     show_default=True,
-    help="Where the picture goes.",
+    help="What to write: the picture.",
 )
 def demo(prompt: str, seed: int, max_new_tokens: int, image_file: Path) -> None:
     """Start a pool, stream a story and a picture through it, kill the serving worker in both."""

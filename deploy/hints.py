@@ -36,7 +36,7 @@ def suggest_ask(settings: PoolSettings, edge_endpoint: str) -> str:
     """The command that asks this pool for a text."""
     options = _unless_default("--model", settings.model, DEMO_TEXT_MODEL)
     if settings.span is not None:
-        options += ["--cut", settings.span.replace("-", ":")]
+        options += ["--span", settings.span]
     if settings.calibration is not None:
         options += ["--calibration", str(settings.calibration), "--codec", "compact"]
     options += _edge_options(settings, edge_endpoint)
@@ -45,7 +45,7 @@ def suggest_ask(settings: PoolSettings, edge_endpoint: str) -> str:
 
 def suggest_image(settings: PoolSettings, edge_endpoint: str) -> str:
     """The command that asks this pool for a picture."""
-    options = _unless_default("--model", settings.image_model, DEMO_IMAGE_MODEL)
+    options = _unless_default("--image-model", settings.image_model, DEMO_IMAGE_MODEL)
     options += _edge_options(settings, edge_endpoint)
     return shlex.join(["midspan", "image", PICTURE, *options, "--stats"])
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from common.console.renamed import RenamedOption
 from common.console.tables import format_table
 from common.errors import SettingsError
 from common.security.keys import (
@@ -19,12 +20,17 @@ from common.security.keys import (
 )
 
 directory_option = click.option(
-    "--dir",
+    "--keys",
     "directory",
+    cls=RenamedOption,
+    old=["--dir"],
     type=click.Path(path_type=Path),
     default=DEFAULT_KEYS,
     show_default=True,
-    help="Where the keys lie.",
+    help="Directory of keys.",
+)
+role_option = click.option(
+    "--as", "role", type=click.Choice(ROLES), required=True, help="Whose key it is."
 )
 
 
@@ -34,7 +40,8 @@ def keys() -> None:
 
     \b
     On the broker's machine:  midspan keys new broker
-                              midspan broker --keys ~/.midspan/keys --edges tcp://0.0.0.0:5555 …
+                              midspan broker --keys ~/.midspan/keys
+                                             --edge-endpoint tcp://0.0.0.0:5555 …
     On a device:              midspan keys new phone       hand out phone.key, keep .key_secret
     On the broker's machine:  midspan keys authorize phone.key --as edge
     On the device:            midspan ask … --key ~/.midspan/keys/phone.key_secret
@@ -56,7 +63,7 @@ def new(name: str, directory: Path) -> None:
 
 @keys.command("authorize")
 @click.argument("public_key")
-@click.option("--as", "role", type=click.Choice(ROLES), required=True)
+@role_option
 @click.option("--name", help="What to call it.  [default: the file's name]")
 @directory_option
 def authorize_command(public_key: str, role: str, name: str | None, directory: Path) -> None:
@@ -80,7 +87,7 @@ def authorize_command(public_key: str, role: str, name: str | None, directory: P
 
 @keys.command("revoke")
 @click.argument("name")
-@click.option("--as", "role", type=click.Choice(ROLES), required=True)
+@role_option
 @directory_option
 def revoke_command(name: str, role: str, directory: Path) -> None:
     """Admit the key that was authorized as NAME no longer; its connections end within a second."""

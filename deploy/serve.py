@@ -19,11 +19,12 @@ from common.console.option_types import COUNT
 from common.console.options import (
     Logs,
     add_options,
-    cut_option,
+    dtype_option,
     group_options,
     image_model_option,
     log_options,
     model_option,
+    span_option,
     threads_option,
 )
 from common.console.processes import freeze_loaded_objects, set_up_torch
@@ -33,7 +34,7 @@ from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_mo
 from edge_agent.commands.codec_options import CodecChoice, codec_options
 from edge_agent.commands.connection_options import Connection, connection_options
 from edge_agent.commands.prompts import read_file, read_template
-from edge_agent.commands.run_options import encrypt_option, timeout_option
+from edge_agent.commands.run_options import encrypt_option, template_option, timeout_option
 
 if TYPE_CHECKING:
     from deploy.pool import LocalPool, PoolSettings
@@ -68,8 +69,14 @@ class Address:
 address_options = group_options(
     "address",
     Address,
-    click.option("--host", default="127.0.0.1", show_default=True),
-    click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535)),
+    click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen."),
+    click.option(
+        "--port",
+        default=8080,
+        show_default=True,
+        type=click.IntRange(0, 65535),
+        help="0 is any that is free.",
+    ),
     click.option(
         "--api-key",
         envvar="MIDSPAN_API_KEY",
@@ -80,7 +87,11 @@ address_options = group_options(
 )
 bound_options = add_options(
     click.option(
-        "--max-sessions", default=64, show_default=True, type=COUNT, help="Answers made at once."
+        "--max-sessions",
+        default=64,
+        show_default=True,
+        type=COUNT,
+        help="Sessions at once: answers being made.",
     ),
     click.option(
         "--max-waiting",
@@ -101,7 +112,7 @@ bound_options = add_options(
 
 @click.command()
 @model_option
-@cut_option
+@span_option("the middle half")
 @image_model_option
 @connection_options
 @encrypt_option
@@ -113,21 +124,17 @@ bound_options = add_options(
     default=2,
     show_default=True,
     type=click.IntRange(1, 1000),
-    help="With --with-pool.",
+    help="Worker processes, with --with-pool.",
 )
 @bound_options
-@click.option(
-    "--chat-template",
-    type=click.Path(path_type=Path),
-    help="Jinja file, for a tokenizer without one or instead of its own.",
-)
-@click.option("--dtype", default="float32", show_default=True, help="Of head and tail.")
+@template_option
+@dtype_option
 @threads_option
 @timeout_option(60.0)
 @log_options
 def serve(
     model_name: str | None,
-    cut_text: str | None,
+    span_text: str | None,
     image_model: str | None,
     connection: Connection,
     pool_key: str | None,
@@ -172,7 +179,7 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
             signal.signal(number, lambda *_: sys.exit(0))
-    ends = load_ends(directory, cut_text, dtype)
+    ends = load_ends(directory, span_text, dtype)
     with contextlib.ExitStack() as stack:
         access = PoolAccess(connection.endpoints(), connection.keys(), timeout_s, pool_public)
         if with_pool:

@@ -6,12 +6,13 @@ import contextlib
 import json
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from common.console.options import IMAGE_MODEL_HELP
 from common.errors import MidspanError
+from common.weights.demo_model import find_model
 from deploy.checks import check_services, find_failure
 from deploy.status_report import format_report
 from edge_agent.commands.connection_options import Connection, connection_options
@@ -32,15 +33,14 @@ WATCH_S = 1.0
 )
 @click.option(
     "--image-model",
-    type=click.Path(path_type=Path),
-    help="Of the image model to check.  [default: the demo model, if that is served]",
+    help=f"{IMAGE_MODEL_HELP}  With --check.  [default: the demo model, if that is served]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the whole report as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, the whole report.")
 @click.option("--watch", "is_watched", is_flag=True, help="Show it again every second.")
 def status(
     connection: Connection,
     with_check: bool,
-    image_model: Path | None,
+    image_model: str | None,
     as_json: bool,
     is_watched: bool,
 ) -> None:
@@ -52,7 +52,11 @@ def status(
             watch(client, broker)
             return
         report = client.status()
-        checks = check_services(client, report, image_model) if with_check else []
+        checks = (
+            check_services(client, report, find_model(image_model) if image_model else None)
+            if with_check
+            else []
+        )
         report = client.status() if with_check else report  # a store's silence shows in use
     finally:
         client.close()

@@ -13,10 +13,12 @@ from common.console.option_types import THREADS, WorkerRange
 from common.console.options import (
     calibration_option,
     dtype_option,
+    endpoint_options,
     image_model_option,
     insecure_option,
+    span_option,
 )
-from common.settings import EDGE_ENDPOINT, REDIS_PORT, REDIS_URL, WORKER_ENDPOINT, parse_endpoint
+from common.settings import REDIS_PORT, REDIS_URL, parse_endpoint
 from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
 
 
@@ -27,40 +29,45 @@ from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
     default="2",
     show_default=True,
     type=WorkerRange(least=0),
-    help="N, or A..B: then as many as are needed.",
+    help="Worker processes: N, or A..B for as many as are needed.",
 )
-@click.option("--model", help="Hugging Face directory.  [default: both demo models]")
+@click.option(
+    "--model",
+    help="Language model: a Hugging Face directory.  [default: both demo models]",
+)
 @image_model_option
-@click.option("--span", help="Layers the workers serve, as a-b.  [default: the middle half]")
+@span_option("the middle half")
 @calibration_option
 @dtype_option
-@click.option("--threads", type=THREADS, help="Of each worker.  [default: cores / N]")
+@click.option(
+    "--threads", type=THREADS, help="torch threads, of each worker.  [default: cores / N]"
+)
 @click.option(
     "--redis-url",
     envvar=REDIS_URL,
     show_envvar=True,
-    help="A server of yours.  [default: an embedded one]",
+    help="Redis that keeps KV: a server of yours.  [default: an embedded one]",
 )
 @click.option(
     "--keys",
     type=click.Path(path_type=Path),
-    help="Admit only authorized keys (midspan keys); what is missing in there is made.",
+    help="Directory of keys (midspan keys): admit only those that are authorized there; what is "
+    "missing is made.",
 )
 @insecure_option
-@click.option("--edges", default=EDGE_ENDPOINT, show_default=True)
-@click.option("--worker-endpoint", default=WORKER_ENDPOINT, show_default=True)
+@endpoint_options()
 def up(
     worker_range: tuple[int, int],
     model: str | None,
     image_model: str | None,
-    span: str | None,
+    span_text: str | None,
     calibration: Path | None,
     dtype: str,
     threads: int | None,
     redis_url: str | None,
     keys: Path | None,
     insecure: bool,
-    edges: str,
+    edge_endpoint: str,
     worker_endpoint: str,
 ) -> None:
     """Start Redis, a broker and N workers here; Ctrl-C drains and stops them.
@@ -84,7 +91,7 @@ def up(
         workers=least,
         model=model,
         image_model=image_model,
-        span=span,
+        span=span_text.replace(":", "-") if span_text else None,
         dtype=dtype,
         threads=threads or max(1, (os.cpu_count() or 1) // most),
         redis_url=redis_url,
@@ -93,7 +100,7 @@ def up(
         keys=keys.expanduser() if keys else None,
         broker_options=[*(["--insecure"] if insecure else []), *hold_options(least)],
         calibration=calibration,
-        edge_endpoint=parse_endpoint(edges, "--edges"),
+        edge_endpoint=parse_endpoint(edge_endpoint, "--edge-endpoint"),
         worker_endpoint=parse_endpoint(worker_endpoint, "--worker-endpoint"),
     )
     store = hide_password(redis_url) if redis_url else "an embedded Redis"

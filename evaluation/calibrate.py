@@ -8,47 +8,32 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from common.console.option_types import MAX_COUNT
-from common.console.options import cut_option, threads_option
+from common.console.options import span_option, threads_option
 from common.console.outputs import check_directory
-from evaluation.options import documents_option
+from evaluation.options import documents_option, text_option, tokens_option, window_option
 
 if TYPE_CHECKING:
     from common.codecs.calibration import Calibration
     from common.spans.cut import Cut
     from common.weights.checkpoint import Checkpoint
 
-AT_LEAST_TWO = click.IntRange(2, MAX_COUNT)  # one token predicts nothing
-
 
 @click.command()
 @click.argument("model")
-@click.option("--text", type=click.Path(path_type=Path), required=True, help="Text to measure on.")
-@cut_option
+@text_option
+@span_option("the middle half")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path),
-    help="Directory to write.  [default: calibration/A-B in the model directory]",
+    help="What to write: a directory.  [default: calibration/A-B in the model directory]",
 )  # fmt: skip
-@click.option(
-    "--tokens",
-    default=20_000,
-    show_default=True,
-    type=AT_LEAST_TWO,
-    help="Tokens to measure on, at most.",
-)
-@click.option(
-    "--window",
-    default=256,
-    show_default=True,
-    type=AT_LEAST_TWO,
-    help="Tokens of one forward pass.",
-)
+@tokens_option(20_000)
+@window_option(256)
 @documents_option
 @threads_option
 def calibrate(
     model: str,
     text: Path,
-    cut_text: str | None,
+    span_text: str | None,
     output: Path | None,
     tokens: int,
     window: int,
@@ -72,7 +57,7 @@ def calibrate(
     set_up_torch(threads)
     directory = find_model(model)
     checkpoint = Checkpoint(directory)
-    cut = parse_cut(cut_text, read_config(checkpoint).num_hidden_layers)
+    cut = parse_cut(span_text, read_config(checkpoint).num_hidden_layers)
     ids = read_tokens(text, TextTokenizer(directory), documents, tokens)
     target = output or default_directory(directory, (cut.begin, cut.end))
     check_directory(target)

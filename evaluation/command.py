@@ -13,11 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from common.console.options import calibration_option
+from common.console.options import calibration_option, span_option
 from common.console.outputs import check_writable
 from common.console.tables import format_table
 from evaluation.images import image_command
-from evaluation.options import codecs_option, csv_option, documents_option, json_option, plot_option
+from evaluation.options import (
+    codecs_option,
+    csv_option,
+    documents_option,
+    json_option,
+    plot_option,
+    text_option,
+    tokens_option,
+    window_option,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,10 +39,10 @@ BASELINE = "fp32"
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One codec at one cut. Its fields are the columns of table and CSV."""
+    """One codec at one span. Its fields are the columns of table and CSV."""
 
     codec: str
-    cut: str
+    span: str
     window_tokens: int
     wire_bits_per_value: float
     perplexity: float
@@ -50,13 +59,17 @@ evaluate.add_command(image_command)
 
 @evaluate.command()
 @click.argument("model")
-@click.option("--text", type=click.Path(path_type=Path), required=True, help="Text to score.")
+@text_option
 @codecs_option
-@click.option("--cut", "cuts", multiple=True, help="As A:B; repeat for several.")
+@span_option("the middle half; repeat it for several", multiple=True)
 @calibration_option
-@click.option("--window", type=click.IntRange(min=2), help="Tokens.  [default: the context]")
-@click.option("--stride", type=click.IntRange(min=1), help="Tokens.  [default: half a window]")
-@click.option("--tokens", type=click.IntRange(min=2), help="Score the first N only.")
+@window_option(None, "  [default: the context]")
+@click.option(
+    "--stride",
+    type=click.IntRange(min=1),
+    help="Tokens from one window to the next.  [default: half a window]",
+)
+@tokens_option(None, "  [default: all]")
 @documents_option
 @csv_option
 @plot_option
@@ -65,7 +78,7 @@ def codec(
     model: str,
     text: Path,
     codecs: tuple[str, ...],
-    cuts: tuple[str, ...],
+    span_text: tuple[str, ...],
     calibration: Path | None,
     window: int | None,
     stride: int | None,
@@ -75,9 +88,9 @@ def codec(
     plot_path: Path | None,
     as_json: bool,
 ) -> None:
-    """Perplexity of MODEL on a text against bits on the wire, for each codec and cut.
+    """Perplexity of MODEL on a text against bits on the wire, for each codec and span.
 
-    Starts a broker and a worker for every cut and sends each window through them, so the bits are
+    Starts a broker and a worker for every span and sends each window through them, so the bits are
     those that the edge's socket counted, headers included, up and down over all values.
     loss_percent is the rise of perplexity over that with fp32.
     """
@@ -99,8 +112,8 @@ def codec(
     directory = find_model(model)
     ids = read_tokens(text, TextTokenizer(directory), documents, tokens)
     measured: list[Measurement] = []
-    for cut_text in cuts or (None,):
-        ends = load_ends(directory, cut_text)
+    for span in span_text or (None,):
+        ends = load_ends(directory, span)
         length = min(window or ends.context or 1024, ends.context or 1 << 30, len(ids))
         measured += measure_codecs(
             ends, names, ids, length, stride or max(1, length // 2), calibration
@@ -125,7 +138,7 @@ def measure_codecs(
     stride: int,
     calibration_directory: Path | None,
 ) -> list[Measurement]:
-    """All codecs at one cut; the first one is the baseline of the loss."""
+    """All codecs at one span; the first one is the baseline of the loss."""
     from deploy.pool import LocalPool, PoolSettings
     from edge_agent.commands.codec_options import CodecChoice
     from edge_agent.engine.client import BrokerClient
@@ -149,7 +162,7 @@ def measure_codecs(
     with (
         LocalPool(pool_settings) as pool,
         click.progressbar(
-            length=len(work) * len(windows), label=f"cut {ends.cut}",
+            length=len(work) * len(windows), label=f"span {ends.cut.middle}",
             file=sys.stderr,
         ) as bar,
     ):  # fmt: skip
@@ -168,7 +181,7 @@ def measure_codecs(
             loss = (meter.perplexity / base - 1) * 100 + 0.0
             measured.append(
                 Measurement(
-                    name, str(ends.cut), window, round(bits, 3), round(meter.perplexity, 5),
+                    name, str(ends.cut.middle), window, round(bits, 3), round(meter.perplexity, 5),
                     round(loss, 3),
                 )
             )  # fmt: skip
@@ -206,13 +219,15 @@ def plot_rate_distortion(measured: list[Measurement], path: Path) -> None:
 
 
 def draw_rate_distortion(measured: list[Measurement]) -> Figure:
-    """Loss against bits: numbered points, the names beside them, and each cut's Pareto frontier."""
+    """Loss against bits: numbered points, the names beside them, each span's Pareto frontier."""
     from matplotlib import pyplot as plt
 
     names = [name for name in dict.fromkeys(m.codec for m in measured) if name != BASELINE]
     figure, axes = plt.subplots(figsize=(11, 6))
-    for cut in dict.fromkeys(m.cut for m in measured):
-        _draw_cut(axes, cut, [m for m in measured if m.cut == cut and m.codec != BASELINE], names)
+    for span in dict.fromkeys(m.span for m in measured):
+        _draw_span(
+            axes, span, [m for m in measured if m.span == span and m.codec != BASELINE], names
+        )
     axes.axhline(0, color="gray", linewidth=0.5)
     axes.set_yscale("symlog", linthresh=0.1)
     lowest = min(m.loss_percent for m in measured)
@@ -227,12 +242,12 @@ def draw_rate_distortion(measured: list[Measurement]) -> Figure:
     return figure
 
 
-def _draw_cut(axes: Any, cut: str, points: list[Measurement], names: list[str]) -> None:
-    """One cut's points, the numbers of those that lie together in one label, and its frontier."""
+def _draw_span(axes: Any, span: str, points: list[Measurement], names: list[str]) -> None:
+    """One span's points, the numbers of those that lie together in one label, and its frontier."""
     frontier = find_frontier(points)
     (line,) = axes.plot(
         [m.wire_bits_per_value for m in frontier], [m.loss_percent for m in frontier],
-        "-", linewidth=1, alpha=0.6, label=f"cut {cut}: no other is smaller and loses less",
+        "-", linewidth=1, alpha=0.6, label=f"span {span}: no other is smaller and loses less",
     )  # fmt: skip
     axes.plot(
         [m.wire_bits_per_value for m in points], [m.loss_percent for m in points],

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from common.codecs.spec import EXACT
-from common.console.option_types import SEED
+from common.console.option_types import COUNT, SEED
 from common.console.outputs import check_writable
 from common.console.tables import format_table
 from common.errors import SettingsError
@@ -60,8 +60,16 @@ class ImageMeasurement:
 
 @click.command("image")
 @click.argument("model", default=DEMO_IMAGE_MODEL)
-@click.option("--prompt", "prompts", multiple=True, help="Repeat for several.")
-@click.option("--seed", "seeds", multiple=True, type=SEED, default=(0, 1), show_default=True)
+@click.option("--prompt", "prompts", multiple=True, help="Prompt; repeat it for several.")
+@click.option(
+    "--seed",
+    "seeds",
+    multiple=True,
+    type=SEED,
+    default=(0, 1),
+    show_default=True,
+    help="Makes it repeatable; repeat it for several.",
+)
 @codecs_option
 @click.option(
     "--path",
@@ -70,19 +78,19 @@ class ImageMeasurement:
     type=click.Choice(list(PATHS)),
     default=list(PATHS),
     show_default=True,
-    help="Cut unet with sync edge or cloud, or cut inner.",
+    help="Part unet with sync edge or cloud, or part inner.",
 )
 @click.option(
     "--reuse",
     "reuses",
     multiple=True,
-    type=click.IntRange(1),
+    type=COUNT,
     default=(1, 2, 3),
     show_default=True,
-    help="More than 1 on path inner only.",
+    help="Ask the pool every so many steps only, with path inner.",
 )
-@click.option("--steps", default=15, show_default=True, type=click.IntRange(1))
-@click.option("--guidance", default=2.5, show_default=True)
+@click.option("--steps", default=15, show_default=True, type=COUNT, help="Of denoising.")
+@click.option("--guidance", default=2.5, show_default=True, help="Scale; 1 is none.")
 @csv_option
 @plot_option
 @click.option(

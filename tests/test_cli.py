@@ -79,7 +79,7 @@ def test_an_answer_that_ctrl_c_ends_has_cost_something_too(
 
 
 def test_ask_prints_one_object_with_json(pool: LocalPool, demo_directory: Path) -> None:
-    command = ["ask", "-", "--broker", pool.edge_endpoint, "-n", "12", "--json", "--cut", "2:6"]
+    command = ["ask", "-", "--broker", pool.edge_endpoint, "-n", "12", "--json", "--span", "2-6"]
     answer = json.loads(run_midspan(*command, stdin=PROMPTS[0]).stdout)
     assert set(answer) == {"text", "token_ids", "stats"}
     assert len(answer["token_ids"]) == answer["stats"]["new_tokens"] == 12
@@ -108,9 +108,9 @@ def test_a_wrong_checkpoint_folder_is_named(pool: LocalPool, tmp_path: Path) -> 
     assert f"{tmp_path / 'config.json'} does not exist" in line
 
 
-def test_a_cut_out_of_range_is_named(pool: LocalPool) -> None:
-    line = error_line("ask", "hi", "--cut", "2:9", "--broker", pool.edge_endpoint)
-    assert "cut 2:9 is out of range: the model has 8 layers" in line
+def test_an_edges_span_out_of_range_is_named(pool: LocalPool) -> None:
+    line = error_line("ask", "hi", "--span", "2-9", "--broker", pool.edge_endpoint)
+    assert "span 2-9 is out of range: the model has 8 layers" in line
 
 
 @pytest.mark.parametrize("prompt", ["", "   ", "-"])
@@ -130,7 +130,7 @@ def test_a_prompt_longer_than_the_context_says_both_lengths(pool: LocalPool) -> 
         ("--dtype", "int4", "dtype 'int4' is unknown"),
         ("--top-p", "0", "top-p is 0.0; expected more than 0"),
         ("-t", "-1", "temperature is -1.0"),
-        ("-n", "0", "the number of new tokens is 0"),
+        ("-n", "0", "0 is not in the range 1<=x"),
         ("--broker", "localhost", "--broker has value 'localhost'; expected tcp://HOST:PORT"),
     ],
 )
@@ -154,16 +154,16 @@ def test_no_worker_for_the_model_says_at_once_what_is_served(
     assert "being served: stories-llama 2-6 (fingerprint" in line
 
 
-def test_no_worker_for_the_cut_says_at_once_what_is_served(pool: LocalPool) -> None:
-    line = error_line("ask", "hi", "--cut", "1:7", "--broker", pool.edge_endpoint)
+def test_no_worker_for_the_span_says_at_once_what_is_served(pool: LocalPool) -> None:
+    line = error_line("ask", "hi", "--span", "1-7", "--broker", pool.edge_endpoint)
     assert "no worker serves 1-7" in line
     assert re.search("To serve it: `midspan worker --model .*stories-llama --span 1-7`", line)
     assert "being served: stories-llama 2-6" in line
 
 
 def test_a_port_in_use_is_named(pool: LocalPool) -> None:
-    line = error_line("broker", "--edges", pool.edge_endpoint)
-    assert f"--edges {pool.edge_endpoint} cannot be bound: Address already in use" in line
+    line = error_line("broker", "--edge-endpoint", pool.edge_endpoint)
+    assert f"--edge-endpoint {pool.edge_endpoint} cannot be bound: Address already in use" in line
 
 
 @pytest.mark.usefixtures("unforked")
@@ -183,7 +183,7 @@ def test_a_device_that_is_not_there_is_named(pool: LocalPool) -> None:
 def test_up_starts_again_what_dies_and_drains_on_a_signal(tmp_path: Path) -> None:
     endpoints = [f"ipc://{tmp_path}/edges", f"ipc://{tmp_path}/workers"]
     command = midspan_command(
-        "up", "--workers", "1", "--edges", endpoints[0], "--worker-endpoint", endpoints[1]
+        "up", "--workers", "1", "--edge-endpoint", endpoints[0], "--worker-endpoint", endpoints[1]
     )
     up = Child("up", command, tmp_path)
     try:
@@ -221,7 +221,7 @@ def test_a_broker_that_goes_away_is_not_said_to_have_the_step(demo_ends: ModelEn
 def test_up_says_which_process_failed_and_why() -> None:
     line = error_line(
         "up", "--workers", "1", "--span", "6-99",
-        "--edges", "tcp://127.0.0.1:*", "--worker-endpoint", "tcp://127.0.0.1:*",
+        "--edge-endpoint", "tcp://127.0.0.1:*", "--worker-endpoint", "tcp://127.0.0.1:*",
     )  # fmt: skip
     assert "w1 ended with exit code 1" in line
     assert "6-99" in line

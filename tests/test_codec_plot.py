@@ -25,7 +25,7 @@ def measured() -> list[Measurement]:
     with MEASURED.open() as file:
         return [
             Measurement(
-                row["codec"], row["cut"], int(row["window_tokens"]),
+                row["codec"], row["span"], int(row["window_tokens"]),
                 float(row["wire_bits_per_value"]), float(row["perplexity"]),
                 float(row["loss_percent"]),
             )

@@ -36,7 +36,7 @@ class Broker:
     """The command, with keys or without."""
 
     def __init__(self, directory: Path, keys: Path | None = None) -> None:
-        options = ["--edges", "tcp://127.0.0.1:*", "--workers", "tcp://127.0.0.1:*"]
+        options = ["--edge-endpoint", "tcp://127.0.0.1:*", "--worker-endpoint", "tcp://127.0.0.1:*"]
         options += ["--keys", str(keys)] if keys else []
         self.child = Child("broker", midspan_command("broker", *options), directory)
         words = self.child.wait_for("broker ready").split()

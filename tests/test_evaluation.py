@@ -88,7 +88,7 @@ def test_the_demo_models_codecs_keep_their_promises(tmp_path: Path, demo_directo
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader(table.open()))
-    header = "codec,cut,window_tokens,wire_bits_per_value,perplexity,loss_percent"
+    header = "codec,span,window_tokens,wire_bits_per_value,perplexity,loss_percent"
     assert ",".join(rows[0]) == header
     bits = {row["codec"]: float(row["wire_bits_per_value"]) for row in rows}
     loss = {row["codec"]: float(row["loss_percent"]) for row in rows}
@@ -201,7 +201,7 @@ def test_a_calibration_is_made_for_any_cut_and_refused_for_another(
     made = tmp_path / "calibration"
     command = [
         "calibrate", "stories-llama", "--text", str(demo_directory / "validation.txt"),
-        "--cut", "1:7", "-o", str(made), "--tokens", "600", "--documents",
+        "--span", "1-7", "-o", str(made), "--tokens", "600", "--documents",
     ]  # fmt: skip
     done = run_midspan(*command)
     assert done.returncode == 0, done.stderr
@@ -241,7 +241,7 @@ def test_an_edge_and_a_worker_with_different_calibrations_refuse(
             "codec 'int9' is unknown",
         ),
         (
-            ["eval", "codec", "stories-llama", "--text", "README.md", "--cut", "1:7",
+            ["eval", "codec", "stories-llama", "--text", "README.md", "--span", "1-7",
              "--codec", "compact"],
             "codec 'compact' needs a calibration of this model and cut",
         ),

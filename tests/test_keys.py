@@ -92,7 +92,7 @@ def test_which_addresses_others_reach(endpoint: str, public: bool) -> None:
     assert is_public(endpoint) is public
 
 
-@pytest.mark.parametrize("option", ["--edges", "--workers"])
+@pytest.mark.parametrize("option", ["--edge-endpoint", "--worker-endpoint"])
 def test_a_broker_does_not_bind_a_public_address_without_keys(option: str) -> None:
     result = CliRunner().invoke(midspan, ["broker", option, "tcp://0.0.0.0:*"])
     assert result.exit_code == 1
@@ -100,7 +100,7 @@ def test_a_broker_does_not_bind_a_public_address_without_keys(option: str) -> No
 
 
 def test_the_keys_commands(tmp_path: Path) -> None:
-    runner, where = CliRunner(), ["--dir", str(tmp_path)]
+    runner, where = CliRunner(), ["--keys", str(tmp_path)]
     assert runner.invoke(midspan, ["keys", "new", "phone", *where]).exit_code == 0
     public = str(tmp_path / "phone.key")
     assert (
@@ -121,7 +121,7 @@ def test_a_key_to_authorize_is_looked_for_where_the_keys_lie(
     here.mkdir()
     monkeypatch.chdir(here)
     create_key(keys, "phone")
-    command = ["keys", "authorize", "phone.key", "--as", "edge", "--dir", str(keys)]
+    command = ["keys", "authorize", "phone.key", "--as", "edge", "--keys", str(keys)]
     assert CliRunner().invoke(midspan, command).exit_code == 0
     assert list_authorized(keys, "edge") == {read_public(str(keys / "phone.key")): "phone"}
     create_key(here, "phone")  # one at the path itself goes first

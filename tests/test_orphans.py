@@ -52,7 +52,7 @@ def is_worker(pid: int) -> bool:
 def start_up(directory: Path, *wrapper: str) -> Child:
     command = midspan_command(
         "up", "--workers", "1", "--model", "stories-llama",
-        "--edges", f"ipc://{directory}/edges", "--worker-endpoint", f"ipc://{directory}/workers",
+        "--edge-endpoint", f"ipc://{directory}/edges", "--worker-endpoint", f"ipc://{directory}/workers",
     )  # fmt: skip
     up = Child("up", [*wrapper, *command], directory)
     up.wait_for("ready: edges at")

@@ -221,7 +221,7 @@ def test_an_edge_may_not_say_whose_session_it_ends(pool: LocalPool) -> None:
 def test_a_key_that_is_revoked_loses_its_connections_and_one_that_is_new_does_not(
     pool: LocalPool, demo_ends: ModelEnds, prompt_ids: list[int]
 ) -> None:
-    where = ["--dir", str(keys_of(pool)), "--as", "edge"]
+    where = ["--keys", str(keys_of(pool)), "--as", "edge"]
     leaving = BrokerClient([pool.edge_endpoint], 20, member(pool, "leaving"))
     stream = Session(demo_ends, leaving, uniform_settings("fp32")).generate(
         prompt_ids, 60, SamplingSettings()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,30 +11,34 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from common.console.log_lines import FORMATS, set_up_logging
-from common.console.option_types import THREADS
+from common.console.option_types import COUNT, THREADS
+from common.console.renamed import RenamedOption
+from common.settings import EDGE_ENDPOINT, WORKER_ENDPOINT
 
 if TYPE_CHECKING:
     from common.metrics.page import MetricsPage
 
+IMAGE_MODEL_HELP = "SDXL pipeline: a directory in diffusers format."
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
 
 model_option = click.option(
-    "--model", "model_name", help="Hugging Face directory.  [default: the demo model]"
+    "--model",
+    "model_name",
+    help="Language model: a Hugging Face directory.  [default: the demo model]",
 )
-cut_option = click.option(
-    "--cut", "cut_text", help="Where the middle begins and ends, as A:B.  [default: middle half]"
-)
-image_model_option = click.option(
-    "--image-model", help="SDXL pipeline: a directory in diffusers format."
-)
+SPAN_HELP = "Layers that the pool computes, as a-b."
+image_model_option = click.option("--image-model", help=IMAGE_MODEL_HELP)
 calibration_option = click.option(
     "--calibration",
     type=click.Path(path_type=Path),
     help="For calibrated codecs.  [default: the one in the model directory]",
 )
 dtype_option = click.option(
-    "--dtype", default="float32", show_default=True, help="float32, float16 or bfloat16."
+    "--dtype",
+    default="float32",
+    show_default=True,
+    help="Precision to compute in: float32, float16 or bfloat16.",
 )
 device_option = click.option(
     "--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, …"
@@ -69,23 +73,54 @@ class Logs:
         set_up_logging(self.verbose, self.log_format)
 
 
-def broker_option(address: str, peers: str) -> Decorator:
-    """--broker, as `brokers`: the addresses for `peers`, `address` if none is given."""
+def span_option(default: str, **attributes: Any) -> Decorator:
+    """--span, as `span_text`; `default` says what is computed without it."""
+    return click.option(
+        "--span",
+        "span_text",
+        cls=RenamedOption,
+        old=["--cut"],
+        help=f"{SPAN_HELP}  [default: {default}]",
+        **attributes,
+    )
+
+
+def image_part_option(name: str, *, more: str, **attributes: Any) -> Decorator:
+    """--image-part, as `name`; `more` is the end of its help."""
+    return click.option(
+        "--image-part",
+        name,
+        cls=RenamedOption,
+        old=["--image-cut"],
+        type=click.Choice(["unet", "inner"]),
+        show_default=True,
+        help=f"What the workers compute of an image: the whole UNet, or its inner blocks{more}",
+        **attributes,
+    )
+
+
+def new_tokens_option(default: int, **attributes: Any) -> Decorator:
+    """-n, as `max_new_tokens`."""
+    return click.option(
+        "-n",
+        "--max-new-tokens",
+        default=default,
+        show_default=True,
+        type=COUNT,
+        help="Tokens of an answer, at most.",
+        **attributes,
+    )
+
+
+def broker_option(address: str) -> Decorator:
+    """--broker, as `brokers`: `address` if none is given."""
     return click.option(
         "--broker",
         "brokers",
         multiple=True,
         default=[address],
         show_default=True,
-        help=f"A broker's address for {peers}; repeat it for several.",
-    )
-
-
-def key_options(owner: str) -> Decorator:
-    """--key and --broker-key, as `key` and `broker_key`."""
-    return add_options(
-        click.option("--key", type=click.Path(path_type=Path), help=f"{owner}'s .key_secret."),
-        click.option("--broker-key", help="The broker's public key: its .key file, or the text."),
+        help="A broker's address; repeat it for several.",
     )
 
 
@@ -98,6 +133,38 @@ def add_options(*options: Decorator) -> Decorator:
         return command
 
     return decorate
+
+
+key_options = add_options(
+    click.option(
+        "--key",
+        type=click.Path(path_type=Path),
+        help="The secret key that the broker knows us by: a .key_secret file.",
+    ),
+    click.option("--broker-key", help="The broker's public key: its .key file, or the text."),
+)
+
+
+def endpoint_options(old_worker_endpoint: Sequence[str] = ()) -> Decorator:
+    """--edge-endpoint and --worker-endpoint, where a broker listens."""
+    return add_options(
+        click.option(
+            "--edge-endpoint",
+            cls=RenamedOption,
+            old=["--edges"],
+            default=EDGE_ENDPOINT,
+            show_default=True,
+            help="Where the broker listens for edges.",
+        ),
+        click.option(
+            "--worker-endpoint",
+            cls=RenamedOption,
+            old=old_worker_endpoint,
+            default=WORKER_ENDPOINT,
+            show_default=True,
+            help="Where the broker listens for workers.",
+        ),
+    )
 
 
 def group_options(name: str, group: type, *options: Decorator) -> Decorator:
@@ -119,7 +186,13 @@ log_options = group_options(
     "logs",
     Logs,
     click.option("--verbose", is_flag=True, help="Log more."),
-    click.option("--log-format", type=click.Choice(FORMATS), default=FORMATS[0], show_default=True),
+    click.option(
+        "--log-format",
+        type=click.Choice(FORMATS),
+        default=FORMATS[0],
+        show_default=True,
+        help="A line of text or a JSON object for each record.",
+    ),
 )
 metrics_option = click.option(
     "--metrics",

@@ -1,7 +1,7 @@
 """Spans and cuts: which layers of a model run where.
 
-A span `a-b` is the half-open range of decoder layers a..b. A cut `A:B` of a model with n layers
-makes three of them: head 0-A and tail B-n on the edge, middle A-B on the workers.
+A span `a-b` is the half-open range of decoder layers a..b. The cut around it makes three of a model
+with n layers: head 0-a and tail b-n on the edge, middle a-b on the workers.
 """
 
 from __future__ import annotations
@@ -54,15 +54,9 @@ def default_cut(num_layers: int) -> Cut:
 
 
 def parse_cut(text: str | None, num_layers: int) -> Cut:
-    """Read `A:B` with 0 <= A < B <= num_layers; None gives the default. Raises SettingsError."""
-    if text is None:
-        return default_cut(num_layers)
-    match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
-    if match is None:
-        raise SettingsError(f"cut {text!r} is not of the form A:B, for example 2:6")
-    cut = Cut(int(match[1]), int(match[2]))
-    check_middle(cut.middle, num_layers, what=f"cut {cut}")
-    return cut
+    """The cut around a span, as `parse_span` reads it. Raises SettingsError."""
+    span = parse_span(text, num_layers)
+    return Cut(span.first, span.last)
 
 
 def parse_span(text: str | None, num_layers: int) -> Span:

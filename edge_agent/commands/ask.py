@@ -9,7 +9,13 @@ from typing import Any
 
 import click
 
-from common.console.options import cut_option, model_option, threads_option
+from common.console.options import (
+    dtype_option,
+    model_option,
+    new_tokens_option,
+    span_option,
+    threads_option,
+)
 from common.console.processes import freeze_loaded_objects, set_up_torch
 from common.console.tables import format_table
 from common.errors import SettingsError
@@ -30,21 +36,21 @@ from edge_agent.commands.sampling_options import Sampling, sampling_options
 @click.command()
 @click.argument("prompt")
 @model_option
-@cut_option
+@span_option("the middle half")
 @connection_options
 @encrypt_option
 @codec_options
-@click.option("-n", "--max-new-tokens", default=200, show_default=True)
+@new_tokens_option(200)
 @sampling_options
 @click.option("--stop", "stops", multiple=True, help="End the text before this string; repeatable.")
-@click.option("--dtype", default="float32", show_default=True, help="Of head and tail.")
+@dtype_option
 @threads_option
 @timeout_option(60.0)
 @report_options("text, token_ids, stats")
 def ask(
     prompt: str,
     model_name: str | None,
-    cut_text: str | None,
+    span_text: str | None,
     connection: Connection,
     pool_key: str | None,
     codecs: CodecChoice,
@@ -79,7 +85,7 @@ def ask(
     drawing = sampling.read_settings()
     settings = codecs.read_settings(step_deadline_s=timeout_s)
     client.status()  # a broker that is not there is better known before the model is loaded
-    ends = load_ends(directory, cut_text, dtype)
+    ends = load_ends(directory, span_text, dtype)
     generation = start_generation(
         Session(ends, client, settings, codecs.find_calibration(ends), pool_public),
         TextTokenizer(directory),

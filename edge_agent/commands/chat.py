@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from common.console.options import cut_option, model_option, threads_option
+from common.console.options import (
+    dtype_option,
+    model_option,
+    new_tokens_option,
+    span_option,
+    threads_option,
+)
 from common.console.processes import freeze_loaded_objects, set_up_torch
 from common.errors import MidspanError, SettingsError
 from common.security.keys import read_public
@@ -20,7 +26,7 @@ from edge_agent.commands.ask import format_stats
 from edge_agent.commands.codec_options import CodecChoice, codec_options
 from edge_agent.commands.connection_options import Connection, connection_options
 from edge_agent.commands.prompts import read_template
-from edge_agent.commands.run_options import encrypt_option, timeout_option
+from edge_agent.commands.run_options import encrypt_option, template_option, timeout_option
 from edge_agent.commands.sampling_options import Sampling, sampling_options
 
 if TYPE_CHECKING:
@@ -40,24 +46,20 @@ Ctrl-C stops an answer."""
 
 @click.command()
 @model_option
-@cut_option
+@span_option("the middle half")
 @connection_options
 @encrypt_option
 @codec_options
-@click.option("-n", "--max-new-tokens", default=400, show_default=True)
+@new_tokens_option(400)
 @sampling_options
 @click.option("--system", default="", help="The system prompt.")
-@click.option(
-    "--chat-template",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="A Jinja file, for a tokenizer that has none.",
-)
-@click.option("--dtype", default="float32", show_default=True, help="Of head and tail.")
+@template_option
+@dtype_option
 @threads_option
 @timeout_option(60.0)
 def chat(
     model_name: str | None,
-    cut_text: str | None,
+    span_text: str | None,
     connection: Connection,
     pool_key: str | None,
     codecs: CodecChoice,
@@ -86,7 +88,7 @@ def chat(
     from edge_agent.text.ends import load_ends
     from edge_agent.text.tokenizer import TextTokenizer
 
-    ends = load_ends(directory, cut_text, dtype)
+    ends = load_ends(directory, span_text, dtype)
     settings = codecs.read_settings(step_deadline_s=timeout_s)
     with Engine(
         ends,

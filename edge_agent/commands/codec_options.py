@@ -53,7 +53,7 @@ codec_options = group_options(
         "--codec",
         default=DEFAULT_CODEC,
         show_default=True,
-        help="What rows are sent as: fp32, fp16, bf16, int8, compact, smallest or the grammar.",
+        help="Boundary codec: fp32, fp16, bf16, int8, compact, smallest or the grammar.",
     ),
     click.option("--codec-prefill", help="Another one for the prompt."),
     click.option("--codec-decode", help="Another one for the tokens after it."),

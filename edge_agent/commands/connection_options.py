@@ -46,5 +46,5 @@ class Connection:
 
 
 connection_options = group_options(
-    "connection", Connection, broker_option(EDGE_ENDPOINT, "edges"), key_options("This edge")
+    "connection", Connection, broker_option(EDGE_ENDPOINT), key_options
 )

@@ -10,9 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from common.console.options import device_option, dtype_option, threads_option
+from common.console.options import (
+    IMAGE_MODEL_HELP,
+    device_option,
+    dtype_option,
+    threads_option,
+)
 from common.console.outputs import check_directory, check_writable
 from common.console.processes import set_up_torch
+from common.console.renamed import RenamedOption
 from common.console.tables import format_table
 from common.security.keys import read_public
 from common.weights.demo_model import DEMO_IMAGE_MODEL
@@ -40,14 +46,15 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     default=Path("image.png"),
     show_default=True,
-    help="With --count, a number is put before the suffix.",
+    help="What to write; with --count, a number is put before the suffix.",
 )
 @click.option(
-    "--model",
-    "model_name",
+    "--image-model",
+    cls=RenamedOption,
+    old=["--model"],
     default=DEMO_IMAGE_MODEL,
     show_default=True,
-    help="SDXL pipeline: a directory in diffusers format.",
+    help=IMAGE_MODEL_HELP,
 )
 @connection_options
 @picture_options
@@ -72,7 +79,7 @@ if TYPE_CHECKING:
 def image(
     prompt: str,
     output: Path,
-    model_name: str,
+    image_model: str,
     connection: Connection,
     picture: Picture,
     preview_every: int | None,
@@ -88,9 +95,9 @@ def image(
 ) -> None:
     """Make a picture of PROMPT with the pool's help; - reads the prompt from stdin.
 
-    The prompt's text stays here. Its embeddings go to the workers, in either cut, and who holds the
-    text encoders can search for the prompt that gives them. With cut unet the workers also see the
-    noise of every step, which is the picture; with inner they see features of it.
+    The prompt's text stays here. Its embeddings go to the workers, whatever these compute, and who
+    holds the text encoders can search for the prompt that gives them. With --image-part unet the
+    workers also see the noise of every step, which is the picture; with inner features of it.
     """
     from common.weights.demo_model import find_model
     from edge_agent.image.files import describe_picture, save_pictures
@@ -107,7 +114,7 @@ def image(
         client.status()  # a broker that is not there is better known before models are loaded
         set_up_torch(threads or os.cpu_count())
         maker = ImageMaker(
-            find_model(model_name), client, picture.cut, dtype, device, timeout_s,
+            find_model(image_model), client, picture.cut, dtype, device, timeout_s,
             read_public(pool_key) if pool_key else None,
         )  # fmt: skip
         for text in (prompt, picture.negative):
@@ -115,7 +122,7 @@ def image(
         images = make_with_progress(maker, settings, output, preview_every, noise_directory)
     finally:
         client.close()
-    model = find_model(model_name).resolve().name
+    model = find_model(image_model).resolve().name
     descriptions = [
         describe_picture(settings, model, index, prompt_in_png) for index in range(settings.count)
     ]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from common.console.option_types import SEED
-from common.console.options import group_options
+from common.console.option_types import COUNT, SEED
+from common.console.options import group_options, image_part_option
 from common.errors import SettingsError
 from edge_agent.commands.prompts import check_text
 
@@ -64,29 +64,24 @@ picture_options = group_options(
     "picture",
     Picture,
     click.option("--negative", default="", help="What the picture shall not show."),
-    click.option("--steps", default=20, show_default=True),
+    click.option("--steps", default=20, show_default=True, type=COUNT, help="Of denoising."),
     click.option("--guidance", default=2.5, show_default=True, help="Scale; 1 is none."),
     click.option(
         "--seed",
         type=SEED,
-        help="Picture k of --count is that of SEED + k alone.  [default: any, which is printed]",
+        help="Makes it repeatable: picture k of --count is that of SEED + k alone.  "
+        "[default: any, which is printed]",
     ),
     click.option("--size", help="As WIDTHxHEIGHT or one number.  [default: the model's own]"),
-    click.option("--count", default=1, show_default=True, help="Images made at once."),
+    click.option("--count", default=1, show_default=True, type=COUNT, help="Images made at once."),
     click.option(
         "--scheduler",
         default="euler",
         show_default=True,
         type=click.Choice(["euler", "ddim", "dpm++2m"]),
+        help="How a step follows from the noise.",
     ),
-    click.option(
-        "--image-cut",
-        "cut",
-        default="unet",
-        show_default=True,
-        type=click.Choice(["unet", "inner"]),
-        help="What the workers compute: the whole UNet, or its inner blocks.",
-    ),
+    image_part_option("cut", default="unet", more="."),
     click.option(
         "--image-sync",
         "sync",
@@ -95,14 +90,13 @@ picture_options = group_options(
         type=click.Choice(["edge", "cloud"]),
         help="Who keeps the latents; cloud sends nothing up after the first step.",
     ),
-    click.option(
-        "--codec", default="int8", show_default=True, help="Of what travels, up and down."
-    ),
+    click.option("--codec", default="int8", show_default=True, help="Boundary codec."),
     click.option(
         "--reuse",
         default=1,
         show_default=True,
-        help="With cut inner: ask the pool every so many steps only.",
+        type=COUNT,
+        help="Ask the pool every so many steps only, with --image-part inner.",
     ),
 )
 

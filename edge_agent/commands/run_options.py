@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import click
 
@@ -13,6 +14,11 @@ encrypt_option = click.option(
     "pool_key",
     metavar="POOL_KEY",
     help="Have what is stored encrypted for workers with this pool key (a .key file, or the text).",
+)
+template_option = click.option(
+    "--chat-template",
+    type=click.Path(path_type=Path),
+    help="Jinja file, for a tokenizer without one or instead of its own.",
 )
 
 
@@ -26,7 +32,7 @@ def timeout_option(default_s: float) -> Decorator:
 def report_options(fields: str) -> Decorator:
     """--json and --stats, as `as_json` and `with_stats`."""
     return add_options(
-        click.option("--json", "as_json", is_flag=True, help=f"Print one object: {fields}."),
+        click.option("--json", "as_json", is_flag=True, help=f"Print JSON, one object: {fields}."),
         click.option("--stats", "with_stats", is_flag=True, help="Print what it cost, to stderr."),
     )
 

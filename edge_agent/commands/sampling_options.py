@@ -53,7 +53,14 @@ sampling_options = group_options(
     Sampling,
     click.option("-t", "--temperature", default=0.0, show_default=True, help="0 is greedy."),
     click.option("--top-k", default=0, show_default=True, help="0 is all."),
-    click.option("--top-p", default=1.0, show_default=True),
-    click.option("--repetition-penalty", default=1.0, show_default=True),
-    click.option("--seed", type=SEED, help="Makes sampling repeatable."),
+    click.option(
+        "--top-p", default=1.0, show_default=True, help="Of the likeliest tokens; 1 is all."
+    ),
+    click.option(
+        "--repetition-penalty",
+        default=1.0,
+        show_default=True,
+        help="For tokens that the text has; 1 is none.",
+    ),
+    click.option("--seed", type=SEED, help="Makes it repeatable."),
 )

@@ -81,15 +81,15 @@ class EndCaches:
     tail: KvRows
 
 
-def load_ends(directory: str | Path, cut: str | None = None, dtype: str = "float32") -> ModelEnds:
-    """Load head and tail from a Hugging Face directory; `cut` as `A:B`.
+def load_ends(directory: str | Path, span: str | None = None, dtype: str = "float32") -> ModelEnds:
+    """Load head and tail from a Hugging Face directory; `span`, as `a-b`, is for the pool.
 
-    Raises CheckpointError for a directory that cannot be used, SettingsError for a bad cut.
+    Raises CheckpointError for a directory that cannot be used, SettingsError for a bad span.
     """
     checkpoint = Checkpoint(directory)
     config = read_config(checkpoint)
     num_layers = config.num_hidden_layers
-    parsed = parse_cut(cut, num_layers)
+    parsed = parse_cut(span, num_layers)
     torch_dtype = parse_dtype(dtype)
     check_twin(config)
     ends = ModelEnds(

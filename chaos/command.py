@@ -20,16 +20,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from chaos.saboteur import HarmedPool, Saboteur
-from common.console.option_types import COUNT, SEED, FiniteRange
+from common.console.option_types import COUNT, SEED, FiniteRange, WorkerRange
 from common.console.options import (
     group_options,
     model_option,
     new_tokens_option,
     span_option,
+    workers_option,
 )
 from common.console.renamed import RenamedOption
 from common.console.tables import format_table
-from common.errors import BrokerUnavailable, MidspanError
+from common.errors import BrokerUnavailable, MidspanError, SettingsError
 from deploy.pool import LocalPool, PoolSettings
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class ChaosSettings:
     """What the options said."""
 
     sessions: int
-    workers: int
+    worker_range: tuple[int, int]
     duration_s: float
     every_s: float  # between faults, on average
     engines: int
@@ -122,6 +123,14 @@ class ChaosSettings:
     model_name: str | None
     span_text: str | None
     codec: str
+
+    @property
+    def workers(self) -> int:
+        """Raises SettingsError for a pool that would grow and shrink."""
+        least, most = self.worker_range
+        if least < most:
+            raise SettingsError(f"--workers is {least}..{most}; chaos keeps N of them")
+        return least
 
 
 chaos_options = group_options(
@@ -134,13 +143,7 @@ chaos_options = group_options(
         type=click.IntRange(1, 1000),
         help="Sessions that generate all the time.",
     ),
-    click.option(
-        "--workers",
-        default=4,
-        show_default=True,
-        type=click.IntRange(1, 1000),
-        help="Worker processes.",
-    ),
+    workers_option(WorkerRange(), "; of these N only", default="4", show_default=True),
     click.option(
         "--duration",
         "duration_s",

@@ -6,16 +6,13 @@ import contextlib
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
-from common.console.option_types import COUNT
+from common.console.option_types import COUNT, WorkerRange
 from common.console.options import (
     Logs,
     add_options,
@@ -26,20 +23,16 @@ from common.console.options import (
     model_option,
     span_option,
     threads_option,
+    workers_option,
 )
 from common.console.processes import freeze_loaded_objects, set_up_torch
-from common.errors import ProcessFailed, SettingsError
+from common.errors import SettingsError
 from common.security.keys import is_public, read_public
 from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
 from edge_agent.commands.codec_options import CodecChoice, codec_options
 from edge_agent.commands.connection_options import Connection, connection_options
 from edge_agent.commands.prompts import read_file, read_template
 from edge_agent.commands.run_options import encrypt_option, template_option, timeout_option
-
-if TYPE_CHECKING:
-    from deploy.pool import LocalPool, PoolSettings
-
-HEAL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +112,7 @@ bound_options = add_options(
 @codec_options
 @address_options
 @click.option("--with-pool", is_flag=True, help="Start Redis, a broker and workers as well.")
-@click.option(
-    "--workers",
-    default=2,
-    show_default=True,
-    type=click.IntRange(1, 1000),
-    help="Worker processes, with --with-pool.",
-)
+@workers_option(WorkerRange(), "; with --with-pool", default="2", show_default=True)
 @bound_options
 @template_option
 @dtype_option
@@ -141,7 +128,7 @@ def serve(
     codecs: CodecChoice,
     address: Address,
     with_pool: bool,
-    workers: int,
+    worker_range: tuple[int, int],
     max_sessions: int,
     max_waiting: int,
     keep_chats: int,
@@ -169,8 +156,9 @@ def serve(
         check_own_pool()
     from edge_agent.server.running import DrainingServer, bind
 
+    least, most = worker_range
     listener = bind(address.host, address.port)
-    share = max(1, (os.cpu_count() or 1) // (1 + workers * with_pool))
+    share = max(1, (os.cpu_count() or 1) // (1 + most * with_pool))
     set_up_torch(threads or share)
     from edge_agent.server.app import make_app
     from edge_agent.server.opening import Bounds, PoolAccess, open_services
@@ -184,9 +172,11 @@ def serve(
         access = PoolAccess(connection.endpoints(), connection.keys(), timeout_s, pool_public)
         if with_pool:
             from deploy.pool import PoolSettings
+            from deploy.scaling.keeper import kept_pool
+            from deploy.scaling.policy import ScalingSettings
 
             settings = PoolSettings(
-                workers=workers,
+                workers=least,
                 model=model_name or DEMO_TEXT_MODEL,
                 span=f"{ends.cut.begin}-{ends.cut.end}",
                 image_model=image_model,
@@ -194,7 +184,7 @@ def serve(
                 threads=share,
                 calibration=codecs.calibration,
             )
-            pool = stack.enter_context(healed_pool(settings))
+            pool = stack.enter_context(kept_pool(settings, ScalingSettings(least, most)))
             access = PoolAccess([pool.edge_endpoint], None, timeout_s, None)
         services = open_services(
             ends, access, codecs.read_settings(step_deadline_s=timeout_s),
@@ -225,33 +215,6 @@ def check_own_pool() -> None:
             raise SettingsError(
                 f"{option} names another pool than --with-pool starts; leave one out"
             )
-
-
-@contextlib.contextmanager
-def healed_pool(settings: PoolSettings) -> Iterator[LocalPool]:
-    """A pool in which what dies is started again."""
-    from deploy.pool import LocalPool
-
-    click.echo(f"starting a broker and {settings.workers} workers …")
-    with LocalPool(settings) as pool:
-        is_over = threading.Event()
-        healing = threading.Thread(target=_heal, args=(pool, is_over), name="heal", daemon=True)
-        healing.start()
-        try:
-            yield pool
-        finally:
-            is_over.set()
-            healing.join()
-
-
-def _heal(pool: LocalPool, is_over: threading.Event) -> None:
-    try:
-        while not is_over.wait(HEAL_S):
-            for line in pool.heal():
-                click.echo(line)
-    except ProcessFailed as error:
-        click.echo(f"Error: {error}", err=True)
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def read_key_file(path: Path) -> list[str]:

@@ -17,20 +17,14 @@ from common.console.options import (
     image_model_option,
     insecure_option,
     span_option,
+    workers_option,
 )
 from common.settings import REDIS_PORT, REDIS_URL, parse_endpoint
 from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
 
 
 @click.command()
-@click.option(
-    "--workers",
-    "worker_range",
-    default="2",
-    show_default=True,
-    type=WorkerRange(least=0),
-    help="Worker processes: N, or A..B for as many as are needed.",
-)
+@workers_option(WorkerRange(least=0), default="2", show_default=True)
 @click.option(
     "--model",
     help="Language model: a Hugging Face directory.  [default: both demo models]",

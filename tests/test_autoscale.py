@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from pools import PROMPTS, generate, reference_tokens
 
 from deploy.child import Child, midspan_command
 from deploy.pool import LocalPool, PoolSettings
-from deploy.scaling.keeper import hold_options, keep
+from deploy.scaling.keeper import hold_options, kept_pool
 from deploy.scaling.policy import ScalingSettings
 from edge_agent.text.ends import ModelEnds
 from edge_agent.text.session import Session
@@ -21,19 +20,6 @@ from edge_agent.text.tokenizer import TextTokenizer
 
 TOKENS = 24
 FROM_ZERO = PoolSettings(workers=0, broker_options=hold_options(0))
-
-
-@contextlib.contextmanager
-def kept(pool: LocalPool, settings: ScalingSettings) -> Iterator[None]:
-    """A pool that is looked after meanwhile."""
-    is_over = threading.Event()
-    keeping = threading.Thread(target=keep, args=(pool, settings, is_over))
-    keeping.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        keeping.join()
 
 
 def wait_until(is_so: Callable[[], bool], limit_s: float = 60.0) -> None:
@@ -57,7 +43,7 @@ def test_a_request_to_an_empty_pool_waits_for_the_worker_that_it_brings_and_the_
     tokenizer = TextTokenizer(demo_ends.directory)
     (want,) = reference_tokens(whole_model, tokenizer, PROMPTS[:1], TOKENS)
     prompt = tokenizer.encode(PROMPTS[0])
-    with LocalPool(FROM_ZERO) as pool, kept(pool, ScalingSettings(0, 2, 0.5, 2.0)):
+    with kept_pool(FROM_ZERO, ScalingSettings(0, 2, 0.5, 2.0)) as pool:
         assert pool.workers == {}
         tokens, _ = generate(pool, demo_ends, prompt, TOKENS)
         assert tokens == want
@@ -71,7 +57,7 @@ def test_a_session_outlives_the_pool_that_shrinks_to_nothing_under_it(
 ) -> None:
     tokenizer = TextTokenizer(demo_ends.directory)
     (want,) = reference_tokens(whole_model, tokenizer, PROMPTS[1:2], TOKENS)
-    with LocalPool(FROM_ZERO) as pool, kept(pool, ScalingSettings(0, 2, 0.5, 2.0)):
+    with kept_pool(FROM_ZERO, ScalingSettings(0, 2, 0.5, 2.0)) as pool:
 
         def wait_for_nobody(count: int, _: Session) -> None:
             if count == TOKENS // 2:
@@ -102,7 +88,7 @@ def test_a_pool_under_load_grows_and_shrinks_again_without_a_row_replayed(
             if tokens != want[index]:
                 wrong.append(f"{prompts[index]}: {tokens}")
 
-    with LocalPool(settings) as pool, kept(pool, ScalingSettings(1, 3, 2.0, 2.0)):
+    with kept_pool(settings, ScalingSettings(1, 3, 2.0, 2.0)) as pool:
         quiet = threading.Event()
         grown = threading.Event()
         threads = [

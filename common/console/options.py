@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from common.console.log_lines import FORMATS, set_up_logging
-from common.console.option_types import COUNT, THREADS
+from common.console.option_types import COUNT, THREADS, WorkerRange
 from common.console.renamed import RenamedOption
 from common.settings import EDGE_ENDPOINT, WORKER_ENDPOINT
 
@@ -81,6 +81,17 @@ def span_option(default: str, **attributes: Any) -> Decorator:
         cls=RenamedOption,
         old=["--cut"],
         help=f"{SPAN_HELP}  [default: {default}]",
+        **attributes,
+    )
+
+
+def workers_option(type_: WorkerRange, more: str = "", **attributes: Any) -> Decorator:
+    """--workers, as `worker_range`: the least and the most; `more` is the end of its help."""
+    return click.option(
+        "--workers",
+        "worker_range",
+        type=type_,
+        help=f"Worker processes: N, or A..B for as many as are needed{more}.",
         **attributes,
     )
 

@@ -10,6 +10,7 @@ import time
 import click
 
 from common.console.option_types import FiniteRange, WorkerRange
+from common.console.options import workers_option
 from common.security.keys import load_client_keys
 from deploy.scaling.policy import ScalingPolicy, ScalingSettings
 from edge_agent.commands.connection_options import Connection, connection_options
@@ -21,13 +22,7 @@ STATUS_LIMIT_S = 10.0
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @connection_options
-@click.option(
-    "--workers",
-    "worker_range",
-    required=True,
-    type=WorkerRange(least=0),
-    help="A..B, both included; from 0 on, the broker needs --hold.",
-)
+@workers_option(WorkerRange(least=0), "; from 0 on, the broker needs --hold", required=True)
 @click.option(
     "--cool-down",
     "cool_down_s",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import threading
 import time
+from collections.abc import Iterator
 
 import click
 
-from common.errors import BrokerUnavailable
-from deploy.pool import LocalPool
+from common.errors import BrokerUnavailable, ProcessFailed
+from deploy.pool import LocalPool, PoolSettings
 from deploy.scaling.autoscaler import Autoscaler, Report
 from deploy.scaling.policy import ScalingPolicy, ScalingSettings
 from edge_agent.engine.client import BrokerClient
@@ -38,6 +41,29 @@ def keep(pool: LocalPool, settings: ScalingSettings, is_over: threading.Event) -
                 lines += scaler.step(time.monotonic())
             for line in lines:
                 click.echo(line)
+
+
+@contextlib.contextmanager
+def kept_pool(settings: PoolSettings, scaling: ScalingSettings) -> Iterator[LocalPool]:
+    """A pool that is looked after by a thread. When that does not help, this process is ended."""
+    click.echo(f"starting a broker and {settings.workers} workers …")
+    with LocalPool(settings) as pool:
+        is_over = threading.Event()
+        keeping = threading.Thread(target=_keep_or_end, args=(pool, scaling, is_over), name="keep")
+        keeping.start()
+        try:
+            yield pool
+        finally:
+            is_over.set()
+            keeping.join()
+
+
+def _keep_or_end(pool: LocalPool, scaling: ScalingSettings, is_over: threading.Event) -> None:
+    try:
+        keep(pool, scaling, is_over)
+    except ProcessFailed as error:
+        click.echo(f"Error: {error}", err=True)
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def read_reports(clients: list[BrokerClient]) -> list[Report]:

@@ -27,7 +27,7 @@ from common.console.processes import freeze_loaded_objects, set_up_torch
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.engine.client import BrokerClient
 from edge_agent.text.ends import ModelEnds, load_ends
-from edge_agent.text.sampler import SamplingSettings
+from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.session import Session
 from edge_agent.text.text_session import uniform_settings
 

@@ -36,7 +36,7 @@ from common.security.keys import create_key, read_pair
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.engine.client import BrokerClient
 from edge_agent.text.ends import ModelEnds, load_ends
-from edge_agent.text.sampler import SamplingSettings
+from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.session import Session
 from edge_agent.text.text_session import uniform_settings
 

@@ -50,7 +50,7 @@ def demo(prompt: str, seed: int, max_new_tokens: int, image_file: Path) -> None:
     from edge_agent.commands.ask import format_stats
     from edge_agent.text.ends import load_ends
     from edge_agent.text.generation import Generation, start_generation
-    from edge_agent.text.sampler import SamplingSettings
+    from edge_agent.text.sampling import SamplingSettings
     from edge_agent.text.session import Session
     from edge_agent.text.tokenizer import TextTokenizer
 

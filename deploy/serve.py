@@ -6,8 +6,10 @@ import contextlib
 import os
 import signal
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -26,14 +28,15 @@ from common.console.options import (
     workers_option,
 )
 from common.console.processes import freeze_loaded_objects, set_up_torch
-from common.errors import SettingsError
+from common.errors import BrokerUnavailable, SettingsError
 from common.security.keys import is_public, read_public
 from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
 from edge_agent.commands.codec_options import CodecChoice, codec_options
-from edge_agent.commands.connection_options import Connection, connection_options
+from edge_agent.commands.connection_options import SERVED, Connection, connection_options
 from edge_agent.commands.prompts import read_file, read_template
 from edge_agent.commands.run_options import encrypt_option, template_option, timeout_option
 
+REPORT_LIMIT_S = 2.0  # less than importing torch takes
 
 @dataclass(frozen=True, slots=True)
 class Address:
@@ -105,7 +108,7 @@ bound_options = add_options(
 
 @click.command()
 @model_option
-@span_option("the middle half")
+@span_option(SERVED)
 @image_model_option
 @connection_options
 @encrypt_option
@@ -154,6 +157,7 @@ def serve(
     connection.connect(timeout_s).close()  # complains of options now, if ever
     if with_pool:
         check_own_pool()
+    asked = None if with_pool or span_text else ask_for_report(connection)
     from edge_agent.server.running import DrainingServer, bind
 
     least, most = worker_range
@@ -167,7 +171,8 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
             signal.signal(number, lambda *_: sys.exit(0))
-    ends = load_ends(directory, span_text, dtype)
+    report = asked.result() if asked else None
+    ends = load_ends(directory, span_text, dtype, report)
     with contextlib.ExitStack() as stack:
         access = PoolAccess(connection.endpoints(), connection.keys(), timeout_s, pool_public)
         if with_pool:
@@ -202,6 +207,24 @@ def serve(
             lambda: click.echo(f"serving {ends.name} at {url}"),
         ).run([listener])
     click.echo("stopped")
+
+
+def ask_for_report(connection: Connection) -> Future[dict[str, Any] | None]:
+    """The broker's report, or none, asked for while libraries are imported."""
+
+    def ask() -> dict[str, Any] | None:
+        client = connection.connect(REPORT_LIMIT_S)
+        try:
+            return client.status(REPORT_LIMIT_S)
+        except BrokerUnavailable:
+            return None
+        finally:
+            client.close()
+
+    thread = ThreadPoolExecutor(1, "midspan-report")
+    answer = thread.submit(ask)
+    thread.shutdown(wait=False)
+    return answer
 
 
 def check_own_pool() -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from edge_agent.engine.streams import Conversation, Token, TokenStream
     from edge_agent.text.ends import load_ends
     from edge_agent.text.generation import start_generation
-    from edge_agent.text.sampler import SamplingSettings
+    from edge_agent.text.sampling import SamplingSettings
     from edge_agent.text.session import Session
     from edge_agent.text.text_session import SessionSettings, uniform_settings
     from edge_agent.text.tokenizer import TextTokenizer
@@ -53,7 +53,7 @@ HOMES = {
     "LocalPool": "deploy.pool",
     "MidspanError": "common.errors",
     "PoolSettings": "deploy.pool",
-    "SamplingSettings": "edge_agent.text.sampler",
+    "SamplingSettings": "edge_agent.text.sampling",
     "Session": "edge_agent.text.session",
     "SessionSettings": "edge_agent.text.text_session",
     "TextTokenizer": "edge_agent.text.tokenizer",

@@ -14,7 +14,7 @@ from common.codecs.calibration import Calibration
 from common.settings import PREFILL_ROWS
 from deploy.pool import LocalPool
 from edge_agent.text.ends import ModelEnds
-from edge_agent.text.sampler import SamplingSettings
+from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.session import Session
 from edge_agent.text.text_session import uniform_settings
 from edge_agent.text.tokenizer import TextTokenizer

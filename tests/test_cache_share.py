@@ -13,7 +13,7 @@ from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.engine.client import BrokerClient
 from edge_agent.text.ends import ModelEnds
-from edge_agent.text.sampler import SamplingSettings
+from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.session import Session
 from edge_agent.text.text_session import uniform_settings
 from edge_agent.text.tokenizer import TextTokenizer

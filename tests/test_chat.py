@@ -25,7 +25,7 @@ from deploy.pool import LocalPool, PoolSettings
 from edge_agent.engine.engine import Engine
 from edge_agent.text.chat import Chat
 from edge_agent.text.ends import ModelEnds
-from edge_agent.text.sampler import SamplingSettings
+from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.text_session import uniform_settings
 from edge_agent.text.tokenizer import TextTokenizer
 

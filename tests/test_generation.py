@@ -11,7 +11,7 @@ from pools import GREEDY, PROMPTS, generate, generate_together, reference_tokens
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.text.ends import ModelEnds
 from edge_agent.text.generation import start_generation
-from edge_agent.text.sampler import SamplingSettings
+from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.session import Session
 from edge_agent.text.tokenizer import TextTokenizer
 

@@ -13,7 +13,8 @@ from deploy.pool import LocalPool, PoolSettings
 from edge_agent.engine.engine import Engine
 from edge_agent.text.ends import ModelEnds
 from edge_agent.text.logprobs import TokenLogprob
-from edge_agent.text.sampler import Sampler, SamplingSettings
+from edge_agent.text.sampler import Sampler
+from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.text_session import SCORED_ROWS, uniform_settings
 from edge_agent.text.tokenizer import TextTokenizer
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from common.errors import NonFiniteError, SettingsError
-from edge_agent.text.sampler import Sampler, SamplingSettings
+from edge_agent.text.sampler import Sampler
+from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.tokenizer import TextTokenizer
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0])

@@ -14,15 +14,17 @@ from transformers import PreTrainedTokenizerFast
 
 from common.errors import CheckpointError, EngineClosed, MidspanError, SettingsError
 from deploy.serve import Address, read_key_file, read_template
+from edge_agent.commands.sampling_options import Sampling
 from edge_agent.server.answers import ShownToken, StoppableText
 from edge_agent.server.errors import fault_of
 from edge_agent.server.gate import is_this_machine
 from edge_agent.server.images import parse_size
 from edge_agent.server.opening import count_bits
 from edge_agent.server.prompts import PromptReader, join_same_roles
-from edge_agent.server.sampling import SamplingDefaults, read_defaults
+from edge_agent.server.sampling import choose_settings
 from edge_agent.server.schema import Message, Sampled
 from edge_agent.text.ends import ModelEnds
+from edge_agent.text.sampling import SamplingDefaults, SamplingSettings, read_defaults
 from edge_agent.text.tokenizer import TextStream, TextTokenizer
 
 
@@ -119,8 +121,8 @@ def test_the_bytes_of_sentencepieces_tokens_are_read_from_their_names(tmp_path: 
         ("{}", SamplingDefaults()),
         ('{"temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.1}',
          SamplingDefaults(0.6, 20, 0.9, 1.1)),
-        ('{"temperature": 0.6, "do_sample": false}', SamplingDefaults(0.0)),
-        ('{"temperature": null, "do_sample": true}', SamplingDefaults()),
+        ('{"temperature": 0.6, "do_sample": false}', SamplingDefaults(0.6, draws=False)),
+        ('{"temperature": null, "do_sample": true}', SamplingDefaults(draws=True)),
     ],
 )  # fmt: skip
 def test_a_checkpoints_sampling_is_read(
@@ -131,17 +133,46 @@ def test_a_checkpoints_sampling_is_read(
     assert read_defaults(tmp_path) == defaults
 
 
-@pytest.mark.parametrize("config", ['{"top_p": "a"}', '{"top_p": 7}', '{"temperature": true}'])
+@pytest.mark.parametrize(
+    "config", ['{"top_p": "a"}', '{"top_p": 7}', '{"temperature": true}', '{"do_sample": 1}']
+)
 def test_a_checkpoints_sampling_that_is_none_is_named(tmp_path: Path, config: str) -> None:
     (tmp_path / "generation_config.json").write_text(config)
     with pytest.raises(CheckpointError, match=r"generation_config\.json"):
         read_defaults(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("defaults", "of_a_request", "of_a_command"),
+    [
+        (SamplingDefaults(), 1.0, 0.0),
+        (SamplingDefaults(0.6), 0.6, 0.0),  # as transformers, which wants do_sample
+        (SamplingDefaults(0.6, draws=True), 0.6, 0.6),
+        (SamplingDefaults(draws=True), 1.0, 1.0),
+        (SamplingDefaults(0.6, draws=False), 0.0, 0.0),
+    ],
+)
+def test_a_temperature_that_nobody_gave(
+    defaults: SamplingDefaults, of_a_request: float, of_a_command: float
+) -> None:
+    assert choose_settings(Sampled(), defaults, choice=0).temperature == of_a_request
+    options = Sampling(None, None, None, None, None)
+    assert options.read_settings(defaults).temperature == of_a_command
+
+
+def test_options_override_the_checkpoint() -> None:
+    defaults = SamplingDefaults(0.6, 20, 0.9, 1.1, draws=True)
+    given = Sampling(0.0, 0, 1.0, 1.0, 5).read_settings(defaults)
+    assert given == SamplingSettings(seed=5)
+    assert Sampling(None, None, None, None, None).read_settings(defaults) == SamplingSettings(
+        0.6, 20, 0.9, 1.1
+    )
+
+
 def test_a_request_overrides_the_checkpoint() -> None:
     defaults = SamplingDefaults(0.6, 20, 0.9, 1.1)
     request = Sampled(temperature=0.0, top_k=0, top_p=0.0, repetition_penalty=1.0, seed=-1)
-    settings = defaults.settings(request, choice=2)
+    settings = choose_settings(request, defaults, choice=2)
     assert (settings.temperature, settings.top_k, settings.repetition_penalty) == (0.0, 0, 1.0)
     assert 0 < settings.top_p < 1e-3
     assert settings.seed == 1

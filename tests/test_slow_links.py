@@ -12,7 +12,7 @@ from chaos.thin_link import ThinLink
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.engine.client import BrokerClient
 from edge_agent.text.ends import ModelEnds
-from edge_agent.text.sampler import SamplingSettings
+from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.session import Session
 from edge_agent.text.text_session import uniform_settings
 from edge_agent.text.tokenizer import TextTokenizer

@@ -19,7 +19,7 @@ from cloud_worker.state.store import COUNTED_BYTES, Commit, CommitRefused, Commi
 from deploy.embedded_redis import EmbeddedRedis
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.text.ends import ModelEnds
-from edge_agent.text.sampler import SamplingSettings
+from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.session import Session
 from edge_agent.text.text_session import uniform_settings
 from edge_agent.text.tokenizer import TextTokenizer

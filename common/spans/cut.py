@@ -60,15 +60,20 @@ def parse_cut(text: str | None, num_layers: int) -> Cut:
 
 
 def parse_span(text: str | None, num_layers: int) -> Span:
-    """Read `a-b` (or `a:b`) with 0 <= a < b <= num_layers; None gives the default middle."""
+    """As `read_span`, with 0 <= a < b <= num_layers; None gives the default middle."""
     if text is None:
         return default_cut(num_layers).middle
-    match = re.fullmatch(r"\s*(\d+)\s*[-:]\s*(\d+)\s*", text)
-    if match is None:
-        raise SettingsError(f"span {text!r} is not of the form a-b, for example 2-6")
-    span = Span(int(match[1]), int(match[2]))
+    span = read_span(text)
     check_middle(span, num_layers, what=f"span {span}")
     return span
+
+
+def read_span(text: str) -> Span:
+    """Read `a-b`, or `a:b`, for a model of any depth. Raises SettingsError."""
+    match = re.fullmatch(r"\s*(\d{1,9})\s*[-:]\s*(\d{1,9})\s*", text)
+    if match is None:
+        raise SettingsError(f"span {text!r} is not of the form a-b, for example 2-6")
+    return Span(int(match[1]), int(match[2]))
 
 
 def check_middle(span: Span, num_layers: int, what: str) -> None:

@@ -22,7 +22,7 @@ from common.errors import SettingsError
 from common.security.keys import read_public
 from common.weights.demo_model import find_model
 from edge_agent.commands.codec_options import CodecChoice, codec_options
-from edge_agent.commands.connection_options import Connection, connection_options
+from edge_agent.commands.connection_options import SERVED, Connection, connection_options
 from edge_agent.commands.prompts import check_text, read_prompt
 from edge_agent.commands.run_options import (
     encrypt_option,
@@ -31,12 +31,13 @@ from edge_agent.commands.run_options import (
     timeout_option,
 )
 from edge_agent.commands.sampling_options import Sampling, sampling_options
+from edge_agent.text.sampling import read_defaults
 
 
 @click.command()
 @click.argument("prompt")
 @model_option
-@span_option("the middle half")
+@span_option(SERVED)
 @connection_options
 @encrypt_option
 @codec_options
@@ -74,18 +75,20 @@ def ask(
     if not prompt.strip():
         raise SettingsError("the prompt is empty; give a text, or - to read one from stdin")
     check_stops(stops)
-    sampling.warn_of_greedy()
     directory = find_model(model_name)
+    drawing = sampling.read_settings(read_defaults(directory))
+    sampling.warn_of_greedy(drawing)
     set_up_torch(threads or os.cpu_count())
     from edge_agent.text.ends import load_ends
     from edge_agent.text.generation import start_generation
     from edge_agent.text.session import Session
     from edge_agent.text.tokenizer import TextTokenizer
 
-    drawing = sampling.read_settings()
     settings = codecs.read_settings(step_deadline_s=timeout_s)
-    client.status()  # a broker that is not there is better known before the model is loaded
-    ends = load_ends(directory, span_text, dtype)
+    report = (
+        client.status()
+    )  # a broker that is not there is better known before the model is loaded
+    ends = load_ends(directory, span_text, dtype, report)
     generation = start_generation(
         Session(ends, client, settings, codecs.find_calibration(ends), pool_public),
         TextTokenizer(directory),

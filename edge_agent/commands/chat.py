@@ -24,10 +24,11 @@ from common.security.keys import read_public
 from common.weights.demo_model import find_model
 from edge_agent.commands.ask import format_stats
 from edge_agent.commands.codec_options import CodecChoice, codec_options
-from edge_agent.commands.connection_options import Connection, connection_options
+from edge_agent.commands.connection_options import SERVED, Connection, connection_options
 from edge_agent.commands.prompts import read_template
 from edge_agent.commands.run_options import encrypt_option, template_option, timeout_option
 from edge_agent.commands.sampling_options import Sampling, sampling_options
+from edge_agent.text.sampling import read_defaults
 
 if TYPE_CHECKING:
     from edge_agent.text.chat import Chat
@@ -46,7 +47,7 @@ Ctrl-C stops an answer."""
 
 @click.command()
 @model_option
-@span_option("the middle half")
+@span_option(SERVED)
 @connection_options
 @encrypt_option
 @codec_options
@@ -78,9 +79,13 @@ def chat(
     """
     pool_public = read_public(pool_key) if pool_key else None
     directory = find_model(model_name)
+    drawing = sampling.read_settings(read_defaults(directory))
+    sampling.warn_of_greedy(drawing)
     template = read_template(chat_template) if chat_template else None
     client = connection.connect(timeout_s)
-    client.status()  # a broker that is not there is better known before the model is loaded
+    report = (
+        client.status()
+    )  # a broker that is not there is better known before the model is loaded
     client.close()
     set_up_torch(threads or os.cpu_count())
     from edge_agent.engine.engine import Engine
@@ -88,7 +93,7 @@ def chat(
     from edge_agent.text.ends import load_ends
     from edge_agent.text.tokenizer import TextTokenizer
 
-    ends = load_ends(directory, span_text, dtype)
+    ends = load_ends(directory, span_text, dtype, report)
     settings = codecs.read_settings(step_deadline_s=timeout_s)
     with Engine(
         ends,
@@ -100,7 +105,7 @@ def chat(
         pool_key=pool_public,
     ) as engine:
         talk = Chat(
-            engine, TextTokenizer(directory), sampling.read_settings(), max_new_tokens, system,
+            engine, TextTokenizer(directory), drawing, max_new_tokens, system,
             template,
         )  # fmt: skip
         freeze_loaded_objects()

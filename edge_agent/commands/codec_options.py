@@ -34,9 +34,12 @@ class CodecChoice:
         """Session settings with these codecs. Raises SettingsError for a name that is unknown."""
         from edge_agent.text.text_session import SessionSettings
 
-        prompt_up, prompt_down = _split(self.codec_prefill or self.codec)
-        decode_up, decode_down = _split(self.codec_decode or self.codec)
-        return SessionSettings(prompt_up, prompt_down, decode_up, decode_down, **others)
+        return SessionSettings(*self.split(), **others)
+
+    def split(self) -> tuple[str, str, str, str]:
+        """Names for the prompt up and down, and for what comes after. Raises SettingsError."""
+        prompt = _split(self.codec_prefill or self.codec)
+        return (*prompt, *_split(self.codec_decode or self.codec))
 
     def find_calibration(self, ends: ModelEnds) -> Calibration | None:
         """The calibration to use with these ends, if there is one. Raises CheckpointError."""

@@ -14,6 +14,7 @@ from common.settings import EDGE_ENDPOINT, parse_endpoint
 if TYPE_CHECKING:
     from edge_agent.engine.client import BrokerClient
 
+SERVED = "one that the pool serves, else the middle half"  # what --span is by default
 MIN_TIMEOUT_S, MAX_TIMEOUT_S = 0.001, 1_000_000
 
 
@@ -26,15 +27,21 @@ class Connection:
     broker_key: str | None
 
     def connect(self, timeout_s: float) -> BrokerClient:
-        """A client as the options say. Raises SettingsError for a bad address or key."""
+        """A client as the options say. Raises what `check` raises."""
         from edge_agent.engine.client import BrokerClient
 
+        self.check(timeout_s)
+        return BrokerClient(self.endpoints(), timeout_s, self.keys())
+
+    def check(self, timeout_s: float) -> None:
+        """Raises SettingsError for a bad address or key, or a time that is none."""
+        self.endpoints()
+        self.keys()
         if not MIN_TIMEOUT_S <= timeout_s <= MAX_TIMEOUT_S:  # nor is NaN
             raise SettingsError(
                 f"--timeout is {timeout_s}; expected seconds, more than 0, "
                 f"at most {MAX_TIMEOUT_S:,}"
             )
-        return BrokerClient(self.endpoints(), timeout_s, self.keys())
 
     def endpoints(self) -> list[str]:
         """Raises SettingsError for what is no address."""

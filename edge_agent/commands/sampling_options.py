@@ -3,44 +3,45 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import click
 
 from common.console.option_types import SEED
 from common.console.options import group_options
+from edge_agent.text.sampling import SamplingDefaults, SamplingSettings, either
 
-if TYPE_CHECKING:
-    from edge_agent.text.sampler import SamplingSettings
+CHECKPOINTS = "[default: generation_config.json's, else {}]"
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """What the options said."""
+    """What the options said; None where they said nothing."""
 
-    temperature: float
-    top_k: int
-    top_p: float
-    repetition_penalty: float
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    repetition_penalty: float | None
     seed: int | None
 
-    def read_settings(self) -> SamplingSettings:
+    def read_settings(self, defaults: SamplingDefaults) -> SamplingSettings:
         """For the sampler. Raises SettingsError, which names what is out of range."""
-        from edge_agent.text.sampler import SamplingSettings
-
         return SamplingSettings(
-            self.temperature, self.top_k, self.top_p, self.repetition_penalty, seed=self.seed
+            either(self.temperature, defaults.command_temperature),
+            either(self.top_k, defaults.top_k),
+            either(self.top_p, defaults.top_p),
+            either(self.repetition_penalty, defaults.repetition_penalty),
+            seed=self.seed,
         )
 
-    def warn_of_greedy(self) -> None:
+    def warn_of_greedy(self, settings: SamplingSettings) -> None:
         """Say which options do nothing, because no token is drawn."""
         drawing = {
-            "--top-k": self.top_k != 0,
-            "--top-p": self.top_p != 1,
+            "--top-k": self.top_k not in (None, 0),
+            "--top-p": self.top_p not in (None, 1),
             "--seed": self.seed is not None,
         }
         idle = [option for option, is_given in drawing.items() if is_given]
-        if self.temperature == 0 and idle:
+        if settings.temperature == 0 and idle:
             click.echo(
                 f"warning: {' and '.join(idle)} {'does' if len(idle) == 1 else 'do'} nothing at "
                 "temperature 0, which always takes the likeliest token; give -t 0.7, say",
@@ -51,16 +52,20 @@ class Sampling:
 sampling_options = group_options(
     "sampling",
     Sampling,
-    click.option("-t", "--temperature", default=0.0, show_default=True, help="0 is greedy."),
-    click.option("--top-k", default=0, show_default=True, help="0 is all."),
     click.option(
-        "--top-p", default=1.0, show_default=True, help="Of the likeliest tokens; 1 is all."
+        "-t",
+        "--temperature",
+        type=float,
+        help="0 is greedy.  [default: generation_config.json's if that has do_sample, else 0]",
+    ),
+    click.option("--top-k", type=int, help=f"0 is all.  {CHECKPOINTS.format('0')}"),
+    click.option(
+        "--top-p", type=float, help=f"Of the likeliest tokens; 1 is all.  {CHECKPOINTS.format('1')}"
     ),
     click.option(
         "--repetition-penalty",
-        default=1.0,
-        show_default=True,
-        help="For tokens that the text has; 1 is none.",
+        type=float,
+        help=f"For tokens that the text has; 1 is none.  {CHECKPOINTS.format('1')}",
     ),
     click.option("--seed", type=SEED, help="Makes it repeatable."),
 )

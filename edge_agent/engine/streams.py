@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from edge_agent.text.logprobs import TokenLogprob
-from edge_agent.text.sampler import SamplingSettings
+from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.stats import GenerationStats
 from edge_agent.text.text_session import TextSession
 from edge_agent.text.work import Working

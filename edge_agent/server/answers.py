@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from edge_agent.engine.streams import Token, TokenStream
 from edge_agent.server.metrics import Meter
 from edge_agent.text.logprobs import TokenLogprob
-from edge_agent.text.sampler import SamplingSettings
+from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.stop_strings import StopStrings
 from edge_agent.text.tokenizer import TextStream, TextTokenizer
 

@@ -19,9 +19,9 @@ from edge_agent.server.app import Services
 from edge_agent.server.images import ImageService
 from edge_agent.server.metrics import Metrics
 from edge_agent.server.pool_view import PoolView
-from edge_agent.server.sampling import read_defaults
 from edge_agent.server.text_service import TextService
 from edge_agent.text.ends import ModelEnds
+from edge_agent.text.sampling import read_defaults
 from edge_agent.text.text_session import SessionSettings
 from edge_agent.text.tokenizer import TextTokenizer
 

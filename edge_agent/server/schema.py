@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from edge_agent.text.sampler import MAX_PENALTY
+from edge_agent.text.sampling import MAX_PENALTY
 
 MAX_N = 128
 MAX_PROMPTS = 2048

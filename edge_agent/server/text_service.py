@@ -16,7 +16,7 @@ from edge_agent.server.kept import KeptConversations
 from edge_agent.server.metrics import Metrics
 from edge_agent.server.prompts import ALL_THAT_FIT, PromptReader
 from edge_agent.server.responses import ChatShape, CompletionShape, TextResponse
-from edge_agent.server.sampling import SamplingDefaults
+from edge_agent.server.sampling import choose_settings
 from edge_agent.server.schema import (
     DEFAULT_MAX_TOKENS,
     ChatRequest,
@@ -25,6 +25,7 @@ from edge_agent.server.schema import (
 )
 from edge_agent.server.streaming import Event, EventStream, cancelled_with, merge
 from edge_agent.text.ends import ModelEnds
+from edge_agent.text.sampling import SamplingDefaults
 from edge_agent.text.tokenizer import TextTokenizer
 
 
@@ -60,7 +61,7 @@ class TextService:
         limit = request.max_completion_tokens or request.max_tokens or ALL_THAT_FIT
         wishes = [
             Wish(
-                index, prompt_ids, limit, self._defaults.settings(request, index),
+                index, prompt_ids, limit, choose_settings(request, self._defaults, index),
                 request.stop, request.top,
             )
             for index in range(request.choices)
@@ -82,7 +83,8 @@ class TextService:
         n, echo = request.choices, bool(request.echo)
         wishes = [
             Wish(
-                place * n + choice, prompt_ids, limit, self._defaults.settings(request, choice),
+                place * n + choice, prompt_ids, limit,
+                choose_settings(request, self._defaults, choice),
                 request.stop, request.logprobs, echo,
             )
             for place, prompt_ids in enumerate(prompts)

@@ -6,7 +6,7 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from common.errors import SettingsError
-from edge_agent.text.sampler import SamplingSettings
+from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.stats import GenerationStats
 from edge_agent.text.tokenizer import TextStream, TextTokenizer
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from common.spans.span_model import SpanModel
 from common.spans.twin_check import check_twin
 from common.weights.checkpoint import Checkpoint
 from common.weights.loading import context_length, load_span, parse_dtype, read_config
+from edge_agent.text.served_parts import pick_part
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,21 +83,31 @@ class EndCaches:
     tail: KvRows
 
 
-def load_ends(directory: str | Path, span: str | None = None, dtype: str = "float32") -> ModelEnds:
+def load_ends(
+    directory: str | Path,
+    span: str | None = None,
+    dtype: str = "float32",
+    report: Mapping[str, Any] | None = None,
+) -> ModelEnds:
     """Load head and tail from a Hugging Face directory; `span`, as `a-b`, is for the pool.
+
+    Without it a part that the pool serves, by a broker's `report`, or the middle half.
 
     Raises CheckpointError for a directory that cannot be used, SettingsError for a bad span.
     """
     checkpoint = Checkpoint(directory)
     config = read_config(checkpoint)
     num_layers = config.num_hidden_layers
+    fingerprint = checkpoint.fingerprint()
+    if span is None and report is not None:
+        span = pick_part(report, fingerprint, num_layers)
     parsed = parse_cut(span, num_layers)
     torch_dtype = parse_dtype(dtype)
     check_twin(config)
     ends = ModelEnds(
         name=checkpoint.name,
         directory=checkpoint.directory,
-        fingerprint=checkpoint.fingerprint(),
+        fingerprint=fingerprint,
         cut=parsed,
         hidden=config.hidden_size,
         context=context_length(config),

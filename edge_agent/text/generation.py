@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from edge_agent.text.sampler import SamplingSettings
+from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.session import Session
 from edge_agent.text.stats import GenerationStats
 from edge_agent.text.stop_strings import StopStrings

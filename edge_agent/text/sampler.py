@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,55 +17,7 @@ from transformers import (
 
 from common.errors import NonFiniteError, SettingsError
 from edge_agent.text.ends import Scores
-
-# beyond these, logits of float32 become infinite or all the same
-MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-4, 1e4
-MAX_PENALTY = 1e4
-BAN = -100.0  # a bias that keeps a token out, whatever its logit is
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingSettings:
-    """How to choose tokens; temperature 0 is greedy. Raises SettingsError for bad values."""
-
-    temperature: float = 0.0
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0  # divides the logits of all tokens in the text, as CTRL's
-    presence_penalty: float = 0.0  # taken from the logits of tokens that were generated
-    frequency_penalty: float = 0.0  # likewise, as often as they were
-    logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id to what is added
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.temperature and not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
-            raise SettingsError(
-                f"temperature is {self.temperature}; expected 0, which is greedy, or "
-                f"{MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
-            )
-        if self.top_k < 0:
-            raise SettingsError(f"top-k is {self.top_k}; expected 0 (all) or more")
-        if not 0 < self.top_p <= 1:
-            raise SettingsError(f"top-p is {self.top_p}; expected more than 0, at most 1")
-        if not 1 / MAX_PENALTY <= self.repetition_penalty <= MAX_PENALTY:
-            raise SettingsError(
-                f"repetition penalty is {self.repetition_penalty}; expected more than 0, "
-                f"{1 / MAX_PENALTY:g} to {MAX_PENALTY:g}"
-            )
-        for name in ("presence_penalty", "frequency_penalty"):
-            if not -MAX_PENALTY <= (value := getattr(self, name)) <= MAX_PENALTY:
-                words = name.replace("_", " ")
-                raise SettingsError(
-                    f"{words} is {value}; expected {-MAX_PENALTY:g} to {MAX_PENALTY:g}"
-                )
-        for token_id, bias in self.logit_bias.items():
-            if token_id < 0 or not BAN <= bias <= -BAN:
-                raise SettingsError(
-                    f"logit bias of token {token_id} is {bias}; expected {BAN:g} to {-BAN:g} for "
-                    "the number of a token"
-                )
-        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
-            raise SettingsError(f"the seed is {self.seed}; expected 64 bits")
+from edge_agent.text.sampling import BAN, SamplingSettings
 
 
 class Sampler:

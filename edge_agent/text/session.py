@@ -11,7 +11,7 @@ from common.codecs.calibration import Calibration
 from edge_agent.engine.client import BrokerClient
 from edge_agent.engine.exchange import Ask
 from edge_agent.text.ends import ModelEnds
-from edge_agent.text.sampler import SamplingSettings
+from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.stats import GenerationStats
 from edge_agent.text.text_session import SessionSettings, TextSession
 from edge_agent.text.work import DecodeRow, EncodeRow, NewToken, RunHead, RunTail, ScoreRows, Work

@@ -32,7 +32,8 @@ from edge_agent.engine.session_asks import SessionAsks
 from edge_agent.text.ends import ModelEnds, Scores, scores_of
 from edge_agent.text.logprobs import TokenLogprob, check_top, rank
 from edge_agent.text.replay_log import Encoded, ReplayLog, parts_of
-from edge_agent.text.sampler import Sampler, SamplingSettings
+from edge_agent.text.sampler import Sampler
+from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.stats import GenerationStats
 from edge_agent.text.work import (
     DecodeRow,

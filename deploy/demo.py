@@ -47,7 +47,7 @@ def demo(prompt: str, seed: int, max_new_tokens: int, image_file: Path) -> None:
     from common.errors import MidspanError
     from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
     from deploy.pool import LocalPool, PoolSettings
-    from edge_agent.commands.ask import format_stats
+    from edge_agent.commands.cost_tables import format_stats
     from edge_agent.text.ends import load_ends
     from edge_agent.text.generation import Generation, start_generation
     from edge_agent.text.sampling import SamplingSettings

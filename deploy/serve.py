@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,15 +29,19 @@ from common.console.options import (
     workers_option,
 )
 from common.console.processes import freeze_loaded_objects, set_up_torch
+from common.console.waiting import waiting
 from common.errors import BrokerUnavailable, SettingsError
 from common.security.keys import is_public, read_public
 from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
 from edge_agent.commands.codec_options import CodecChoice, codec_options
 from edge_agent.commands.connection_options import SERVED, Connection, connection_options
 from edge_agent.commands.prompts import read_file, read_template
+from edge_agent.commands.question import describe_route, describe_source
 from edge_agent.commands.run_options import encrypt_option, template_option, timeout_option
+from edge_agent.server.announcement import Announcement, announced, read_start
 
 REPORT_LIMIT_S = 2.0  # less than importing torch takes
+
 
 @dataclass(frozen=True, slots=True)
 class Address:
@@ -163,16 +168,17 @@ def serve(
     least, most = worker_range
     listener = bind(address.host, address.port)
     share = max(1, (os.cpu_count() or 1) // (1 + most * with_pool))
-    set_up_torch(threads or share)
-    from edge_agent.server.app import make_app
-    from edge_agent.server.opening import Bounds, PoolAccess, open_services
-    from edge_agent.text.ends import load_ends
+    with waiting("loading libraries"):
+        set_up_torch(threads or share)
+        from edge_agent.server.app import make_app
+        from edge_agent.server.opening import Bounds, PoolAccess, open_services
+        from edge_agent.text.ends import load_ends
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
             signal.signal(number, lambda *_: sys.exit(0))
-    report = asked.result() if asked else None
-    ends = load_ends(directory, span_text, dtype, report)
+    with waiting(f"loading {directory.name}"):
+        ends = load_ends(directory, span_text, dtype, asked.result() if asked else None)
     with contextlib.ExitStack() as stack:
         access = PoolAccess(connection.endpoints(), connection.keys(), timeout_s, pool_public)
         if with_pool:
@@ -199,13 +205,19 @@ def serve(
         )  # fmt: skip
         stack.callback(services.close)
         freeze_loaded_objects()
-        host, port = listener.getsockname()[:2]
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-        DrainingServer(
-            make_app(services),
-            services.drain,
-            lambda: click.echo(f"serving {ends.name} at {url}"),
-        ).run([listener])
+        announcement = Announcement(
+            url_of(listener, reachable=True), ends.name, str(ends.cut.middle),
+            describe_source(directory, dtype, codecs),
+            describe_route(list(access.brokers), access.keys, access.pool_key, timeout_s),
+            api_keys[0] if api_keys else None,
+            os.getpid(), read_start(os.getpid()), os.uname().nodename,
+        )  # fmt: skip
+
+        def on_ready() -> None:
+            stack.enter_context(announced(announcement))
+            click.echo(f"serving {ends.name} at {url_of(listener)}")
+
+        DrainingServer(make_app(services), services.drain, on_ready).run([listener])
     click.echo("stopped")
 
 
@@ -225,6 +237,14 @@ def ask_for_report(connection: Connection) -> Future[dict[str, Any] | None]:
     answer = thread.submit(ask)
     thread.shutdown(wait=False)
     return answer
+
+
+def url_of(listener: socket.socket, reachable: bool = False) -> str:
+    """Where requests go; `reachable` from this machine, where it listens at all its addresses."""
+    host, port = listener.getsockname()[:2]
+    if reachable:
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - not bound here
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
 
 def check_own_pool() -> None:

@@ -22,7 +22,7 @@ from common.errors import BrokerUnavailable
 from deploy.child import Child, midspan_command
 from deploy.cli import midspan
 from deploy.pool import LocalPool, PoolSettings
-from edge_agent.commands import ask
+from edge_agent.commands import own_answer
 from edge_agent.text.ends import ModelEnds
 from edge_agent.text.generation import Generation
 from edge_agent.text.session import Session
@@ -70,7 +70,7 @@ def test_an_answer_that_ctrl_c_ends_has_cost_something_too(
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(Generation, "stream", stream)
-    monkeypatch.setattr(ask, "freeze_loaded_objects", lambda: None)  # this process lives on
+    monkeypatch.setattr(own_answer, "freeze_loaded_objects", lambda: None)  # this process lives on
     command = ["ask", PROMPTS[0], "--broker", pool.edge_endpoint, "--stats", "--threads", "1"]
     done = CliRunner().invoke(midspan, command)
     assert done.exit_code == 1
@@ -127,7 +127,7 @@ def test_a_prompt_longer_than_the_context_says_both_lengths(pool: LocalPool) -> 
     ("option", "value", "words"),
     [
         ("--codec", "int9", "codec 'int9' is unknown; known are fp32, fp16, bf16, int8"),
-        ("--dtype", "int4", "dtype 'int4' is unknown"),
+        ("--dtype", "int4", "'int4' is not one of 'float32'"),
         ("--top-p", "0", "top-p is 0.0; expected more than 0"),
         ("-t", "-1", "temperature is -1.0"),
         ("-n", "0", "0 is not in the range 1<=x"),

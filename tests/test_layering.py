@@ -57,7 +57,14 @@ def test_what_is_wrong_with_a_question_is_said_without_torch() -> None:
 import sys
 import click
 from deploy.cli import midspan
-for arguments in (["hi", "--model", "gpt-9"], [" "], ["hi", "--stop", ""]):
+for arguments in (
+    ["hi", "--model", "gpt-9"], [" "], ["hi", "--stop", ""], ["hi", "--codec", "int9"],
+    ["hi", "--codec-decode", "fp16,fp16,fp16"], ["hi", "--dtype", "int4"], ["hi", "-n", "0"],
+    ["hi", "--span", "2"], ["hi", "--broker", "localhost"], ["hi", "--timeout", "0"],
+    ["hi", "--key", "none", "--broker-key", "none"], ["hi", "--encrypt-kv", "none"],
+    ["hi", "-t", "1e9"], ["hi", "--top-p", "0"], ["hi", "--repetition-penalty", "inf"],
+    ["hi", "--broker", "tcp://127.0.0.1:9"],
+):
     try:
         midspan(["ask", *arguments], standalone_mode=False)
     except click.ClickException:

@@ -321,7 +321,7 @@ def test_each_token_says_who_computed_it_and_what_it_cost(endpoint: Endpoint) ->
     _, *tokens, last = [chunk.model_extra.get("midspan") for chunk in chunks]
     assert len(tokens) == 5
     for token in tokens:
-        assert set(token) == {"worker", "bytes_up", "bytes_down", "ms", "stages_ms"}
+        assert set(token) == {"token_id", "worker", "bytes_up", "bytes_down", "ms", "stages_ms"}
         assert token["worker"] == "w1"
         assert token["bytes_up"] >= 512  # a row of fp32
         assert token["ms"] > 0

@@ -18,6 +18,7 @@ from common.settings import EDGE_ENDPOINT, WORKER_ENDPOINT
 if TYPE_CHECKING:
     from common.metrics.page import MetricsPage
 
+DTYPES = ("float32", "float16", "bfloat16")
 IMAGE_MODEL_HELP = "SDXL pipeline: a directory in diffusers format."
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
@@ -38,7 +39,8 @@ dtype_option = click.option(
     "--dtype",
     default="float32",
     show_default=True,
-    help="Precision to compute in: float32, float16 or bfloat16.",
+    type=click.Choice(DTYPES),
+    help="Precision to compute in.",
 )
 device_option = click.option(
     "--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, …"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
-import os
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import fields
 
 import click
+from click.core import ParameterSource
 
 from common.console.options import (
     dtype_option,
@@ -16,14 +17,15 @@ from common.console.options import (
     span_option,
     threads_option,
 )
-from common.console.processes import freeze_loaded_objects, set_up_torch
-from common.console.tables import format_table
-from common.errors import SettingsError
+from common.console.waiting import waiting
 from common.security.keys import read_public
 from common.weights.demo_model import find_model
 from edge_agent.commands.codec_options import CodecChoice, codec_options
 from edge_agent.commands.connection_options import SERVED, Connection, connection_options
-from edge_agent.commands.prompts import check_text, read_prompt
+from edge_agent.commands.cost_tables import format_cut_off, format_stats
+from edge_agent.commands.own_answer import OwnAnswer
+from edge_agent.commands.prompts import read_prompt
+from edge_agent.commands.question import Means, Question
 from edge_agent.commands.run_options import (
     encrypt_option,
     print_stats,
@@ -31,6 +33,8 @@ from edge_agent.commands.run_options import (
     timeout_option,
 )
 from edge_agent.commands.sampling_options import Sampling, sampling_options
+from edge_agent.commands.served_answer import NotServed, ServedAnswer
+from edge_agent.server.announcement import Route, list_running
 from edge_agent.text.sampling import read_defaults
 
 
@@ -47,6 +51,11 @@ from edge_agent.text.sampling import read_defaults
 @dtype_option
 @threads_option
 @timeout_option(60.0)
+@click.option(
+    "--no-serve",
+    is_flag=True,
+    help="Load the model here, though a `midspan serve` of yours runs with it.",
+)
 @report_options("text, token_ids, stats")
 def ask(
     prompt: str,
@@ -61,79 +70,80 @@ def ask(
     dtype: str,
     threads: int | None,
     timeout_s: float,
+    no_serve: bool,
     as_json: bool,
     with_stats: bool,
 ) -> None:
     """Answer PROMPT with the pool's help; - reads the prompt from stdin.
 
     Text is not sent. Rows of numbers are, and who holds the model's weights can turn those back
-    into the prompt.
+    into the prompt. Where a `midspan serve` of yours runs that would write the same, it is asked
+    and no model is loaded.
     """
-    client = connection.connect(timeout_s)
     pool_public = read_public(pool_key) if pool_key else None
-    prompt = read_prompt(prompt)
-    if not prompt.strip():
-        raise SettingsError("the prompt is empty; give a text, or - to read one from stdin")
-    check_stops(stops)
-    directory = find_model(model_name)
-    drawing = sampling.read_settings(read_defaults(directory))
+    means = Means(
+        find_model(model_name), span_text, dtype, codecs, connection, pool_public, timeout_s,
+        threads, list_given(),
+    )  # fmt: skip
+    means.check()
+    drawing = sampling.read_settings(read_defaults(means.directory))
+    question = Question(read_prompt(prompt), max_new_tokens, drawing, stops)
+    question.check()
     sampling.warn_of_greedy(drawing)
-    set_up_torch(threads or os.cpu_count())
-    from edge_agent.text.ends import load_ends
-    from edge_agent.text.generation import start_generation
-    from edge_agent.text.session import Session
-    from edge_agent.text.tokenizer import TextTokenizer
-
-    settings = codecs.read_settings(step_deadline_s=timeout_s)
-    report = (
-        client.status()
-    )  # a broker that is not there is better known before the model is loaded
-    ends = load_ends(directory, span_text, dtype, report)
-    generation = start_generation(
-        Session(ends, client, settings, codecs.find_calibration(ends), pool_public),
-        TextTokenizer(directory),
-        prompt,
-        max_new_tokens,
-        drawing,
-        stops,
-    )
-    freeze_loaded_objects()
+    answer: OwnAnswer | ServedAnswer | None = None if no_serve else ask_serves(question, means)
+    answer = answer or load_own(question, means, as_json)
     try:
-        for piece in generation.stream():
-            if not as_json:
-                click.echo(piece, nl=False)
+        tell(answer, as_json)
     finally:
-        client.close()
+        answer.close()
         if not as_json:
             click.echo()  # an error that cuts the text off begins a line of its own
-            if with_stats and generation.token_ids:
-                print_stats(format_stats(generation.stats.to_json()))
+            if with_stats and answer.token_ids:
+                print_stats(describe_cost(answer))
     if as_json:
-        stats = generation.stats.to_json() | {"finish_reason": generation.finish_reason}
-        answer = {"text": generation.text, "token_ids": generation.token_ids, "stats": stats}
-        click.echo(json.dumps(answer))
+        said = {"text": answer.text, "token_ids": answer.token_ids, "stats": answer.stats}
+        click.echo(json.dumps(said))
 
 
-def check_stops(stops: Sequence[str]) -> None:
-    """Raises SettingsError for a string that no text could be ended by."""
-    for stop in stops:
-        if not stop:
-            raise SettingsError("--stop is empty; expected a string before which the text ends")
-        check_text("--stop", stop)
+def list_given() -> frozenset[str]:
+    """Options about the way to the pool that somebody gave, in whatever way."""
+    context = click.get_current_context()
+    names = [field.name for field in fields(Route)]
+    return frozenset(
+        name for name in names if context.get_parameter_source(name) != ParameterSource.DEFAULT
+    )
 
 
-def format_stats(stats: dict[str, Any]) -> str:
-    """The table that --stats prints."""
-    stages = stats["ms_per_token"]
-    workers = ", ".join(f"{name} {count}" for name, count in stats["tokens_by_worker"].items())
-    rows = [
-        ("tokens", f"{stats['new_tokens']} new after {stats['prompt_tokens']} of the prompt"),
-        ("speed", f"{stats['tokens_per_s']} tokens/s, first token {stats['first_token_ms']} ms"),
-        ("bytes per token", f"{stats['bytes_up_per_token']} up, "
-                            f"{stats['bytes_down_per_token']} down"),
-        ("bytes in all", f"{stats['bytes_up']:,} up, {stats['bytes_down']:,} down"),
-        ("ms per token", ", ".join(f"{name} {ms}" for name, ms in stages.items())),
-        ("rows by worker", workers),
-        ("rows replayed", str(stats["rows_replayed"])),
-    ]  # fmt: skip
-    return format_table(("what it cost", "per token: after the first, times are medians"), rows)
+def ask_serves(question: Question, means: Means) -> ServedAnswer | None:
+    """The answer of a running serve that would write what we would; None if there is none."""
+    if not question.can_be_served():
+        return None
+    for announcement in list_running():
+        if means.fit(announcement):
+            with contextlib.suppress(NotServed):
+                return ServedAnswer(announcement, question)
+    return None
+
+
+def load_own(question: Question, means: Means, as_json: bool) -> OwnAnswer:
+    """The answer of an engine in this process."""
+    with waiting(f"loading {means.directory.name}", is_shown=not as_json):
+        return OwnAnswer(question, means)
+
+
+def tell(answer: OwnAnswer | ServedAnswer, as_json: bool) -> None:
+    """Write the text as it comes; with JSON only read it."""
+    pieces = answer.stream()
+    with waiting("waiting for the first token", is_shown=not as_json):
+        first = next(pieces, "")
+    for piece in itertools.chain([first], pieces):
+        if not as_json:
+            click.echo(piece, nl=False)
+
+
+def describe_cost(answer: OwnAnswer | ServedAnswer) -> str:
+    """The table that --stats prints; of a serve's answer that was cut off, what is known of it."""
+    if answer.stats is None:
+        assert isinstance(answer, ServedAnswer)
+        return format_cut_off(answer.costs, answer.url)
+    return format_stats(answer.stats)

@@ -19,12 +19,13 @@ from common.console.options import (
     threads_option,
 )
 from common.console.processes import freeze_loaded_objects, set_up_torch
+from common.console.waiting import waiting
 from common.errors import MidspanError, SettingsError
 from common.security.keys import read_public
 from common.weights.demo_model import find_model
-from edge_agent.commands.ask import format_stats
 from edge_agent.commands.codec_options import CodecChoice, codec_options
 from edge_agent.commands.connection_options import SERVED, Connection, connection_options
+from edge_agent.commands.cost_tables import format_stats
 from edge_agent.commands.prompts import read_template
 from edge_agent.commands.run_options import encrypt_option, template_option, timeout_option
 from edge_agent.commands.sampling_options import Sampling, sampling_options
@@ -87,13 +88,14 @@ def chat(
         client.status()
     )  # a broker that is not there is better known before the model is loaded
     client.close()
-    set_up_torch(threads or os.cpu_count())
-    from edge_agent.engine.engine import Engine
-    from edge_agent.text.chat import Chat
-    from edge_agent.text.ends import load_ends
-    from edge_agent.text.tokenizer import TextTokenizer
+    with waiting(f"loading {directory.name}"):
+        set_up_torch(threads or os.cpu_count())
+        from edge_agent.engine.engine import Engine
+        from edge_agent.text.chat import Chat
+        from edge_agent.text.ends import load_ends
+        from edge_agent.text.tokenizer import TextTokenizer
 
-    ends = load_ends(directory, span_text, dtype, report)
+        ends = load_ends(directory, span_text, dtype, report)
     settings = codecs.read_settings(step_deadline_s=timeout_s)
     with Engine(
         ends,
@@ -151,6 +153,8 @@ class Terminal:
     def _answer(self, text: str) -> None:
         answer = self._talk.ask(text)
         try:
+            with waiting("waiting for the first token"):
+                click.echo(next(answer, ""), nl=False)
             for piece in answer:
                 click.echo(piece, nl=False)
             click.echo()

@@ -198,6 +198,7 @@ class Cost:
     def of(self, token: Token) -> dict[str, Any]:
         """Of the token that follows the one of the last call."""
         cost = {
+            "token_id": token.token_id,
             "worker": token.worker_id,
             "bytes_up": token.bytes_up - self.bytes_up,
             "bytes_down": token.bytes_down - self.bytes_down,

@@ -1,0 +1,44 @@
+"""The tables that --stats prints: what an answer has cost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from common.console.tables import format_table
+
+HEADERS = ("what it cost", "per token: after the first, times are medians")
+
+
+def format_stats(stats: Mapping[str, Any]) -> str:
+    """Of a whole answer, or of what an engine of ours has done of it."""
+    stages = stats["ms_per_token"]
+    workers = ", ".join(f"{name} {count}" for name, count in stats["tokens_by_worker"].items())
+    rows = [
+        ("tokens", f"{stats['new_tokens']} new after {stats['prompt_tokens']} of the prompt"),
+        ("speed", f"{stats['tokens_per_s']} tokens/s, first token {stats['first_token_ms']} ms"),
+        ("bytes per token", f"{stats['bytes_up_per_token']} up, "
+                            f"{stats['bytes_down_per_token']} down"),
+        ("bytes in all", f"{stats['bytes_up']:,} up, {stats['bytes_down']:,} down"),
+        ("ms per token", ", ".join(f"{name} {ms}" for name, ms in stages.items())),
+        ("rows by worker", workers),
+        ("rows replayed", str(stats["rows_replayed"])),
+    ]  # fmt: skip
+    if "served_by" in stats:
+        rows.append(("served by", stats["served_by"]))
+    return format_table(HEADERS, rows)
+
+
+def format_cut_off(costs: Sequence[Mapping[str, Any]], served_by: str) -> str:
+    """Of the tokens that came from a serve before its answer was cut off."""
+    up, down = (sum(cost[name] for cost in costs) for name in ("bytes_up", "bytes_down"))
+    workers = Counter(cost["worker"] for cost in costs)
+    rows = [
+        ("tokens", f"{len(costs)} new, then it was cut off"),
+        ("first token", f"{costs[0]['ms']} ms"),
+        ("bytes in all", f"{up:,} up, {down:,} down"),
+        ("tokens by worker", ", ".join(f"{name} {count}" for name, count in workers.items())),
+        ("served by", served_by),
+    ]
+    return format_table(("what it cost", ""), rows)

@@ -1,0 +1,67 @@
+"""An answer that `midspan ask` makes by itself: the model's ends are loaded here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from common.console.processes import freeze_loaded_objects, set_up_torch
+from edge_agent.commands.question import Means, Question
+
+
+class OwnAnswer:
+    """One answer; text, tokens and figures grow while `stream` is read."""
+
+    def __init__(self, question: Question, means: Means) -> None:
+        """Loads everything. Raises what loading, and starting a generation, raise."""
+        self._client = means.connection.connect(means.timeout_s)
+        try:
+            # a broker that is not there is better known before the model is loaded
+            self._generation = self._load(question, means, self._client.status())
+        except BaseException:
+            self._client.close()
+            raise
+
+    def _load(self, question: Question, means: Means, report: dict[str, Any]) -> Any:
+        set_up_torch(means.threads or os.cpu_count())
+        from edge_agent.text.ends import load_ends
+        from edge_agent.text.generation import start_generation
+        from edge_agent.text.session import Session
+        from edge_agent.text.tokenizer import TextTokenizer
+
+        settings = means.codecs.read_settings(step_deadline_s=means.timeout_s)
+        ends = load_ends(means.directory, means.span_text, means.dtype, report)
+        generation = start_generation(
+            Session(
+                ends, self._client, settings, means.codecs.find_calibration(ends), means.pool_key
+            ),
+            TextTokenizer(means.directory),
+            question.prompt,
+            question.max_new_tokens,
+            question.drawing,
+            question.stops,
+        )
+        freeze_loaded_objects()
+        return generation
+
+    @property
+    def text(self) -> str:
+        return str(self._generation.text)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return list(self._generation.token_ids)
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """What it has cost so far."""
+        figures: dict[str, Any] = self._generation.stats.to_json()
+        return figures | {"finish_reason": self._generation.finish_reason}
+
+    def stream(self) -> Iterator[str]:
+        """Pieces of text as they come. Raises what Session.generate raises."""
+        yield from self._generation.stream()
+
+    def close(self) -> None:
+        self._client.close()

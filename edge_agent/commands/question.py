@@ -1,0 +1,120 @@
+"""What `midspan ask` was asked and how, checked before torch is imported."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import SettingsError
+from common.security.keys import ClientKeys
+from common.spans.cut import read_span
+from edge_agent.commands.codec_options import CodecChoice
+from edge_agent.commands.connection_options import Connection
+from edge_agent.commands.prompts import check_text
+from edge_agent.server.announcement import (
+    Announcement,
+    Route,
+    TextSource,
+    digest_files,
+)
+from edge_agent.text.sampling import SamplingSettings
+
+# what a request may say, where that is less than a command may
+MOST_SERVED_TEMPERATURE, LEAST_SERVED_TOP_P = 2.0, 1e-6
+MOST_SERVED_CHARS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is to be written on, and how its tokens are drawn."""
+
+    prompt: str
+    max_new_tokens: int
+    drawing: SamplingSettings
+    stops: tuple[str, ...]
+
+    def check(self) -> None:
+        """Raises SettingsError for what no model could go on with."""
+        if not self.prompt.strip():
+            raise SettingsError("the prompt is empty; give a text, or - to read one from stdin")
+        for stop in self.stops:
+            if not stop:
+                raise SettingsError("--stop is empty; expected a string before which the text ends")
+            check_text("--stop", stop)
+
+    def can_be_served(self) -> bool:
+        """Whether a request to an endpoint can say this, and means the same."""
+        drawing = self.drawing
+        return (
+            drawing.temperature <= MOST_SERVED_TEMPERATURE
+            and drawing.top_p >= LEAST_SERVED_TOP_P
+            and (drawing.seed is None or drawing.seed >= 0)  # negative ones are counted otherwise
+            and len(self.prompt) <= MOST_SERVED_CHARS
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """By which model and pool it is to be answered."""
+
+    directory: Path
+    span_text: str | None
+    dtype: str
+    codecs: CodecChoice
+    connection: Connection
+    pool_key: bytes | None
+    timeout_s: float
+    threads: int | None
+    given: frozenset[str]  # fields of `Route` that somebody said, so that no others will do
+
+    def check(self) -> None:
+        """Raises SettingsError for options that mean nothing."""
+        if self.span_text is not None:
+            read_span(self.span_text)
+        self.codecs.split()
+        self.connection.check(self.timeout_s)
+
+    def fit(self, announcement: Announcement) -> bool:
+        """Whether a running serve would answer as an engine with these would."""
+        if self.span_text is not None and str(read_span(self.span_text)) != announcement.span:
+            return False
+        with contextlib.suppress(OSError):
+            return self._describe_source() == announcement.source and all(
+                getattr(self.describe_route(), name) == getattr(announcement.route, name)
+                for name in self.given
+            )
+        return False
+
+    def _describe_source(self) -> TextSource:
+        return describe_source(self.directory, self.dtype, self.codecs)
+
+    def describe_route(self) -> Route:
+        return describe_route(
+            self.connection.endpoints(), self.connection.keys(), self.pool_key, self.timeout_s
+        )
+
+
+def describe_source(directory: Path, dtype: str, codecs: CodecChoice) -> TextSource:
+    """What a text depends on. Raises OSError for a model's directory that cannot be read."""
+    calibration = codecs.calibration
+    return TextSource(
+        str(directory.resolve()),
+        digest_files(directory),
+        dtype,
+        codecs.split(),
+        None if calibration is None else str(calibration.expanduser().resolve()),
+    )
+
+
+def describe_route(
+    brokers: list[str], keys: ClientKeys | None, pool_key: bytes | None, timeout_s: float
+) -> Route:
+    """How the pool is reached, in words that two processes can compare."""
+    return Route(
+        tuple(sorted(brokers)),
+        keys.own.public.decode() if keys else None,
+        keys.broker.decode() if keys else None,
+        pool_key.decode() if pool_key else None,
+        timeout_s,
+    )

@@ -1,0 +1,279 @@
+"""`midspan ask` beside a running `midspan serve`: the same text, without a model of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forks import ROOT, error_line, run_midspan
+from pools import PROMPTS
+
+from common.errors import MidspanError
+from deploy.child import Child, midspan_command
+from deploy.pool import LocalPool, PoolSettings
+from edge_agent.commands.codec_options import CodecChoice
+from edge_agent.commands.connection_options import Connection
+from edge_agent.commands.question import Means, Question, describe_source
+from edge_agent.commands.served_answer import ServedAnswer
+from edge_agent.server.announcement import (
+    SERVES,
+    Announcement,
+    announced,
+    list_running,
+    read_start,
+)
+from edge_agent.text.sampling import SamplingSettings
+
+SAMPLED = ["-t", "0.9", "--top-k", "40", "--top-p", "0.95", "--repetition-penalty", "1.1",
+           "--seed", "11"]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Of a user who has no other serve running."""
+    directory = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(directory))
+        yield directory
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[LocalPool]:
+    with LocalPool(PoolSettings(workers=1)) as running:
+        yield running
+
+
+def start_serve(pool: LocalPool, directory: Path, *options: str) -> tuple[Child, str]:
+    command = midspan_command(
+        "serve", "--port", "0", "--threads", "1", "--broker", pool.edge_endpoint, *options
+    )
+    child = Child("serve", command, directory)
+    try:
+        return child, child.wait_for("serving ").rpartition(" at ")[2]
+    except BaseException:
+        child.stop()
+        raise
+
+
+@pytest.fixture(scope="module")
+def serve(pool: LocalPool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    child, url = start_serve(pool, tmp_path_factory.mktemp("serve"))
+    yield url
+    child.stop()
+
+
+def ask(pool: LocalPool, *options: str) -> dict[str, Any]:
+    done = run_midspan(
+        "ask", PROMPTS[0], "--broker", pool.edge_endpoint, "--threads", "1", "--json", *options
+    )
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["-n", "30"], ["-n", "300"], [*SAMPLED, "-n", "40"], [*SAMPLED, "--stop", "the"]],
+)
+def test_a_serve_prints_what_an_engine_of_its_own_would(
+    pool: LocalPool, serve: str, options: list[str]
+) -> None:
+    served, own = ask(pool, *options), ask(pool, *options, "--no-serve")
+    assert served["stats"].pop("served_by") == serve
+    assert "served_by" not in own["stats"]
+    assert (served["text"], served["token_ids"]) == (own["text"], own["token_ids"])
+    assert set(served["stats"]) == set(own["stats"])
+    same = ("prompt_tokens", "new_tokens", "tokens_by_worker", "finish_reason")
+    assert [served["stats"][name] for name in same] == [own["stats"][name] for name in same]
+
+
+def test_a_text_is_streamed_with_what_it_cost(pool: LocalPool, serve: str) -> None:
+    options = ["ask", PROMPTS[1], "--broker", pool.edge_endpoint, "-n", "12", "--stats"]
+    served, own = run_midspan(*options), run_midspan(*options, "--no-serve")
+    assert served.stdout == own.stdout
+    assert "12 new after" in served.stderr
+    assert re.search(f"^served by +{serve}$", served.stderr, re.MULTILINE)
+
+
+def test_neither_torch_nor_transformers_is_imported(pool: LocalPool, serve: str) -> None:
+    script = f"""
+import sys
+from deploy.cli import midspan
+midspan(["ask", "Once", "--broker", {pool.edge_endpoint!r}, "-n", "3"], standalone_mode=False)
+sys.exit(bool({{"torch", "transformers", "numpy", "fastapi"}} & set(sys.modules)))
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+def test_a_serve_is_found_without_the_address_of_its_pool(serve: str) -> None:
+    done = run_midspan("ask", "Once", "-n", "3", "--json")
+    assert json.loads(done.stdout)["stats"]["served_by"] == serve
+
+
+def test_what_no_model_could_take_is_said_in_the_same_words(pool: LocalPool, serve: str) -> None:
+    command = ["ask", "once " * 600, "--broker", pool.edge_endpoint]
+    line = error_line(*command)
+    assert "tokens; stories-llama has a context of 512" in line
+    assert line == error_line(*command, "--no-serve")
+
+
+def test_of_two_serves_the_one_that_fits_is_asked(
+    pool: LocalPool, serve: str, tmp_path: Path
+) -> None:
+    exact, url = start_serve(pool, tmp_path, "--codec", "fp32")
+    try:
+        assert ask(pool, "-n", "3", "--codec", "fp32")["stats"]["served_by"] == url
+        assert ask(pool, "-n", "3")["stats"]["served_by"] == serve
+        assert "served_by" not in ask(pool, "-n", "3", "--codec", "fp16")["stats"]
+    finally:
+        exact.stop()
+    assert [each.url for each in list_running()] == [serve]
+
+
+def test_a_serve_with_an_api_key_is_asked_with_it(pool: LocalPool, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("sesame\n")
+    options = ["--codec", "bf16", "--api-key-file", str(keys), "--host", "0.0.0.0"]
+    child, url = start_serve(pool, tmp_path, *options)
+    try:
+        asked = ask(pool, "-n", "3", "--codec", "bf16")["stats"]["served_by"]
+        assert asked == url.replace("0.0.0.0", "127.0.0.1")
+        (file,) = SERVES.expanduser().glob(f"{child.pid}.json")
+        assert file.stat().st_mode & 0o777 == 0o600
+        assert file.parent.stat().st_mode & 0o777 == 0o700
+    finally:
+        child.stop()
+    assert not file.exists()
+
+
+def test_a_serve_that_was_killed_is_not_waited_for(pool: LocalPool, tmp_path: Path) -> None:
+    child, _ = start_serve(pool, tmp_path, "--codec", "fp16")
+    child.kill()
+    (file,) = SERVES.expanduser().glob(f"{child.pid}.json")
+    assert "served_by" not in ask(pool, "-n", "3", "--codec", "fp16")["stats"]
+    assert not file.exists()
+
+
+def test_a_serve_that_ends_in_the_middle_is_named(pool: LocalPool, tmp_path: Path) -> None:
+    child, url = start_serve(pool, tmp_path, "--codec", "fp16")
+    worker = next(iter(pool.workers.values()))
+    try:
+        (found,) = [each for each in list_running() if each.url == url]
+        answer = ServedAnswer(found, Question(PROMPTS[0], 400, SamplingSettings(), ()))
+        pieces = answer.stream()
+        assert next(pieces) is not None
+        worker.signal(signal.SIGSTOP)  # or all of it might be on its way already
+        child.kill()
+        with pytest.raises(MidspanError, match="ended in the middle of the answer"):
+            list(pieces)
+    finally:
+        worker.signal(signal.SIGCONT)
+        child.stop()
+
+
+def means(directory: Path, **changes: Any) -> Means:
+    connection = Connection(("tcp://127.0.0.1:5555",), None, None)
+    plain = Means(
+        directory, None, "float32", CodecChoice("int8"), connection, None, 60.0, None, frozenset()
+    )
+    return replace(plain, **changes)
+
+
+def announce(asked: Means) -> Announcement:
+    source = describe_source(asked.directory, asked.dtype, asked.codecs)
+    return Announcement(
+        "http://127.0.0.1:1/v1", "stories-llama", "2-6", source, asked.describe_route(), None,
+        os.getpid(), read_start(os.getpid()), os.uname().nodename,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "fits"),
+    [
+        ({}, True),
+        ({"span_text": "2-6"}, True),
+        ({"span_text": "2:6"}, True),
+        ({"span_text": "1-7"}, False),
+        ({"dtype": "float16"}, False),
+        ({"codecs": CodecChoice("int8", codec_decode="fp16")}, False),
+        ({"codecs": CodecChoice("fp16", "int8", "int8,int8")}, True),
+        ({"codecs": CodecChoice("int8", calibration=Path("elsewhere"))}, False),
+        ({"timeout_s": 7.0}, True),  # by default
+        ({"timeout_s": 7.0, "given": frozenset({"timeout_s"})}, False),
+        ({"pool_key": b"k" * 40}, True),
+        ({"pool_key": b"k" * 40, "given": frozenset({"pool_key"})}, False),
+        ({"connection": Connection(("tcp://10.0.0.1:1",), None, None)}, True),
+        ({"connection": Connection(("tcp://10.0.0.1:1",), None, None),
+          "given": frozenset({"brokers"})}, False),
+        ({"given": frozenset({"brokers", "timeout_s"})}, True),
+    ],
+)  # fmt: skip
+def test_only_what_was_asked_for_explicitly_must_be_the_serves(
+    demo_directory: Path, changes: dict[str, Any], fits: bool
+) -> None:
+    announcement = announce(means(demo_directory))
+    assert means(demo_directory, **changes).fit(announcement) is fits
+
+
+def test_another_model_and_changed_weights_do_not_fit(demo_directory: Path, tmp_path: Path) -> None:
+    announcement = announce(means(demo_directory))
+    assert not means(tmp_path).fit(announcement)
+    assert not means(tmp_path / "none").fit(announcement)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"1")
+    before = announce(means(tmp_path))
+    assert means(tmp_path).fit(before)
+    weights.write_bytes(b"12")
+    assert not means(tmp_path).fit(before)
+
+
+def test_what_a_request_cannot_say_is_not_asked_of_a_serve() -> None:
+    for drawing, can in (
+        (SamplingSettings(), True),
+        (SamplingSettings(2.0, seed=5), True),
+        (SamplingSettings(2.1), False),
+        (SamplingSettings(1.0, seed=-5), False),
+        (SamplingSettings(1.0, top_p=1e-7), False),
+    ):
+        assert Question("hi", 1, drawing, ()).can_be_served() is can
+
+
+def test_files_of_others_and_of_ended_processes_are_passed_over(
+    demo_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ours = announce(means(demo_directory))
+    with announced(ours):
+        assert list_running() == [ours]
+        file = SERVES.expanduser() / f"{os.getpid()}.json"
+        file.chmod(0o644)
+        assert list_running() == []
+        file.chmod(0o600)
+        file.write_text("{")
+        assert list_running() == []
+    assert list_running() == []
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for other in (
+        replace(ours, pid=ended.pid), replace(ours, started="1"), replace(ours, host="elsewhere"),
+    ):  # fmt: skip
+        with announced(other):
+            assert list_running() == []
+
+
+def test_a_home_that_cannot_be_written_does_not_keep_a_serve_from_running(
+    demo_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    with announced(announce(means(demo_directory))):
+        assert list_running() == []

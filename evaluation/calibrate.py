@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import click
 
 from common.console.options import span_option, threads_option
 from common.console.outputs import check_directory
+from common.console.waiting import progress_bar, waiting
 from evaluation.options import documents_option, text_option, tokens_option, window_option
 
 if TYPE_CHECKING:
@@ -80,9 +80,13 @@ def measure_calibration(
     from common.errors import SettingsError
     from common.weights.loading import find_decoder
 
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint.directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    ).eval()
+    with waiting(f"loading {checkpoint.name}"):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.directory,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+        ).eval()
     model.requires_grad_(False)
     decoder, layers_name = find_decoder(model, model.config.num_hidden_layers)
     layers = getattr(decoder, layers_name)
@@ -104,9 +108,8 @@ def measure_calibration(
     generator = torch.Generator().manual_seed(0)
     caught: dict[str, list[torch.Tensor]] = {n: [] for n in ("up", "down", "up_grad", "down_grad")}
     windows = [token_ids[at : at + window] for at in range(0, len(token_ids), window)]
-    stderr = sys.stderr
-    with click.progressbar(windows, label="measuring", file=stderr) as bar:
-        for ids in bar:
+    with progress_bar(len(windows), "measuring") as bar:
+        for ids in windows:
             logits = model(torch.tensor([ids]), use_cache=False).logits[0]
             probabilities = torch.softmax(logits.detach(), dim=-1)
             drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
@@ -117,6 +120,7 @@ def measure_calibration(
                 assert grad is not None
                 caught[name].append(crossing[name].detach()[0])
                 caught[f"{name}_grad"].append(grad[0])
+            bar.update(1)
     for hook in hooks:
         hook.remove()
     measured = {name: torch.cat(parts) for name, parts in caught.items()}

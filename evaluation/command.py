@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import click
 from common.console.options import calibration_option, span_option
 from common.console.outputs import check_writable
 from common.console.tables import format_table
+from common.console.waiting import progress_bar, waiting
 from evaluation.images import image_command
 from evaluation.options import (
     codecs_option,
@@ -113,10 +113,11 @@ def codec(
     ids = read_tokens(text, TextTokenizer(directory), documents, tokens)
     measured: list[Measurement] = []
     for span in span_text or (None,):
-        ends = load_ends(directory, span)
+        with waiting(f"loading {directory.name}", is_shown=not as_json):
+            ends = load_ends(directory, span)
         length = min(window or ends.context or 1024, ends.context or 1 << 30, len(ids))
         measured += measure_codecs(
-            ends, names, ids, length, stride or max(1, length // 2), calibration
+            ends, names, ids, length, stride or max(1, length // 2), calibration, not as_json
         )
     rows = [tuple(asdict(m).values()) for m in measured]
     headers = list(Measurement.__slots__)
@@ -137,8 +138,12 @@ def measure_codecs(
     window: int,
     stride: int,
     calibration_directory: Path | None,
+    is_shown: bool = True,
 ) -> list[Measurement]:
-    """All codecs at one span; the first one is the baseline of the loss."""
+    """All codecs at one span; the first one is the baseline of the loss.
+
+    `is_shown`: how far it is.
+    """
     from deploy.pool import LocalPool, PoolSettings
     from edge_agent.commands.codec_options import CodecChoice
     from edge_agent.engine.client import BrokerClient
@@ -161,9 +166,8 @@ def measure_codecs(
     work = list(zip(names, settings, strict=True))
     with (
         LocalPool(pool_settings) as pool,
-        click.progressbar(
-            length=len(work) * len(windows), label=f"span {ends.cut.middle}",
-            file=sys.stderr,
+        progress_bar(
+            len(work) * len(windows), f"span {ends.cut.middle}", is_shown=is_shown,
         ) as bar,
     ):  # fmt: skip
         for name, setting in work:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from common.codecs.spec import EXACT
 from common.console.option_types import COUNT, SEED
 from common.console.outputs import check_writable
 from common.console.tables import format_table
+from common.console.waiting import progress_bar
 from common.errors import SettingsError
 from common.weights.demo_model import DEMO_IMAGE_MODEL
 from edge_agent.commands.prompts import check_text
@@ -135,7 +135,15 @@ def image_command(
         _require("matplotlib", "plot")
     set_up_torch(threads=1)
     measured, pictures = measure_images(
-        model, prompts or DEFAULT_PROMPTS, seeds, names, paths, reuses, steps, guidance
+        model,
+        prompts or DEFAULT_PROMPTS,
+        seeds,
+        names,
+        paths,
+        reuses,
+        steps,
+        guidance,
+        not as_json,
     )
     headers = [field.name for field in fields(ImageMeasurement)]
     rows = [tuple(asdict(m).values()) for m in measured]
@@ -160,8 +168,12 @@ def measure_images(
     reuses: Sequence[int],
     steps: int,
     guidance: float,
+    is_shown: bool = True,
 ) -> tuple[list[ImageMeasurement], dict[str, list[Image]]]:
-    """All combinations; also the pictures of the first seed on the last path, by codec."""
+    """All combinations; also the pictures of the first seed on the last path, by codec.
+
+    `is_shown`: how far it is.
+    """
     from common.weights.demo_model import find_model
     from deploy.pool import LocalPool, PoolSettings
     from edge_agent.image.maker import ImageMaker, ImageSettings
@@ -193,14 +205,15 @@ def measure_images(
             path: sum(_make_all(maker_of(PATHS[path][0]), wanted[:1], path, 1, EXACT)[1:])
             for path in paths
         }
-        with click.progressbar(ways, label="measuring", file=sys.stderr) as bar:
-            for path, reuse, codec in bar:
+        with progress_bar(len(ways), "measuring", is_shown=is_shown) as bar:
+            for path, reuse, codec in ways:
                 pictures, up, down = _make_all(maker_of(PATHS[path][0]), wanted, path, reuse, codec)
                 measured.append(
                     _compare(reference, pictures, path, reuse, codec, up, down, full[path])
                 )
                 if path == paths[-1] and reuse == 1:
                     shown[codec] = pictures[: len(prompts)]
+                bar.update(1)
     return measured, shown
 
 

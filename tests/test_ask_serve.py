@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from forks import ROOT, error_line, run_midspan
 from pools import PROMPTS
 
 from common.errors import MidspanError
 from deploy.child import Child, midspan_command
+from deploy.cli import midspan
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.commands.codec_options import CodecChoice
 from edge_agent.commands.connection_options import Connection
@@ -149,7 +151,8 @@ def test_a_serve_with_an_api_key_is_asked_with_it(pool: LocalPool, tmp_path: Pat
         assert asked == url.replace("0.0.0.0", "127.0.0.1")
         (file,) = SERVES.expanduser().glob(f"{child.pid}.json")
         assert file.stat().st_mode & 0o777 == 0o600
-        assert file.parent.stat().st_mode & 0o777 == 0o700
+        for directory in (file.parent, file.parent.parent):
+            assert directory.stat().st_mode & 0o777 == 0o700
     finally:
         child.stop()
     assert not file.exists()
@@ -178,6 +181,26 @@ def test_a_serve_that_ends_in_the_middle_is_named(pool: LocalPool, tmp_path: Pat
     finally:
         worker.signal(signal.SIGCONT)
         child.stop()
+
+
+def test_an_answer_that_ctrl_c_ends_has_cost_something_too(
+    pool: LocalPool, serve: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ServedAnswer.stream
+
+    def stream(answer: ServedAnswer) -> Iterator[str]:
+        for piece in whole(answer):
+            yield piece
+            if len(answer.token_ids) == 6:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(ServedAnswer, "stream", stream)
+    command = ["ask", PROMPTS[0], "--broker", pool.edge_endpoint, "--stats"]
+    done = CliRunner().invoke(midspan, command)
+    assert done.exit_code == 1
+    assert "6 new, then it was cut off" in done.stderr
+    assert re.search("^tokens by worker +w1 6$", done.stderr, re.MULTILINE)
+    assert done.stdout.endswith("\n")
 
 
 def means(directory: Path, **changes: Any) -> Means:

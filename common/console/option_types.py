@@ -20,9 +20,21 @@ if TYPE_CHECKING:
 else:
     _Bounds = click.ParamType  # not generic in every version of click
 
+
+class NamedRange(click.IntRange):
+    """A range that is called by a name, where its bounds would be long numbers."""
+
+    def __init__(self, least: int, most: int, words: str) -> None:
+        super().__init__(least, most)
+        self._words = words
+
+    def _describe_range(self) -> str:
+        return self._words
+
+
 THREADS = click.IntRange(1, MAX_THREADS)
-SEED = click.IntRange(-(1 << 63), (1 << 64) - 1)  # what torch's generators take
-COUNT = click.IntRange(1, MAX_COUNT)
+SEED = NamedRange(-(1 << 63), (1 << 64) - 1, "of 64 bits")  # what torch's generators take
+COUNT = NamedRange(1, MAX_COUNT, "1 to 2^31")
 
 
 class WorkerRange(_Bounds):

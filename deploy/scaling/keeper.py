@@ -46,7 +46,8 @@ def keep(pool: LocalPool, settings: ScalingSettings, is_over: threading.Event) -
 @contextlib.contextmanager
 def kept_pool(settings: PoolSettings, scaling: ScalingSettings) -> Iterator[LocalPool]:
     """A pool that is looked after by a thread. When that does not help, this process is ended."""
-    click.echo(f"starting a broker and {settings.workers} workers …")
+    several = "s" * (settings.workers > 1)
+    click.echo(f"starting a broker and {settings.workers} worker{several} …")
     with LocalPool(settings) as pool:
         is_over = threading.Event()
         keeping = threading.Thread(target=_keep_or_end, args=(pool, scaling, is_over), name="keep")

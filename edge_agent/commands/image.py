@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,9 @@ from common.console.outputs import check_directory, check_writable
 from common.console.processes import set_up_torch
 from common.console.renamed import RenamedOption
 from common.console.tables import format_table
+from common.console.waiting import progress_bar, waiting
 from common.security.keys import read_public
-from common.weights.demo_model import DEMO_IMAGE_MODEL
+from common.weights.demo_model import DEMO_IMAGE_MODEL, find_model
 from edge_agent.commands.connection_options import Connection, connection_options
 from edge_agent.commands.picture_options import Picture, picture_options
 from edge_agent.commands.prompts import read_prompt
@@ -99,30 +99,34 @@ def image(
     holds the text encoders can search for the prompt that gives them. With --image-part unet the
     workers also see the noise of every step, which is the picture; with inner features of it.
     """
-    from common.weights.demo_model import find_model
-    from edge_agent.image.files import describe_picture, save_pictures
-    from edge_agent.image.maker import ImageMaker
-
     prompt = read_prompt(prompt)
-    settings = picture.read_settings(prompt)
+    with waiting("loading libraries", is_shown=not as_json):
+        from edge_agent.image.files import describe_picture, save_pictures
+        from edge_agent.image.maker import ImageMaker
+
+        settings = picture.read_settings(prompt)
     picture.warn_of_negative()
     check_output(output)
     if noise_directory is not None:
         check_directory(noise_directory)
+    pool_public = read_public(pool_key) if pool_key else None
+    directory = find_model(image_model)
     client = connection.connect(timeout_s)
     try:
         client.status()  # a broker that is not there is better known before models are loaded
-        set_up_torch(threads or os.cpu_count())
-        maker = ImageMaker(
-            find_model(image_model), client, picture.cut, dtype, device, timeout_s,
-            read_public(pool_key) if pool_key else None,
-        )  # fmt: skip
+        with waiting(f"loading {directory.name}", is_shown=not as_json):
+            set_up_torch(threads or os.cpu_count())
+            maker = ImageMaker(
+                directory, client, picture.cut, dtype, device, timeout_s, pool_public
+            )
         for text in (prompt, picture.negative):
             warn_of_cut_off(maker, text)
-        images = make_with_progress(maker, settings, output, preview_every, noise_directory)
+        images = make_with_progress(
+            maker, settings, output, preview_every, noise_directory, is_shown=not as_json
+        )
     finally:
         client.close()
-    model = find_model(image_model).resolve().name
+    model = directory.resolve().name
     descriptions = [
         describe_picture(settings, model, index, prompt_in_png) for index in range(settings.count)
     ]
@@ -168,15 +172,14 @@ def make_with_progress(
     output: Path,
     preview_every: int | None,
     noise_directory: Path | None,
+    is_shown: bool,
 ) -> list[Image]:
     """Make images with a progress bar on stderr, previews beside the output, and noise pictures."""
     from edge_agent.image.files import save_pictures
     from edge_agent.image.noise_pictures import NoisePictures
 
     noise = NoisePictures(noise_directory) if noise_directory else None
-    stderr = sys.stderr
-    steps, hidden = range(settings.steps), not stderr.isatty()
-    with click.progressbar(steps, label="steps", file=stderr, hidden=hidden) as bar:
+    with progress_bar(settings.steps, "steps", is_shown=is_shown) as bar:
 
         def on_step(progress: Progress) -> None:
             bar.update(1)

@@ -92,7 +92,8 @@ def announced(announcement: Announcement) -> Iterator[None]:
     directory = SERVES.expanduser()
     path = directory / f"{announcement.pid}.json"
     try:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for each in (directory.parent, directory):
+            each.mkdir(parents=True, exist_ok=True, mode=0o700)
         _write(path, msgspec.json.encode(announcement))
     except OSError as error:
         log.warning("%s cannot be written, so `midspan ask` will not find this: %s", path, error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -28,6 +29,7 @@ class DrainingServer(uvicorn.Server):
                 server_header=False, timeout_keep_alive=KEEP_ALIVE_S,
             )
         )  # fmt: skip
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # we say when it is ready
         self.drain = drain
         self._on_ready = on_ready
 

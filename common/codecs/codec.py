@@ -49,7 +49,7 @@ class Codec:
         if spec.needs_calibration:
             if calibration is None:
                 raise SettingsError(
-                    f"codec {spec.name!r} needs a calibration of this model and cut; make one "
+                    f"codec {spec.name!r} needs a calibration of this model and span; make one "
                     "with `midspan calibrate` and name it with --calibration"
                 )
             self._predictor = calibration.predictor if direction == "down" else None

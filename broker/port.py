@@ -66,9 +66,10 @@ class Port:
             self.socket.bind(endpoint)
         except zmq.ZMQError as error:
             self.socket.close(linger=0)
+            is_taken = error.errno == zmq.EADDRINUSE
             raise SettingsError(
                 f"--{role}-endpoint {endpoint} cannot be bound: {zmq.strerror(error.errno or 0)}; "
-                "is another broker running?"
+                + ("is another broker running?" if is_taken else "expected one of this machine's")
             ) from error
         self.endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
 

@@ -58,6 +58,12 @@ def test_a_port_in_use_is_named_with_the_process_that_holds_it() -> None:
     assert f"in use by process {os.getpid()} (" in line
 
 
+def test_an_address_of_another_machine_is_not_blamed_on_another_broker() -> None:
+    line = error_line("broker", "--insecure", "--edge-endpoint", "tcp://192.0.2.1:5555")
+    assert "--edge-endpoint tcp://192.0.2.1:5555 cannot be bound: " in line
+    assert line.endswith("; expected one of this machine's")
+
+
 def test_a_brokers_address_is_named_as_held_by_a_broker(pool: LocalPool) -> None:
     assert pool.broker is not None
     words = f"process {pool.broker.pid} (midspan broker)"

@@ -38,7 +38,7 @@ from edge_agent.commands.connection_options import SERVED, Connection, connectio
 from edge_agent.commands.prompts import read_file, read_template
 from edge_agent.commands.question import describe_route, describe_source
 from edge_agent.commands.run_options import encrypt_option, template_option, timeout_option
-from edge_agent.server.announcement import Announcement, announced, read_start
+from edge_agent.server.announcement import Announcement, announced, describe_process
 
 REPORT_LIMIT_S = 2.0  # less than importing torch takes
 
@@ -159,7 +159,8 @@ def serve(
     directory = find_model(model_name)
     images = find_model(image_model) if image_model else None
     pool_public = read_public(pool_key) if pool_key else None
-    connection.connect(timeout_s).close()  # complains of options now, if ever
+    connection.check(timeout_s)  # complains of options now, if ever
+    source = describe_source(directory, dtype, codecs)  # before the files are read
     if with_pool:
         check_own_pool()
     asked = None if with_pool or span_text else ask_for_report(connection)
@@ -177,7 +178,7 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
             signal.signal(number, lambda *_: sys.exit(0))
-    with waiting(f"loading {directory.name}"):
+    with waiting(f"loading {directory.resolve().name}"):
         ends = load_ends(directory, span_text, dtype, asked.result() if asked else None)
     with contextlib.ExitStack() as stack:
         access = PoolAccess(connection.endpoints(), connection.keys(), timeout_s, pool_public)
@@ -206,11 +207,9 @@ def serve(
         stack.callback(services.close)
         freeze_loaded_objects()
         announcement = Announcement(
-            url_of(listener, reachable=True), ends.name, str(ends.cut.middle),
-            describe_source(directory, dtype, codecs),
+            url_of(listener, reachable=True), ends.name, str(ends.cut.middle), source,
             describe_route(list(access.brokers), access.keys, access.pool_key, timeout_s),
-            api_keys[0] if api_keys else None,
-            os.getpid(), read_start(os.getpid()), os.uname().nodename,
+            api_keys[0] if api_keys else None, describe_process(),
         )  # fmt: skip
 
         def on_ready() -> None:

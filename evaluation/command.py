@@ -113,7 +113,7 @@ def codec(
     ids = read_tokens(text, TextTokenizer(directory), documents, tokens)
     measured: list[Measurement] = []
     for span in span_text or (None,):
-        with waiting(f"loading {directory.name}", is_shown=not as_json):
+        with waiting(f"loading {directory.resolve().name}", is_shown=not as_json):
             ends = load_ends(directory, span)
         length = min(window or ends.context or 1024, ends.context or 1 << 30, len(ids))
         measured += measure_codecs(

@@ -30,8 +30,8 @@ from edge_agent.server.announcement import (
     SERVES,
     Announcement,
     announced,
+    describe_process,
     list_running,
-    read_start,
 )
 from edge_agent.text.sampling import SamplingSettings
 
@@ -215,7 +215,7 @@ def announce(asked: Means) -> Announcement:
     source = describe_source(asked.directory, asked.dtype, asked.codecs)
     return Announcement(
         "http://127.0.0.1:1/v1", "stories-llama", "2-6", source, asked.describe_route(), None,
-        os.getpid(), read_start(os.getpid()), os.uname().nodename,
+        describe_process(),
     )  # fmt: skip
 
 
@@ -286,10 +286,8 @@ def test_files_of_others_and_of_ended_processes_are_passed_over(
     assert list_running() == []
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    for other in (
-        replace(ours, pid=ended.pid), replace(ours, started="1"), replace(ours, host="elsewhere"),
-    ):  # fmt: skip
-        with announced(other):
+    for changes in ({"pid": ended.pid}, {"started": "1"}, {"host": "elsewhere"}):
+        with announced(replace(ours, process=replace(ours.process, **changes))):
             assert list_running() == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,15 +77,25 @@ def test_chat_takes_the_part_that_is_served(pool: LocalPool) -> None:
     assert "error" not in done.output
 
 
-def test_serve_takes_the_part_that_is_served(pool: LocalPool, tmp_path: Path) -> None:
-    options = ["--port", "0", "--broker", pool.edge_endpoint]
-    child = Child("serve", midspan_command("serve", *options), tmp_path)
+@contextlib.contextmanager
+def serve(directory: Path, broker: str) -> Iterator[str]:
+    options = ["--port", "0", "--broker", broker]
+    child = Child("serve", midspan_command("serve", *options), directory)
     try:
-        url = child.wait_for("serving ").rpartition(" at ")[2].removesuffix("/v1")
-        assert httpx.get(f"{url}/midspan/model").json()["cut"] == "1:7"
-        assert httpx.get(f"{url}/ready", timeout=30).json()["status"] == "ready"
+        yield child.wait_for("serving ").rpartition(" at ")[2].removesuffix("/v1")
     finally:
         child.stop()
+
+
+def test_serve_takes_the_part_that_is_served(pool: LocalPool, tmp_path: Path) -> None:
+    with serve(tmp_path, pool.edge_endpoint) as url:
+        assert httpx.get(f"{url}/midspan/model").json()["cut"] == "1:7"
+        assert httpx.get(f"{url}/ready", timeout=30).json()["status"] == "ready"
+
+
+def test_serve_does_not_wait_for_a_broker_that_comes_later(tmp_path: Path) -> None:
+    with serve(tmp_path, "tcp://127.0.0.1:9") as url:
+        assert httpx.get(f"{url}/midspan/model").json()["cut"] == "2:6"
 
 
 def test_a_span_that_was_given_is_kept(pool: LocalPool) -> None:

@@ -37,6 +37,8 @@ from edge_agent.commands.served_answer import NotServed, ServedAnswer
 from edge_agent.server.announcement import Route, list_running
 from edge_agent.text.sampling import read_defaults
 
+WAITING = "waiting for the first token"
+
 
 @click.command()
 @click.argument("prompt")
@@ -90,7 +92,10 @@ def ask(
     question = Question(read_prompt(prompt), max_new_tokens, drawing, stops)
     question.check()
     sampling.warn_of_greedy(drawing)
-    answer: OwnAnswer | ServedAnswer | None = None if no_serve else ask_serves(question, means)
+    answer: OwnAnswer | ServedAnswer | None = None
+    if not no_serve and question.can_be_served():
+        with waiting(WAITING, is_shown=not as_json):
+            answer = ask_serves(question, means)
     answer = answer or load_own(question, means, as_json)
     try:
         tell(answer, as_json)
@@ -116,8 +121,6 @@ def list_given() -> frozenset[str]:
 
 def ask_serves(question: Question, means: Means) -> ServedAnswer | None:
     """The answer of a running serve that would write what we would; None if there is none."""
-    if not question.can_be_served():
-        return None
     for announcement in list_running():
         if means.fit(announcement):
             with contextlib.suppress(NotServed):
@@ -127,14 +130,14 @@ def ask_serves(question: Question, means: Means) -> ServedAnswer | None:
 
 def load_own(question: Question, means: Means, as_json: bool) -> OwnAnswer:
     """The answer of an engine in this process."""
-    with waiting(f"loading {means.directory.name}", is_shown=not as_json):
+    with waiting(f"loading {means.directory.resolve().name}", is_shown=not as_json):
         return OwnAnswer(question, means)
 
 
 def tell(answer: OwnAnswer | ServedAnswer, as_json: bool) -> None:
     """Write the text as it comes; with JSON only read it."""
     pieces = answer.stream()
-    with waiting("waiting for the first token", is_shown=not as_json):
+    with waiting(WAITING, is_shown=not as_json):
         first = next(pieces, "")
     for piece in itertools.chain([first], pieces):
         if not as_json:

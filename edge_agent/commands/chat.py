@@ -78,6 +78,7 @@ def chat(
     Text is not sent. Rows of numbers are, and who holds the model's weights can turn those back
     into what was said.
     """
+    codecs.split()  # complains now, if ever
     pool_public = read_public(pool_key) if pool_key else None
     directory = find_model(model_name)
     drawing = sampling.read_settings(read_defaults(directory))
@@ -88,7 +89,7 @@ def chat(
         client.status()
     )  # a broker that is not there is better known before the model is loaded
     client.close()
-    with waiting(f"loading {directory.name}"):
+    with waiting(f"loading {directory.resolve().name}"):
         set_up_torch(threads or os.cpu_count())
         from edge_agent.engine.engine import Engine
         from edge_agent.text.chat import Chat

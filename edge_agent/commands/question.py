@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,15 +78,10 @@ class Means:
         """Whether a running serve would answer as an engine with these would."""
         if self.span_text is not None and str(read_span(self.span_text)) != announcement.span:
             return False
-        with contextlib.suppress(OSError):
-            return self._describe_source() == announcement.source and all(
-                getattr(self.describe_route(), name) == getattr(announcement.route, name)
-                for name in self.given
-            )
-        return False
-
-    def _describe_source(self) -> TextSource:
-        return describe_source(self.directory, self.dtype, self.codecs)
+        if describe_source(self.directory, self.dtype, self.codecs) != announcement.source:
+            return False
+        route = self.describe_route()
+        return all(getattr(route, name) == getattr(announcement.route, name) for name in self.given)
 
     def describe_route(self) -> Route:
         return describe_route(
@@ -96,7 +90,7 @@ class Means:
 
 
 def describe_source(directory: Path, dtype: str, codecs: CodecChoice) -> TextSource:
-    """What a text depends on. Raises OSError for a model's directory that cannot be read."""
+    """What a text depends on. Raises SettingsError for codecs that are none."""
     calibration = codecs.calibration
     return TextSource(
         str(directory.resolve()),

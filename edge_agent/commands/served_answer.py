@@ -83,6 +83,8 @@ class ServedAnswer:
                 yield piece
         except (OSError, http.client.HTTPException) as error:
             raise MidspanError(f"{self.url} ended in the middle of the answer: {error}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise MidspanError(f"{self.url} sent what is no answer") from error
         finally:
             self.close()
         raise MidspanError(f"{self.url} ended in the middle of the answer")

@@ -49,6 +49,15 @@ class Route:
 
 
 @dataclass(frozen=True, slots=True)
+class Process:
+    """Which one says it: numbers come again, and machines may share a home."""
+
+    pid: int
+    started: str  # by `read_start`
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
 class Announcement:
     """What a running serve says of itself."""
 
@@ -58,18 +67,19 @@ class Announcement:
     source: TextSource
     route: Route
     api_key: str | None
-    pid: int
-    started: str  # by `read_start`
-    host: str
+    process: Process
 
 
 def digest_files(directory: Path) -> str:
-    """Changes when a file of a model's directory does. Raises OSError."""
-    said = sorted(
-        (path.name, status.st_size, status.st_mtime_ns)
-        for path in directory.iterdir()
-        if stat.S_ISREG((status := path.stat()).st_mode)
-    )
+    """Changes when a file of a model's directory does; nothing for one that cannot be read."""
+    try:
+        said = sorted(
+            (path.name, status.st_size, status.st_mtime_ns)
+            for path in directory.iterdir()
+            if stat.S_ISREG((status := path.stat()).st_mode)
+        )
+    except OSError:
+        return ""
     return hashlib.sha256(repr(said).encode()).hexdigest()
 
 
@@ -86,11 +96,16 @@ def read_start(pid: int) -> str:
     return text.rpartition(")")[2].split()[LATER]
 
 
+def describe_process() -> Process:
+    """This one."""
+    return Process(os.getpid(), read_start(os.getpid()), os.uname().nodename)
+
+
 @contextlib.contextmanager
 def announced(announcement: Announcement) -> Iterator[None]:
     """Say it until the end of the block. A home that cannot be written is no reason to stop."""
     directory = SERVES.expanduser()
-    path = directory / f"{announcement.pid}.json"
+    path = directory / f"{announcement.process.pid}.json"
     try:
         for each in (directory.parent, directory):
             each.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -119,9 +134,9 @@ def list_running() -> list[Announcement]:
     for path in SERVES.expanduser().glob("*.json"):
         with contextlib.suppress(OSError, MidspanError, msgspec.MsgspecError):
             announcement = _read(path)
-            if _runs(announcement):
+            if _runs(announcement.process):
                 found.append((path.stat().st_mtime, announcement))
-            elif announcement.host == os.uname().nodename:
+            elif announcement.process.host == os.uname().nodename:
                 path.unlink()
     return [each for _, each in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
@@ -136,10 +151,10 @@ def _read(path: Path) -> Announcement:
         return msgspec.json.decode(file.read(MAX_BYTES), type=Announcement)
 
 
-def _runs(announcement: Announcement) -> bool:
-    if announcement.host != os.uname().nodename:
-        return False  # a home that machines share
+def _runs(process: Process) -> bool:
+    if process.host != os.uname().nodename:
+        return False
     try:
-        return read_start(announcement.pid) == announcement.started
+        return read_start(process.pid) == process.started
     except OSError:
         return False

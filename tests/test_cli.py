@@ -87,6 +87,28 @@ def test_ask_prints_one_object_with_json(pool: LocalPool, demo_directory: Path) 
     assert decoded.strip() == answer["text"].strip()
 
 
+def test_ask_draws_as_the_checkpoint_says_unless_it_is_told_otherwise(
+    pool: LocalPool, demo_directory: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in demo_directory.iterdir():
+        if path.is_file() and path.name != "generation_config.json":
+            (model / path.name).symlink_to(path)
+    said = {"do_sample": True, "temperature": 0.8, "top_k": 30, "repetition_penalty": 1.1}
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, **said}))
+
+    def ask(*options: str) -> list[int]:
+        command = ["ask", PROMPTS[0], "--broker", pool.edge_endpoint, "-n", "24", "--json"]
+        tokens: list[int] = json.loads(run_midspan(*command, *options).stdout)["token_ids"]
+        return tokens
+
+    typed = ["-t", "0.8", "--top-k", "30", "--repetition-penalty", "1.1"]
+    assert ask("--model", str(model), "--seed", "5") == ask(*typed, "--seed", "5")
+    greedy = ["--model", str(model), "-t", "0", "--repetition-penalty", "1"]
+    assert ask(*greedy) == ask() != ask("--model", str(model), "--seed", "5")
+
+
 def test_status_shows_the_worker_as_a_table_and_as_json(pool: LocalPool) -> None:
     table = run_midspan("status", "--broker", pool.edge_endpoint).stdout
     assert "w1" in table

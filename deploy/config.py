@@ -22,7 +22,7 @@ from common.errors import SettingsError
 CONFIG = "MIDSPAN_CONFIG"  # names another file
 DEFAULT = Path("~/.midspan/config.toml")
 SHARED = ("broker", "key", "broker-key", "encrypt-kv", "timeout")  # of the commands of an edge
-NOT_OF_AN_EDGE = ("broker", "worker", "up", "keys", "demo", "chaos")
+NOT_OF_AN_EDGE = ("broker", "worker", "up", "keys", "demo", "chaos", "loadtest")
 
 
 def name_options(command: click.Command, path: tuple[str, ...]) -> None:

@@ -66,6 +66,7 @@ HOMES = {
 }
 PACKAGES = (
     "broker", "chaos", "cloud_worker", "common", "deploy", "edge_agent", "evaluation",
+    "loadtest",
 )  # fmt: skip
 
 

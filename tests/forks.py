@@ -33,7 +33,10 @@ from deploy import child
 from deploy.child import midspan_command
 
 ROOT = Path(__file__).resolve().parent.parent
-FORKED = {"ask", "calibrate", "chaos", "demo", "eval", "image", "serve", "status", "up", "worker"}
+FORKED = {
+    "ask", "calibrate", "chaos", "demo", "eval", "image", "loadtest", "serve", "status", "up",
+    "worker",
+}  # fmt: skip
 PRELOADED = (
     "torch", "diffusers", "constriction", "cryptography.hazmat.primitives.ciphers.aead",
     "cloud_worker.loop.worker", "cloud_worker.image.service", "cloud_worker.text.service",

@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
-    "broker", "chaos", "cloud_worker", "common", "deploy", "edge_agent", "evaluation", "midspan",
+    "broker", "chaos", "cloud_worker", "common", "deploy", "edge_agent", "evaluation", "loadtest",
+    "midspan",
 )  # fmt: skip
 FILES = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
 

@@ -1,0 +1,1 @@
+"""`midspan loadtest`: many sessions at once, and what they had to wait for."""

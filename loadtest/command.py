@@ -1,0 +1,222 @@
+"""`midspan loadtest`: many sessions at once against a pool or an endpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from common.console.option_types import COUNT, SEED, FiniteRange
+from common.console.options import cut_option, group_options, key_options, model_option
+from common.console.outputs import check_writable
+from common.console.processes import set_up_torch
+from common.errors import MidspanError, SettingsError
+from common.security.keys import load_client_keys
+from common.settings import parse_endpoint
+from common.weights.demo_model import find_model
+from edge_agent.commands.codec_options import CodecChoice, codec_options
+from loadtest.http_stream import parse_url
+from loadtest.observed import Observed
+from loadtest.pacing import Clock
+from loadtest.plot import plot_report, require_matplotlib
+from loadtest.running import Outcome, report_load, run_load
+from loadtest.settings import LoadSettings, parse_workers
+from loadtest.slo import Slo, parse_slo
+from loadtest.tables import describe_load, format_report
+
+ANSWER_LIMIT_S = 300.0  # without a broker, or without an end of an answer over HTTP
+
+load_options = group_options(
+    "settings",
+    LoadSettings,
+    click.option("--sessions", type=COUNT, help="In all.  [default: 64, or --duration]"),
+    click.option(
+        "--concurrency",
+        "concurrency_asked",
+        type=COUNT,
+        help="Sessions at once, at most.  [default: 8; 256 if they arrive by themselves]",
+    ),
+    click.option(
+        "--prompt-tokens",
+        "prompt_text",
+        default="16,128",
+        show_default=True,
+        metavar="N|LOW,HIGH",
+        help="Of each prompt; as likely as each other.",
+    ),
+    click.option(
+        "--tokens",
+        "tokens_text",
+        default="64",
+        show_default=True,
+        metavar="N|LOW,HIGH",
+        help="Of each answer.",
+    ),
+    click.option(
+        "--rate",
+        type=FiniteRange(1e-3, 1e6),
+        help="Sessions arriving per second, at random.  [default: a closed loop]",
+    ),
+    click.option(
+        "--duration",
+        "duration_s",
+        type=FiniteRange(0.1, 1e7),
+        help="Seconds after which none is begun.",
+    ),
+    click.option(
+        "--warmup",
+        "warmup_s",
+        default=0.0,
+        show_default=True,
+        type=FiniteRange(0, 1e7),
+        help="Seconds at the beginning that are not counted.",
+    ),
+    click.option("--seed", default=1, show_default=True, type=SEED),
+    click.option(
+        "--trace",
+        type=click.Path(path_type=Path),
+        help='JSON lines {"at": seconds, "prompt_tokens": N, "tokens": N} instead.',
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Whom:
+    """Who is asked: a pool of our own, one that runs, or an endpoint."""
+
+    brokers: tuple[str, ...]
+    key: Path | None
+    broker_key: str | None
+    url: str | None
+    api_key: str | None
+    model_name: str | None
+    cut_text: str | None
+    workers: str
+    engines: int
+    kill_every_s: float | None
+    drain_every_s: float | None
+
+    def check(self) -> None:
+        """Raises SettingsError for options that do not go together."""
+        parse_workers(self.workers)
+        if self.url is not None and self.brokers:
+            raise SettingsError("--url and --broker name two that are to be asked; give one")
+        if self.url is not None and self.model_name is None:
+            raise SettingsError("--url wants --model, the name that the endpoint has for it")
+        harms = self.kill_every_s is not None or self.drain_every_s is not None
+        if harms and (self.url is not None or self.brokers):
+            raise SettingsError(
+                "--kill-every and --drain-every are for a pool of our own, which is started "
+                "without --broker and --url"
+            )
+
+
+whom_options = group_options(
+    "whom",
+    Whom,
+    click.option("--broker", "brokers", multiple=True, help="A pool that runs.  [default: ours]"),
+    key_options("This edge"),
+    click.option("--url", help="An OpenAI endpoint instead of a pool, as http://HOST:PORT/v1."),
+    click.option("--api-key", envvar="OPENAI_API_KEY", show_envvar=True, help="With --url."),
+    model_option,
+    cut_option,
+    click.option(
+        "--workers", default="2", show_default=True, metavar="N|A..B", help="Of a pool of ours."
+    ),
+    click.option(
+        "--engines", default=1, show_default=True, type=COUNT, help="Edges of the sessions."
+    ),
+    click.option(
+        "--kill-every",
+        "kill_every_s",
+        type=FiniteRange(0.1, 1e7),
+        help="Seconds; kill -9 a worker of a pool of ours.",
+    ),
+    click.option(
+        "--drain-every",
+        "drain_every_s",
+        type=FiniteRange(0.1, 1e7),
+        help="Seconds; drain a worker of a pool of ours.",
+    ),
+)
+
+
+@click.command()
+@load_options
+@whom_options
+@codec_options
+@click.option("--slo", "slo_text", help="What goodput is, as ttft=2,itl=0.2 in seconds.")
+@click.option("--json", "as_json", is_flag=True)
+@click.option(
+    "--plot", "plot_path", type=click.Path(path_type=Path), help="Draw latencies and course."
+)
+def loadtest(
+    settings: LoadSettings,
+    whom: Whom,
+    codecs: CodecChoice,
+    slo_text: str | None,
+    as_json: bool,
+    plot_path: Path | None,
+) -> None:
+    """Put many sessions on a pool and say what they had to wait for.
+
+    Prompts are random tokens, and answers as long as they were asked for. Latencies are counted
+    from when a session was due. Exits with 1 if a session failed.
+    """
+    settings.check()
+    whom.check()
+    slo = parse_slo(slo_text) if slo_text else None
+    check_writable(plot_path)
+    if plot_path is not None:
+        require_matplotlib()
+    ask = ask_endpoint if whom.url is not None else ask_pool
+    outcome = ask(settings, whom, codecs, slo)
+    if plot_path is not None:
+        title = describe_load(outcome.report)
+        plot_report(outcome.report, outcome.latencies, plot_path, title)
+    report = outcome.report
+    click.echo(json.dumps(report) if as_json else format_report(report))
+    if report["failed"]:
+        raise MidspanError(f"{report['failed']} of {report['sessions']} sessions failed")
+
+
+def ask_endpoint(settings: LoadSettings, whom: Whom, _: CodecChoice, slo: Slo | None) -> Outcome:
+    """Over HTTP, without a model of our own."""
+    from loadtest.endpoint import EndpointTarget
+
+    assert whom.url is not None
+    assert whom.model_name is not None
+    target = EndpointTarget(
+        parse_url(whom.url), whom.model_name, whom.api_key, settings.seed, ANSWER_LIMIT_S
+    )
+    answers = run_load(target, Clock(), settings, Observed())
+    return report_load(answers, settings, Observed(), slo)
+
+
+def ask_pool(settings: LoadSettings, whom: Whom, codecs: CodecChoice, slo: Slo | None) -> Outcome:
+    """Through engines, on a pool that runs or one that is started for it."""
+    addresses = [parse_endpoint(broker, "--broker") for broker in whom.brokers]
+    keys = load_client_keys(whom.key, whom.broker_key)
+    directory = find_model(whom.model_name)
+    set_up_torch(threads=1)
+    from deploy.pool import PoolSettings
+    from edge_agent.text.ends import load_ends
+    from loadtest.pool_load import Brokers, Edges, HarmSettings, load_pool, open_own_pool
+
+    ends = load_ends(directory, whom.cut_text)
+    edges = Edges(
+        ends, whom.engines, codecs.read_settings(), codecs.find_calibration(ends), ANSWER_LIMIT_S
+    )
+    edges.check(settings)
+    harm = HarmSettings(whom.kill_every_s, whom.drain_every_s)
+    if addresses:
+        return load_pool(Brokers(addresses, keys), edges, settings, harm, slo)
+    count = parse_workers(whom.workers)
+    pool_settings = PoolSettings(
+        workers=count.least, model=str(directory), span=str(ends.cut.middle),
+        calibration=codecs.calibration,
+    )  # fmt: skip
+    with open_own_pool(count, pool_settings) as own:
+        return load_pool(Brokers([own.edge_endpoint], own=own), edges, settings, harm, slo)

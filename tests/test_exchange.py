@@ -100,9 +100,22 @@ def test_a_silent_broker_is_given_up_and_the_next_gets_the_step() -> None:
     assert kind(send(exchange, 1.6)) == "step"
 
 
+def test_an_edge_that_had_no_time_to_ask_asks_before_it_gives_its_broker_up() -> None:
+    exchange = make()
+    send(exchange, 0.0)
+    assert not exchange.check(4.0, "b1")  # it has computed all the while
+    assert kind(send(exchange, 4.0)) == "again"
+    assert not exchange.check(4.9, "b1")
+    assert exchange.check(5.0, "b1")
+    exchange.on_other_broker(5.0)
+    send(exchange, 5.0)
+    assert not exchange.check(9.0, "b2")
+
+
 def test_what_is_on_its_way_over_a_thin_link_is_waited_for() -> None:
     exchange = make(body=bytes(40_000))
     send(exchange, 0.0)
+    send(exchange, 0.5)
     assert not exchange.check(11.0, "b1")  # 10 s at 4 KB/s, and 1.5
     assert exchange.check(11.7, "b1")
 

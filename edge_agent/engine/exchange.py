@@ -35,6 +35,7 @@ from common.settings import MAX_BODY_BYTES
 
 ASK_AGAIN_S = 0.5  # a step that is not answered is sent again after this
 SILENCE_S = 1.5  # a broker that says nothing for this long is given up for the next
+ASKED_S = 1.0  # if it was asked for so long: an edge that had no time to ask heard nothing either
 NO_WORKER_RETRY_S = 0.25
 SLOWEST_LINK = 4000.0  # bytes per second that a link must carry
 RATE_FROM_BYTES = 4096  # smaller messages say nothing about the rate
@@ -117,6 +118,7 @@ class Exchange:
         self._was_heard = False
         self._is_sent = False  # to the broker in use, over a connection that lasts
         self._sent_at: float | None = None
+        self._asked_at: float | None = None  # first, since something was last heard
         self._was_sent = False  # at all
         self.asked_again = 0
         self.bytes_up = self.bytes_down = 0
@@ -132,6 +134,8 @@ class Exchange:
         StepRefused if the broker has the step all the same; BrokerGone if it was silent.
         """
         is_silent = now - self._since > SILENCE_S + (self._travel_s if self._is_sent else 0.0)
+        if self._is_sent:
+            is_silent &= self._asked_at is not None and now - self._asked_at >= ASKED_S
         if now < self._give_up_at:
             return is_silent and now >= self._send_at
         if self._was_heard and not is_silent:
@@ -161,6 +165,8 @@ class Exchange:
         """The frames are on their way."""
         if not self._is_sent:
             self._is_sent, self._sent_at = True, now
+        elif self._asked_at is None:
+            self._asked_at = now
         self.asked_again += self._was_sent
         self._was_sent = True
         self.bytes_up += wire_bytes(frames)
@@ -201,7 +207,7 @@ class Exchange:
         return None
 
     def _begin(self, now: float) -> None:
-        self._since, self._pause_s = now, ASK_AGAIN_S
+        self._since, self._pause_s, self._asked_at = now, ASK_AGAIN_S, None
 
 
 class BrokerGone(Exception):

@@ -13,10 +13,13 @@ from broker.connections import FRAME_BYTES, Connection, Connections
 from broker.peer import Peer
 from common.errors import SettingsError
 from common.protocol.sockets import Context, Socket, has_message
-from common.settings import MAX_BODY_BYTES, MAX_FRAMES
+from common.settings import MAX_BODY_BYTES, MAX_FRAMES, MAX_STEPS_PER_EDGE
 
 HANDSHAKE_MS = 3000  # a connection that has not shown its key by then is closed
-MAX_UNREAD = 256  # messages kept for a peer that does not read; what is dropped is asked for again
+# messages kept for a peer that does not read, beside what connections.py bounds in bytes: the
+# answers to all steps that an edge may have, and as often that they are pending. What is dropped is
+# asked for, sent and answered again
+MAX_UNREAD = 2 * MAX_STEPS_PER_EDGE
 KEEPALIVE_S = 60  # edges do not ping, so TCP finds those that died without a word
 MAX_PEERS = 1 << 16  # remembered by address
 

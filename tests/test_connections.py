@@ -20,8 +20,9 @@ from pools import PROMPTS, generate
 from broker.connections import MB, Connection, ConnectionLimits, Connections, find_excess
 from chaos.raw_peers import RawPeer, large_worker, make_step
 from chaos.thin_link import ThinLink
-from common.protocol.sockets import connect_dealer
+from common.protocol.sockets import Context, connect_dealer, receive_frames
 from common.security.keys import BROKER, ClientKeys, create_key, ensure_member
+from common.settings import MAX_STEPS_PER_EDGE
 from deploy.child import Child, midspan_command
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.engine.client import BrokerClient
@@ -278,3 +279,30 @@ def test_a_stranger_that_has_gone_is_forgotten_before_that_is_told() -> None:
         assert not connections.knows(fd)
         assert connections.wait_s(2.0) == 1.0
         end.close()
+
+
+def test_an_edge_that_reads_late_has_the_answers_to_all_the_steps_that_it_may_have(
+    broker: Broker,
+) -> None:
+    count, reply_bytes = MAX_STEPS_PER_EDGE, 32 << 10  # more than fits into TCP's buffers
+    context: Context = zmq.Context()
+    context.setsockopt(zmq.RCVHWM, 1)
+    edge = connect_dealer(context, broker.edges)
+    watcher = BrokerClient([broker.edges])
+    with closing(watcher), large_worker(broker.workers, reply_bytes):
+        wait_for(lambda: watcher.status()["workers"] != [])
+        for _ in range(count):
+            edge.send_multipart(make_step())
+        wait_for(lambda: watcher.status()["counters"].get("answers") == count, limit_s=60)
+        answers = 0
+        while edge.poll(1000):
+            answers += len(receive_frames(edge)) == 2
+    context.destroy(linger=0)
+    assert answers == count
+
+
+def wait_for(check: Callable[[], bool], limit_s: float = 10.0) -> None:
+    give_up_at = time.monotonic() + limit_s
+    while not check():
+        assert time.monotonic() < give_up_at
+        time.sleep(0.02)

@@ -95,6 +95,8 @@ class Whom:
     cut_text: str | None
     workers: str
     engines: int
+    synthetic_ms: float | None
+    processes: int
     kill_every_s: float | None
     drain_every_s: float | None
 
@@ -105,6 +107,8 @@ class Whom:
             raise SettingsError("--url and --broker name two that are to be asked; give one")
         if self.url is not None and self.model_name is None:
             raise SettingsError("--url wants --model, the name that the endpoint has for it")
+        if self.synthetic_ms is not None and (self.url is not None or self.brokers):
+            raise SettingsError("--synthetic is a pool of our own, without --broker and --url")
         harms = self.kill_every_s is not None or self.drain_every_s is not None
         if harms and (self.url is not None or self.brokers):
             raise SettingsError(
@@ -127,6 +131,20 @@ whom_options = group_options(
     ),
     click.option(
         "--engines", default=1, show_default=True, type=COUNT, help="Edges of the sessions."
+    ),
+    click.option(
+        "--synthetic",
+        "synthetic_ms",
+        type=FiniteRange(0, 1e6),
+        metavar="MS",
+        help="A stand-in for the model: a batch takes so long, and edges compute nothing.",
+    ),
+    click.option(
+        "--processes",
+        default=2,
+        show_default=True,
+        type=COUNT,
+        help="That synthetic workers are in; one is killed or drained as a whole.",
     ),
     click.option(
         "--kill-every",
@@ -172,6 +190,8 @@ def loadtest(
     if plot_path is not None:
         require_matplotlib()
     ask = ask_endpoint if whom.url is not None else ask_pool
+    if whom.synthetic_ms is not None:
+        ask = ask_synthetic_pool
     outcome = ask(settings, whom, codecs, slo)
     if plot_path is not None:
         title = describe_load(outcome.report)
@@ -180,6 +200,8 @@ def loadtest(
     click.echo(json.dumps(report) if as_json else format_report(report))
     if report["failed"]:
         raise MidspanError(f"{report['failed']} of {report['sessions']} sessions failed")
+    if report["tokens_wrong"]:
+        raise MidspanError(f"{report['tokens_wrong']} tokens are wrong")
 
 
 def ask_endpoint(settings: LoadSettings, whom: Whom, _: CodecChoice, slo: Slo | None) -> Outcome:
@@ -193,6 +215,33 @@ def ask_endpoint(settings: LoadSettings, whom: Whom, _: CodecChoice, slo: Slo | 
     )
     answers = run_load(target, Clock(), settings, Observed())
     return report_load(answers, settings, Observed(), slo)
+
+
+def ask_synthetic_pool(
+    settings: LoadSettings, whom: Whom, codecs: CodecChoice, slo: Slo | None
+) -> Outcome:
+    """Through engines, on workers that have a stand-in for the model."""
+    assert whom.synthetic_ms is not None
+    directory = find_model(whom.model_name)
+    set_up_torch(threads=1)
+    from loadtest.pool_load import Brokers, Edges, HarmSettings, load_pool, open_synthetic_pool
+    from loadtest.synthetic.model import SyntheticOracle, make_ends, read_shape
+
+    shape = read_shape(directory, whom.cut_text)
+    edges = Edges(
+        make_ends(directory, shape), whom.engines, codecs.read_settings(), None, ANSWER_LIMIT_S,
+        SyntheticOracle(),
+    )  # fmt: skip
+    edges.check(settings)
+    harm = HarmSettings(whom.kill_every_s, whom.drain_every_s)
+    count = parse_workers(whom.workers)
+    with open_synthetic_pool(count, whom.processes, shape, directory, whom.synthetic_ms) as own:
+        outcome = load_pool(Brokers([own.edge_endpoint], own=own), edges, settings, harm, slo)
+    outcome.report["synthetic"] = {
+        "ms": whom.synthetic_ms, "per": "batch", "edges": "compute nothing",
+        "model": shape.name, "processes": whom.processes,
+    }  # fmt: skip
+    return outcome
 
 
 def ask_pool(settings: LoadSettings, whom: Whom, codecs: CodecChoice, slo: Slo | None) -> Outcome:

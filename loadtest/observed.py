@@ -6,12 +6,16 @@ a killed worker did after it last said so is missing from sums of theirs.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 COUNTED = ("batches", "steps", "bytes_pulled")  # by workers
+COUNTED_BY_BROKER = (
+    "steps", "busy", "redispatched", "handed_over", "late_answers", "dead_workers",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +35,7 @@ class Sample:
     queued: int
     in_flight: int
     sessions: int
-    steps: int  # that have come to the broker since it began
+    counters: Mapping[str, int]  # of the broker, since it began
     by_worker: Mapping[str, Mapping[str, int]]
     cpu_s: float | None = None
 
@@ -45,7 +49,7 @@ def read_sample(report: Mapping[str, Any], at_s: float, cpu_s: float | None = No
         queued=sum(queue["queued"] for queue in report["queues"]),
         in_flight=report["steps_in_flight"],
         sessions=report["sessions"],
-        steps=report["counters"].get("steps", 0),
+        counters={name: report["counters"].get(name, 0) for name in COUNTED_BY_BROKER},
         by_worker={
             worker["worker_id"]: {name: int(worker["stats"].get(name, 0)) for name in COUNTED}
             for worker in workers
@@ -92,18 +96,19 @@ def count_by_workers(samples: Sequence[Sample]) -> dict[str, int]:
 
 
 def measure_broker(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Steps that came to the broker, and what each took of its CPU's time, if that is known.
+    """What the broker counted, and what a step took of its CPU's time, if that is known.
 
     One that was restarted counts anew, so pieces between two samples are added.
     """
-    steps, used_s = 0, 0.0
+    counted, used_s = Counter(dict.fromkeys(COUNTED_BY_BROKER, 0)), 0.0
     known = all(sample.cpu_s is not None for sample in samples)
     for before, after in pairwise(samples):
-        if after.steps >= before.steps:
-            steps += after.steps - before.steps
+        if after.counters["steps"] >= before.counters["steps"]:
+            counted.update({name: after.counters[name] - before.counters[name] for name in counted})
             used_s += max(0.0, (after.cpu_s or 0.0) - (before.cpu_s or 0.0))
+    steps = counted["steps"]
     return {
-        "steps": steps,
+        **counted,
         "cpu_us_per_step": round(used_s / steps * 1e6, 1) if known and steps else None,
         "queued_most": max(sample.queued for sample in samples),
         "in_flight_most": max(sample.in_flight for sample in samples),

@@ -7,6 +7,7 @@ import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import SettingsError
@@ -21,6 +22,8 @@ from loadtest.pacing import Clock
 from loadtest.running import Outcome, report_load, run_load
 from loadtest.settings import LoadSettings, WorkerCount
 from loadtest.slo import Slo
+from loadtest.synthetic.model import Shape
+from loadtest.synthetic.pool import SyntheticPool
 
 if TYPE_CHECKING:
     from common.codecs.calibration import Calibration
@@ -98,6 +101,22 @@ def open_own_pool(workers: WorkerCount, settings: PoolSettings) -> Iterator[Loca
     if not workers.is_fixed:
         raise SettingsError("--workers A..B: this pool does not grow and shrink yet; give N")
     with LocalPool(settings) as pool:
+        yield pool
+
+
+@contextlib.contextmanager
+def open_synthetic_pool(
+    workers: WorkerCount, processes: int, shape: Shape, directory: Path, batch_ms: float
+) -> Iterator[LocalPool]:
+    """A pool of so many stand-ins for workers, evenly in some processes."""
+    if not workers.is_fixed or workers.least % processes:
+        raise SettingsError(
+            f"--workers is not a number that {processes} processes (--processes) share evenly"
+        )
+    settings = PoolSettings(workers=processes, model=str(directory))
+    with SyntheticPool(
+        settings, each=workers.least // processes, batch_ms=batch_ms, cut_text=str(shape.cut)
+    ) as pool:
         yield pool
 
 

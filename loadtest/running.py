@@ -39,5 +39,9 @@ def report_load(
 ) -> Outcome:
     """What there is to say of them."""
     window = find_window(answers, settings.warmup_s, settings.duration_s)
-    report = {"load": settings.describe(), **make_report(answers, window, observed, slo)}
+    report = {
+        "load": settings.describe(),
+        "synthetic": None,
+        **make_report(answers, window, observed, slo),
+    }
     return Outcome(report, list_latencies(answers, window))

@@ -15,6 +15,14 @@ LATENCIES = {
     "sent_late_s": "due until sent",
 }
 
+TROUBLES = {
+    "busy": "told to come back",
+    "redispatched": "given to another worker",
+    "handed_over": "late, so given to an idle one too",
+    "late_answers": "answered twice",
+    "dead_workers": "workers lost",
+}
+
 
 def format_report(report: dict[str, Any]) -> str:
     """Both tables; no trailing newline."""
@@ -45,6 +53,7 @@ def list_facts(report: dict[str, Any]) -> list[tuple[str, str | None]]:
     failures = ", ".join(f"{count} {kind}" for kind, count in report["failures"].items())
     return [
         ("load", describe_load(report)),
+        ("synthetic", describe_synthetic(report)),
         ("sessions", f"{report['sessions']:,} in {report['seconds']:,.1f} s"),
         ("failed", f"{report['failed']:,}" + (f": {failures}" if failures else "")),
         ("why", "; ".join(report["reasons"]) or None),
@@ -80,10 +89,22 @@ def describe_load(report: dict[str, Any]) -> str:
     return f"{rate}, at most {load['concurrency']} at once; {lengths}; seed {load['seed']}"
 
 
+def describe_synthetic(report: dict[str, Any]) -> str | None:
+    """What was not computed; None where everything was."""
+    if (stand_in := report["synthetic"]) is None:
+        return None
+    return (
+        f"no model was computed: a batch slept {stand_in['ms']:g} ms in the workers, and edges "
+        f"computed nothing; rows and KV as of {stand_in['model']}"
+    )
+
+
 def describe_broker(broker: dict[str, Any]) -> str:
     cpu_us = broker["cpu_us_per_step"]
     cost = f", {cpu_us:,.0f} µs of its CPU time each" if cpu_us is not None else ""
-    return f"{broker['steps']:,} steps{cost}; at most {broker['queued_most']:,} queued"
+    troubles = [f"{broker[name]:,} {words}" for name, words in TROUBLES.items() if broker[name]]
+    line = f"{broker['steps']:,} steps{cost}; at most {broker['queued_most']:,} queued"
+    return "; ".join([line, *troubles])
 
 
 def describe_harm(report: dict[str, Any]) -> str | None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from common.errors import SettingsError
 from loadtest.answers import Answer
 from loadtest.demand import Request
-from loadtest.observed import Event, Observed, Sample, read_sample
+from loadtest.observed import COUNTED_BY_BROKER, Event, Observed, Sample, read_sample
 from loadtest.percentiles import percentile, summarize
 from loadtest.report import Window, find_window, list_latencies, make_report
 from loadtest.slo import Slo, parse_slo
@@ -136,13 +136,17 @@ def test_costs_that_nobody_told_are_not_zero() -> None:
     assert [make_report([untold], Window(0.0, 1.0), NOBODY)[name] for name in names] == [None] * 4
 
 
+NOTHING = dict.fromkeys(COUNTED_BY_BROKER, 0)
+
+
 def sample(at_s: float, workers: dict[str, tuple[int, int]], **others: float) -> Sample:
     """By worker: batches and steps so far."""
     counts = {
         name: {"batches": b, "steps": s, "bytes_pulled": 0} for name, (b, s) in workers.items()
     }
-    known = {"queued": 0, "in_flight": 0, "sessions": 0, "steps": 0, **others}
-    return Sample(at_s=at_s, workers=len(workers), by_worker=counts, **known)  # type: ignore[arg-type]
+    counters = {**NOTHING, "steps": int(others.pop("steps", 0))}
+    known = {"queued": 0, "in_flight": 0, "sessions": 0, **others}
+    return Sample(at_s=at_s, workers=len(workers), by_worker=counts, counters=counters, **known)  # type: ignore[arg-type]
 
 
 def test_steps_per_batch_are_of_all_workers_since_the_load_began_also_of_those_that_died() -> None:
@@ -168,6 +172,7 @@ def test_a_brokers_time_per_step_leaves_out_that_it_was_started_again() -> None:
     )
     broker = observed.figures()["broker"]
     assert broker == {
+        **NOTHING,
         "steps": 2000,
         "cpu_us_per_step": 100.0,
         "queued_most": 7,
@@ -184,10 +189,11 @@ def test_a_sample_is_read_from_a_brokers_report() -> None:
         "queues": [{"queued": 2}, {"queued": 3}],
         "steps_in_flight": 4,
         "sessions": 5,
-        "counters": {"steps": 6},
+        "counters": {"steps": 6, "busy": 7, "forged_workers": 8},
     }
     assert read_sample(report, 1.5, 0.25) == Sample(
-        at_s=1.5, workers=1, queued=5, in_flight=4, sessions=5, steps=6, cpu_s=0.25,
+        at_s=1.5, workers=1, queued=5, in_flight=4, sessions=5, cpu_s=0.25,
+        counters={**NOTHING, "steps": 6, "busy": 7},
         by_worker={
             "a": {"batches": 2, "steps": 3, "bytes_pulled": 0},
             "b": {"batches": 0, "steps": 0, "bytes_pulled": 0},

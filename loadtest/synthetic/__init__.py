@@ -1,0 +1,1 @@
+"""A pool whose models are stand-ins: all of it is real but the arithmetic of the layers."""

@@ -219,3 +219,16 @@ def test_a_part_of_a_character_is_spelled_in_bytes(
     assert choice.text == "café"
     assert choice.logprobs.tokens[-2:] == ["bytes:\\xc3", "é"]
     assert choice.logprobs.text_offset[-2:] == [3, 3]
+
+
+def test_a_text_whose_end_is_ignored_has_all_its_tokens(endpoint: Endpoint) -> None:
+    wanted: dict[str, Any] = {"prompt": PROMPTS[0], "max_tokens": COUNT, "temperature": 0}
+    ending = {**wanted, "logit_bias": {str(END): 100}}
+    done = endpoint.post(TEXT, **ending).json()
+    assert (done["choices"][0]["finish_reason"], done["usage"]["completion_tokens"]) == ("stop", 1)
+    ignored = endpoint.post(TEXT, **ending, ignore_eos=True).json()
+    assert ignored["choices"][0]["finish_reason"] == "length"
+    assert ignored["usage"]["completion_tokens"] == COUNT
+    assert (
+        ignored["choices"][0]["text"] == endpoint.post(TEXT, **wanted).json()["choices"][0]["text"]
+    )

@@ -150,6 +150,9 @@ class Sampled(Body):
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     logit_bias: Bias | None = None
+    ignore_eos: bool | None = Field(
+        default=None, description="Not OpenAI's: only max_tokens ends the text."
+    )
     midspan: bool | None = Field(default=None, description="Say of each token what it cost.")
 
     @property

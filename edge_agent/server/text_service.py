@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -25,7 +26,7 @@ from edge_agent.server.schema import (
 )
 from edge_agent.server.streaming import Event, EventStream, cancelled_with, merge
 from edge_agent.text.ends import ModelEnds
-from edge_agent.text.sampling import SamplingDefaults
+from edge_agent.text.sampling import BAN, SamplingDefaults, SamplingSettings
 from edge_agent.text.tokenizer import TextTokenizer
 
 
@@ -61,7 +62,7 @@ class TextService:
         limit = request.max_completion_tokens or request.max_tokens or ALL_THAT_FIT
         wishes = [
             Wish(
-                index, prompt_ids, limit, choose_settings(request, self._defaults, index),
+                index, prompt_ids, limit, self._read_sampling(request, index),
                 request.stop, request.top,
             )
             for index in range(request.choices)
@@ -83,8 +84,7 @@ class TextService:
         n, echo = request.choices, bool(request.echo)
         wishes = [
             Wish(
-                place * n + choice, prompt_ids, limit,
-                choose_settings(request, self._defaults, choice),
+                place * n + choice, prompt_ids, limit, self._read_sampling(request, choice),
                 request.stop, request.logprobs, echo,
             )
             for place, prompt_ids in enumerate(prompts)
@@ -98,6 +98,13 @@ class TextService:
                 lambda: CompletionShape(self._tokenizer, request.logprobs),
             ),
         )  # fmt: skip
+
+    def _read_sampling(self, request: Sampled, choice: int) -> SamplingSettings:
+        settings = choose_settings(request, self._defaults, choice)
+        if not request.ignore_eos:
+            return settings
+        bias = {**settings.logit_bias, **dict.fromkeys(self.ends.eos_ids, BAN)}
+        return replace(settings, logit_bias=bias)
 
     def _check_model(self, model: str | None) -> None:
         if model is not None and model != self.ends.name:

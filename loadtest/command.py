@@ -9,13 +9,19 @@ from pathlib import Path
 import click
 
 from common.console.option_types import COUNT, SEED, FiniteRange
-from common.console.options import cut_option, group_options, key_options, model_option
+from common.console.options import (
+    cut_option,
+    group_options,
+    image_model_option,
+    key_options,
+    model_option,
+)
 from common.console.outputs import check_writable
 from common.console.processes import set_up_torch
 from common.errors import MidspanError, SettingsError
 from common.security.keys import load_client_keys
 from common.settings import parse_endpoint
-from common.weights.demo_model import find_model
+from common.weights.demo_model import DEMO_IMAGE_MODEL, find_model
 from edge_agent.commands.codec_options import CodecChoice, codec_options
 from loadtest.http_stream import parse_url
 from loadtest.observed import Observed
@@ -95,6 +101,8 @@ class Whom:
     cut_text: str | None
     workers: str
     engines: int
+    images: int
+    image_model: str | None
     synthetic_ms: float | None
     processes: int
     kill_every_s: float | None
@@ -107,6 +115,8 @@ class Whom:
             raise SettingsError("--url and --broker name two that are to be asked; give one")
         if self.url is not None and self.model_name is None:
             raise SettingsError("--url wants --model, the name that the endpoint has for it")
+        if self.images and (self.url is not None or self.synthetic_ms is not None):
+            raise SettingsError("--images goes with a pool's own workers, not --url or --synthetic")
         if self.synthetic_ms is not None and (self.url is not None or self.brokers):
             raise SettingsError("--synthetic is a pool of our own, without --broker and --url")
         harms = self.kill_every_s is not None or self.drain_every_s is not None
@@ -132,6 +142,14 @@ whom_options = group_options(
     click.option(
         "--engines", default=1, show_default=True, type=COUNT, help="Edges of the sessions."
     ),
+    click.option(
+        "--images",
+        default=0,
+        show_default=True,
+        type=click.IntRange(0, 64),
+        help="Pictures that are painted meanwhile, so many at once.",
+    ),
+    image_model_option,
     click.option(
         "--synthetic",
         "synthetic_ms",
@@ -200,6 +218,8 @@ def loadtest(
     click.echo(json.dumps(report) if as_json else format_report(report))
     if report["failed"]:
         raise MidspanError(f"{report['failed']} of {report['sessions']} sessions failed")
+    if report["images"] and report["images"]["failed"]:
+        raise MidspanError(f"{report['images']['failed']} images failed")
     if report["tokens_wrong"]:
         raise MidspanError(f"{report['tokens_wrong']} tokens are wrong")
 
@@ -252,7 +272,14 @@ def ask_pool(settings: LoadSettings, whom: Whom, codecs: CodecChoice, slo: Slo |
     set_up_torch(threads=1)
     from deploy.pool import PoolSettings
     from edge_agent.text.ends import load_ends
-    from loadtest.pool_load import Brokers, Edges, HarmSettings, load_pool, open_own_pool
+    from loadtest.pool_load import (
+        Brokers,
+        Edges,
+        HarmSettings,
+        ImageLoad,
+        load_pool,
+        open_own_pool,
+    )
 
     ends = load_ends(directory, whom.cut_text)
     edges = Edges(
@@ -260,12 +287,17 @@ def ask_pool(settings: LoadSettings, whom: Whom, codecs: CodecChoice, slo: Slo |
     )
     edges.check(settings)
     harm = HarmSettings(whom.kill_every_s, whom.drain_every_s)
+    images = None
+    if whom.images:
+        images = ImageLoad(whom.images, find_model(whom.image_model or DEMO_IMAGE_MODEL))
     if addresses:
-        return load_pool(Brokers(addresses, keys), edges, settings, harm, slo)
+        return load_pool(Brokers(addresses, keys), edges, settings, harm, slo, images)
     count = parse_workers(whom.workers)
     pool_settings = PoolSettings(
         workers=count.least, model=str(directory), span=str(ends.cut.middle),
         calibration=codecs.calibration,
+        image_model=str(images.directory) if images else None,
     )  # fmt: skip
     with open_own_pool(count, pool_settings) as own:
-        return load_pool(Brokers([own.edge_endpoint], own=own), edges, settings, harm, slo)
+        pool = Brokers([own.edge_endpoint], own=own)
+        return load_pool(pool, edges, settings, harm, slo, images)

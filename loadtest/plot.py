@@ -56,8 +56,11 @@ def _draw_distribution(axes: Any, latencies: Mapping[str, Sequence[float]]) -> N
             continue
         ordered = sorted(values)
         parts = [(index + 1) / len(ordered) for index in range(len(ordered))]
-        axes.step([value * 1e3 for value in ordered], parts, where="post", label=name)
+        milliseconds = [value * 1e3 for value in ordered]
+        axes.step(milliseconds, parts, where="post", label=f"{name} (of {len(ordered):,})")
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(make_formatter())
     axes.set_yticks([0, 0.25, 0.5, 0.75, 0.95, 1])
     axes.grid(alpha=0.3)
     axes.set_xlabel("ms")
@@ -65,11 +68,18 @@ def _draw_distribution(axes: Any, latencies: Mapping[str, Sequence[float]]) -> N
     axes.legend(loc="lower right")
 
 
+def make_formatter() -> Any:
+    """Numbers beside some of the lines between powers of ten."""
+    from matplotlib.ticker import FuncFormatter
+
+    return FuncFormatter(lambda x, _: f"{x:g}" if f"{x:g}".lstrip("0.")[:1] in ("2", "5") else "")
+
+
 def _draw_series(
     axes: Any, series: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]
 ) -> None:
-    times = [piece["at_s"] for piece in series]
-    axes.step(times, [piece["tokens_per_s"] for piece in series], where="post", label="tokens/s")
+    times = [piece["at_s"] + 0.5 for piece in series]  # the middle of each second
+    axes.plot(times, [piece["tokens_per_s"] for piece in series], label="tokens/s")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("seconds")
     axes.set_ylabel("tokens/s")
@@ -81,11 +91,11 @@ def _draw_series(
             counts.plot(times, values, style, color="tab:green", label=words, linewidth=1)
         counts.set_ylim(bottom=0)
         counts.set_ylabel("workers, steps")
-        counts.legend(loc="upper right")
+        counts.legend(loc="lower right")
     for what in dict.fromkeys(event["what"].partition(" ")[0] for event in events):
         at = [event["at_s"] for event in events if event["what"].startswith(what)]
         colour = COLOURS.get(what, OTHER_COLOUR)
         label = f"worker {what}" if what in COLOURS else "ended by itself"
         axes.vlines(at, 0, 1, transform=axes.get_xaxis_transform(), color=colour, linewidth=0.8,
                     label=label)  # fmt: skip
-    axes.legend(loc="upper left")
+    axes.legend(loc="lower left")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from common.codecs.calibration import Calibration
     from common.security.keys import ClientKeys
     from edge_agent.text.ends import ModelEnds
+    from loadtest.painters import Pictures
 
 BROKER_LIMIT_S = 5.0
+IMAGE_LIMIT_S = 120.0
 ANNOUNCED_S = 0.3  # in which workers say what they have counted
 
 
@@ -95,6 +97,22 @@ class HarmSettings:
         return self.kill_every_s is not None or self.drain_every_s is not None
 
 
+@dataclass(frozen=True, slots=True)
+class ImageLoad:
+    """Pictures that are painted meanwhile, so many at once."""
+
+    count: int
+    directory: Path
+
+    def open(
+        self, brokers: Brokers, seed: int
+    ) -> contextlib.AbstractContextManager[Callable[[], Pictures]]:
+        from loadtest.painters import painting
+
+        connect = functools.partial(brokers.connect, IMAGE_LIMIT_S)
+        return painting(self.count, self.directory, connect, seed)
+
+
 @contextlib.contextmanager
 def open_own_pool(workers: WorkerCount, settings: PoolSettings) -> Iterator[LocalPool]:
     """A pool of so many workers."""
@@ -121,7 +139,12 @@ def open_synthetic_pool(
 
 
 def load_pool(
-    brokers: Brokers, edges: Edges, settings: LoadSettings, harm: HarmSettings, slo: Slo | None
+    brokers: Brokers,
+    edges: Edges,
+    settings: LoadSettings,
+    harm: HarmSettings,
+    slo: Slo | None,
+    images: ImageLoad | None = None,
 ) -> Outcome:
     """Put a load on a pool; what that was like. Raises BrokerUnavailable if none is there."""
     observed = Observed()
@@ -130,6 +153,9 @@ def load_pool(
         stack.callback(client.close)
         client.status(BROKER_LIMIT_S)
         target = stack.enter_context(edges.open(brokers, settings))
+        begin_painting = stack.enter_context(
+            images.open(brokers, settings.seed) if images else contextlib.nullcontext()
+        )
         clock = Clock()
         observer = Observer(client, clock, observed, brokers.find_broker_pid)
         observer.look()
@@ -140,7 +166,10 @@ def load_pool(
                 drain_every_s=harm.drain_every_s, seed=settings.seed,
             )  # fmt: skip
             stack.enter_context(again_and_again(doer.act, TICK_S, "harm"))
+        pictures = begin_painting() if begin_painting else None
         answers = run_load(target, clock, settings, observed)
         time.sleep(ANNOUNCED_S)
         observer.look()
-    return report_load(answers, settings, observed, slo)
+    outcome = report_load(answers, settings, observed, slo)
+    outcome.report["images"] = pictures.figures() if pictures else None
+    return outcome

@@ -122,13 +122,16 @@ def _count_replays(answers: Sequence[Answer]) -> dict[str, int] | None:
 def make_series(
     answers: Sequence[Answer], samples: Sequence[Sample], end_s: float
 ) -> list[dict[str, Any]]:
-    """Second by second: tokens that came, and the last that was seen of the pool by then."""
+    """Second by second: tokens that came, and the last that was seen of the pool by then.
+
+    Of a last second that was not over when the load was there is nothing, unless it is the first.
+    """
     tokens: dict[int, float] = defaultdict(float)
     for answer in answers:
         for at_s in answer.token_s:
             tokens[int(at_s / SERIES_S)] += answer.tokens / len(answer.token_s)
     series: list[dict[str, Any]] = []
-    for index in range(int(end_s / SERIES_S) + 1):
+    for index in range(max(1, int(end_s / SERIES_S))):
         until_s = (index + 1) * SERIES_S
         seen = [sample for sample in samples if sample.at_s < until_s]
         pool = seen[-1] if seen else None

@@ -42,6 +42,7 @@ def report_load(
     report = {
         "load": settings.describe(),
         "synthetic": None,
+        "images": None,
         **make_report(answers, window, observed, slo),
     }
     return Outcome(report, list_latencies(answers, window))

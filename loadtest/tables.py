@@ -63,6 +63,7 @@ def list_facts(report: dict[str, Any]) -> list[tuple[str, str | None]]:
             f"{good['sessions_per_s']:,.2f} sessions and {good['tokens_per_s']:,.1f} tokens a "
             f"second within {good['slo']} ({good['share']:.1%} of the sessions)"
         )),
+        ("images", describe_images(report)),
         ("steps per batch", _as_text(report["steps_per_batch"])),
         ("broker", broker and describe_broker(broker)),
         ("workers", workers and (
@@ -97,6 +98,17 @@ def describe_synthetic(report: dict[str, Any]) -> str | None:
         f"no model was computed: a batch slept {stand_in['ms']:g} ms in the workers, and edges "
         f"computed nothing; rows and KV as of {stand_in['model']}"
     )
+
+
+def describe_images(report: dict[str, Any]) -> str | None:
+    """None where none were wanted."""
+    if (images := report["images"]) is None:
+        return None
+    words = f"{images['made']:,} of {images['steps']} steps"
+    if images["image_s"]:
+        words += f", {images['image_s']['p50']:,.2f} s each at the median"
+    failures = ", ".join(f"{count} {kind}" for kind, count in images["failures"].items())
+    return words + (f"; failed: {failures}" if failures else "")
 
 
 def describe_broker(broker: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from serving import MODEL, open_endpoint
 
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.text.ends import ModelEnds
+from loadtest.plot import draw_report, require_matplotlib
 
 SHORT = ("--prompt-tokens", "4,20", "--tokens", "6")
 
@@ -74,6 +75,34 @@ def test_a_pool_of_its_own_loses_workers_and_no_session(tmp_path: Path) -> None:
     assert report["goodput"]["share"] == 1.0
     assert report["takeovers"] >= 0
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_are_painted_on_the_same_pool_meanwhile() -> None:
+    report = run_load("--images", "1", "--duration", "8", *SHORT)
+    assert report["failed"] == 0
+    assert report["images"]["failed"] == 0
+    assert report["images"]["step_s"]["count"] >= 1
+    assert "--images goes with" in error_line("loadtest", "--images", "1", "--synthetic", "1")
+
+
+def test_a_plot_has_latencies_and_what_was_done_to_the_pool() -> None:
+    require_matplotlib()
+    from matplotlib import pyplot as plt
+
+    piece = {"tokens_per_s": 5.0, "workers": 2, "queued": 0, "in_flight": 1}
+    report = {
+        "series": [{"at_s": at, **piece} for at in range(4)],
+        "events": [{"at_s": 1.2, "what": "killed w1"}, {"at_s": 2.0, "what": "drained w2"}],
+    }
+    figure = draw_report(report, {"time to first token": [0.1, 0.3, 0.2], "none": []}, "a title")
+    left, right, counts = figure.axes
+    (line,) = left.lines
+    assert list(line.get_xdata()) == [100.0, 200.0, 300.0]
+    assert list(line.get_ydata()) == pytest.approx([1 / 3, 2 / 3, 1.0])
+    labels = [text.get_text() for text in right.get_legend().get_texts()]
+    assert labels == ["tokens/s", "worker killed", "worker drained"]
+    assert counts.get_legend().get_texts()[0].get_text() == "workers"
+    plt.close(figure)
 
 
 def test_what_people_read_has_the_figures_of_the_report(pool: LocalPool) -> None:

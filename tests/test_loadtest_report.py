@@ -203,7 +203,8 @@ def test_a_sample_is_read_from_a_brokers_report() -> None:
 
 def test_the_series_has_the_tokens_of_each_second_and_the_pool_as_it_was_last_seen() -> None:
     observed = Observed([sample(0.0, {"a": (0, 0)}), sample(1.5, {}, queued=9)])
-    series = make_report([answer(0.0, 0.5, 0.9, 2.5)], Window(0.0, 2.5), observed)["series"]
+    made = answer(0.0, 0.5, 0.9, 2.5, 3.1)
+    series = make_report([made], Window(0.0, 3.2), observed)["series"]
     assert [piece["tokens_per_s"] for piece in series] == [2.0, 0.0, 1.0]
     assert [piece["workers"] for piece in series] == [1, 0, 0]
     assert [piece["queued"] for piece in series] == [0, 9, 9]

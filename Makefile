@@ -1,11 +1,12 @@
 # make demo    see the main job run           make test    run all tests
 # make check   format, lint, types, tests     make format  rewrite files in the house format
 # make test-long   what takes minutes: every family of the installed transformers, lm-evaluation-harness
+# make bench   measure what the README's table says: ten minutes on a quiet machine
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-long check format lint types clean
+.PHONY: bench demo test test-long check format lint types clean
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -28,6 +29,9 @@ test: $(VENV)/.dev
 
 test-long: $(VENV)/.harness
 	$(BIN)/pytest -m long
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench.py --readme README.md
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -140,8 +140,8 @@ chaos_options = group_options(
         "--sessions",
         default=16,
         show_default=True,
-        type=click.IntRange(1, 1000),
-        help="Sessions that generate all the time.",
+        type=COUNT,
+        help="Sessions, that generate all the time.",
     ),
     workers_option(WorkerRange(), "; of these N only", default="4", show_default=True),
     click.option(
@@ -149,7 +149,7 @@ chaos_options = group_options(
         "duration_s",
         default=60.0,
         show_default=True,
-        type=FiniteRange(0, 1e7),
+        type=FiniteRange(0.1, 1e7),
         help="Seconds.",
     ),
     click.option(

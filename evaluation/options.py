@@ -19,7 +19,7 @@ def tokens_option(default: int | None, more: str = "") -> Decorator:
         default=default,
         show_default=default is not None,
         type=AT_LEAST_TWO,
-        help=f"Tokens of the text, at most.{more}",
+        help=f"Tokens, of the text at most.{more}",
     )
 
 

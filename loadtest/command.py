@@ -8,13 +8,14 @@ from pathlib import Path
 
 import click
 
-from common.console.option_types import COUNT, SEED, FiniteRange
+from common.console.option_types import COUNT, SEED, FiniteRange, WorkerRange
 from common.console.options import (
-    cut_option,
     group_options,
     image_model_option,
     key_options,
     model_option,
+    span_option,
+    workers_option,
 )
 from common.console.outputs import check_writable
 from common.console.processes import set_up_torch
@@ -28,7 +29,7 @@ from loadtest.observed import Observed
 from loadtest.pacing import Clock
 from loadtest.plot import plot_report, require_matplotlib
 from loadtest.running import Outcome, report_load, run_load
-from loadtest.settings import LoadSettings, parse_workers
+from loadtest.settings import LoadSettings, WorkerCount
 from loadtest.slo import Slo, parse_slo
 from loadtest.tables import describe_load, format_report
 
@@ -37,12 +38,12 @@ ANSWER_LIMIT_S = 300.0  # without a broker, or without an end of an answer over 
 load_options = group_options(
     "settings",
     LoadSettings,
-    click.option("--sessions", type=COUNT, help="In all.  [default: 64, or --duration]"),
+    click.option("--sessions", type=COUNT, help="Sessions, in all.  [default: 64, or --duration]"),
     click.option(
         "--concurrency",
         "concurrency_asked",
         type=COUNT,
-        help="Sessions at once, at most.  [default: 8; 256 if they arrive by themselves]",
+        help="Sessions under way, at most.  [default: 8; 256 if they arrive by themselves]",
     ),
     click.option(
         "--prompt-tokens",
@@ -50,7 +51,7 @@ load_options = group_options(
         default="16,128",
         show_default=True,
         metavar="N|LOW,HIGH",
-        help="Of each prompt; as likely as each other.",
+        help="Tokens of a prompt, all lengths as likely.",
     ),
     click.option(
         "--tokens",
@@ -58,7 +59,7 @@ load_options = group_options(
         default="64",
         show_default=True,
         metavar="N|LOW,HIGH",
-        help="Of each answer.",
+        help="Tokens, of each answer.",
     ),
     click.option(
         "--rate",
@@ -69,7 +70,7 @@ load_options = group_options(
         "--duration",
         "duration_s",
         type=FiniteRange(0.1, 1e7),
-        help="Seconds after which none is begun.",
+        help="Seconds, after which none is begun.",
     ),
     click.option(
         "--warmup",
@@ -79,7 +80,7 @@ load_options = group_options(
         type=FiniteRange(0, 1e7),
         help="Seconds at the beginning that are not counted.",
     ),
-    click.option("--seed", default=1, show_default=True, type=SEED),
+    click.option("--seed", default=1, show_default=True, type=SEED, help="Makes it repeatable."),
     click.option(
         "--trace",
         type=click.Path(path_type=Path),
@@ -98,8 +99,8 @@ class Whom:
     url: str | None
     api_key: str | None
     model_name: str | None
-    cut_text: str | None
-    workers: str
+    span_text: str | None
+    worker_range: tuple[int, int]
     engines: int
     images: int
     image_model: str | None
@@ -110,7 +111,6 @@ class Whom:
 
     def check(self) -> None:
         """Raises SettingsError for options that do not go together."""
-        parse_workers(self.workers)
         if self.url is not None and self.brokers:
             raise SettingsError("--url and --broker name two that are to be asked; give one")
         if self.url is not None and self.model_name is None:
@@ -130,17 +130,26 @@ class Whom:
 whom_options = group_options(
     "whom",
     Whom,
-    click.option("--broker", "brokers", multiple=True, help="A pool that runs.  [default: ours]"),
-    key_options("This edge"),
-    click.option("--url", help="An OpenAI endpoint instead of a pool, as http://HOST:PORT/v1."),
-    click.option("--api-key", envvar="OPENAI_API_KEY", show_envvar=True, help="With --url."),
-    model_option,
-    cut_option,
     click.option(
-        "--workers", default="2", show_default=True, metavar="N|A..B", help="Of a pool of ours."
+        "--broker", "brokers", multiple=True, help="A broker's address.  [default: a pool of ours]"
     ),
+    key_options,
+    click.option("--url", help="An OpenAI endpoint instead of a pool, as http://HOST:PORT/v1."),
     click.option(
-        "--engines", default=1, show_default=True, type=COUNT, help="Edges of the sessions."
+        "--api-key",
+        envvar="OPENAI_API_KEY",
+        show_envvar=True,
+        help="What clients must show, with --url.",
+    ),
+    model_option,
+    span_option("the middle half"),
+    workers_option(WorkerRange(), "; of a pool of ours", default="2", show_default=True),
+    click.option(
+        "--engines",
+        default=1,
+        show_default=True,
+        type=COUNT,
+        help="Edges that the sessions are of.",
     ),
     click.option(
         "--images",
@@ -168,13 +177,13 @@ whom_options = group_options(
         "--kill-every",
         "kill_every_s",
         type=FiniteRange(0.1, 1e7),
-        help="Seconds; kill -9 a worker of a pool of ours.",
+        help="kill -9 a worker of a pool of ours, every so many seconds.",
     ),
     click.option(
         "--drain-every",
         "drain_every_s",
         type=FiniteRange(0.1, 1e7),
-        help="Seconds; drain a worker of a pool of ours.",
+        help="Drain a worker of a pool of ours, every so many seconds.",
     ),
 )
 
@@ -184,9 +193,12 @@ whom_options = group_options(
 @whom_options
 @codec_options
 @click.option("--slo", "slo_text", help="What goodput is, as ttft=2,itl=0.2 in seconds.")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, not a table.")
 @click.option(
-    "--plot", "plot_path", type=click.Path(path_type=Path), help="Draw latencies and course."
+    "--plot",
+    "plot_path",
+    type=click.Path(path_type=Path),
+    help="Write a PNG: latencies, and the course of it.",
 )
 def loadtest(
     settings: LoadSettings,
@@ -247,14 +259,14 @@ def ask_synthetic_pool(
     from loadtest.pool_load import Brokers, Edges, HarmSettings, load_pool, open_synthetic_pool
     from loadtest.synthetic.model import SyntheticOracle, make_ends, read_shape
 
-    shape = read_shape(directory, whom.cut_text)
+    shape = read_shape(directory, whom.span_text)
     edges = Edges(
         make_ends(directory, shape), whom.engines, codecs.read_settings(), None, ANSWER_LIMIT_S,
         SyntheticOracle(),
     )  # fmt: skip
     edges.check(settings)
     harm = HarmSettings(whom.kill_every_s, whom.drain_every_s)
-    count = parse_workers(whom.workers)
+    count = WorkerCount(*whom.worker_range)
     with open_synthetic_pool(count, whom.processes, shape, directory, whom.synthetic_ms) as own:
         outcome = load_pool(Brokers([own.edge_endpoint], own=own), edges, settings, harm, slo)
     outcome.report["synthetic"] = {
@@ -270,7 +282,7 @@ def ask_pool(settings: LoadSettings, whom: Whom, codecs: CodecChoice, slo: Slo |
     keys = load_client_keys(whom.key, whom.broker_key)
     directory = find_model(whom.model_name)
     set_up_torch(threads=1)
-    from deploy.pool import PoolSettings
+    from deploy.pool import LocalPool, PoolSettings
     from edge_agent.text.ends import load_ends
     from loadtest.pool_load import (
         Brokers,
@@ -278,26 +290,25 @@ def ask_pool(settings: LoadSettings, whom: Whom, codecs: CodecChoice, slo: Slo |
         HarmSettings,
         ImageLoad,
         load_pool,
-        open_own_pool,
     )
 
-    ends = load_ends(directory, whom.cut_text)
+    ends = load_ends(directory, whom.span_text)
     edges = Edges(
         ends, whom.engines, codecs.read_settings(), codecs.find_calibration(ends), ANSWER_LIMIT_S
     )
     edges.check(settings)
-    harm = HarmSettings(whom.kill_every_s, whom.drain_every_s)
+    count = WorkerCount(*whom.worker_range)
+    harm = HarmSettings(whom.kill_every_s, whom.drain_every_s, count)
     images = None
     if whom.images:
         images = ImageLoad(whom.images, find_model(whom.image_model or DEMO_IMAGE_MODEL))
     if addresses:
         return load_pool(Brokers(addresses, keys), edges, settings, harm, slo, images)
-    count = parse_workers(whom.workers)
     pool_settings = PoolSettings(
         workers=count.least, model=str(directory), span=str(ends.cut.middle),
         calibration=codecs.calibration,
         image_model=str(images.directory) if images else None,
     )  # fmt: skip
-    with open_own_pool(count, pool_settings) as own:
+    with LocalPool(pool_settings) as own:
         pool = Brokers([own.edge_endpoint], own=own)
         return load_pool(pool, edges, settings, harm, slo, images)

@@ -11,7 +11,7 @@ from typing import Protocol
 from edge_agent.engine.engine import Engine
 from edge_agent.engine.streams import Token, TokenStream
 from edge_agent.text.ends import ModelEnds
-from edge_agent.text.sampler import BAN, SamplingSettings
+from edge_agent.text.sampling import BAN, SamplingSettings
 from loadtest.answers import Answer
 from loadtest.demand import draw_prompt
 from loadtest.pacing import Clock

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from common.errors import BrokerUnavailable, ProcessFailed
 from deploy.pool import LocalPool
+from deploy.scaling.autoscaler import Autoscaler
 from edge_agent.engine.client import BrokerClient
 from loadtest.observed import Event, Observed, read_sample
 from loadtest.pacing import Clock
@@ -19,6 +20,7 @@ from loadtest.pacing import Clock
 SAMPLE_S = 0.5
 ANSWER_LIMIT_S = 2.0
 TICK_S = 0.05
+SCALE_S = 0.5
 
 
 def read_cpu_s(pid: int) -> float | None:
@@ -80,9 +82,11 @@ class Harm:
         kill_every_s: float | None,
         drain_every_s: float | None,
         seed: int,
+        scaler: Autoscaler | None = None,
     ) -> None:
         self._pool, self._clock, self._observed = pool, clock, observed
         self._rng = random.Random(seed)
+        self._scaler, self._scale_at = scaler, 0.0
         self._plans = [
             Plan(every_s, clock.now() + every_s, what, do)
             for every_s, what, do in (
@@ -100,8 +104,14 @@ class Harm:
                 name = self._rng.choice(sorted(self._pool.workers))
                 self._note(f"{plan.what} {name}")
                 plan.do(name)
-                self._pool.start_worker()
-        for line in self._pool.heal():
+                if self._scaler is None:  # which would see to it
+                    self._pool.start_worker()
+        lines = self._pool.heal()
+        now = self._clock.now()
+        if self._scaler is not None and now >= self._scale_at:
+            self._scale_at = now + SCALE_S
+            lines += self._scaler.step(now)
+        for line in lines:
             self._note(line)
 
     def _note(self, what: str) -> None:

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 
 from common.errors import SettingsError
 from deploy.pool import LocalPool, PoolSettings
+from deploy.scaling.autoscaler import Autoscaler
+from deploy.scaling.keeper import read_reports
+from deploy.scaling.policy import ScalingPolicy, ScalingSettings
 from edge_agent.engine.client import BrokerClient
 from edge_agent.engine.engine import Engine
 from edge_agent.text.text_session import SessionSettings, count_new_tokens
@@ -91,6 +94,7 @@ class HarmSettings:
 
     kill_every_s: float | None = None
     drain_every_s: float | None = None
+    workers: WorkerCount | None = None  # that a pool of ours may have
 
     @property
     def is_any(self) -> bool:
@@ -111,15 +115,6 @@ class ImageLoad:
 
         connect = functools.partial(brokers.connect, IMAGE_LIMIT_S)
         return painting(self.count, self.directory, connect, seed)
-
-
-@contextlib.contextmanager
-def open_own_pool(workers: WorkerCount, settings: PoolSettings) -> Iterator[LocalPool]:
-    """A pool of so many workers."""
-    if not workers.is_fixed:
-        raise SettingsError("--workers A..B: this pool does not grow and shrink yet; give N")
-    with LocalPool(settings) as pool:
-        yield pool
 
 
 @contextlib.contextmanager
@@ -161,9 +156,14 @@ def load_pool(
         observer.look()
         stack.enter_context(again_and_again(observer.look, SAMPLE_S, "observer"))
         if brokers.own is not None:
+            scaler = None
+            if harm.workers is not None and not harm.workers.is_fixed:
+                policy = ScalingPolicy(ScalingSettings(harm.workers.least, harm.workers.most))
+                own = stack.enter_context(contextlib.closing(brokers.connect(edges.timeout_s)))
+                scaler = Autoscaler(brokers.own, policy, lambda: read_reports([own]))
             doer = Harm(
                 brokers.own, clock, observed, kill_every_s=harm.kill_every_s,
-                drain_every_s=harm.drain_every_s, seed=settings.seed,
+                drain_every_s=harm.drain_every_s, seed=settings.seed, scaler=scaler,
             )  # fmt: skip
             stack.enter_context(again_and_again(doer.act, TICK_S, "harm"))
         pictures = begin_painting() if begin_painting else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ from loadtest.demand import Lengths, Request, draw_requests, parse_lengths, read
 
 DEFAULT_SESSIONS = 64
 CLOSED_CONCURRENCY, OPEN_CONCURRENCY = 8, 256
-MAX_WORKERS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +99,3 @@ class WorkerCount:
     @property
     def is_fixed(self) -> bool:
         return self.least == self.most
-
-
-def parse_workers(text: str) -> WorkerCount:
-    """Read `N` or `A..B`. Raises SettingsError."""
-    match = re.fullmatch(r"(\d{1,4})(?:\.\.(\d{1,4}))?", text.strip())
-    least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if not 1 <= least <= most <= MAX_WORKERS:
-        raise SettingsError(f"--workers is {text[:40]!r}; expected N or A..B, 1 to {MAX_WORKERS:,}")
-    return WorkerCount(least, most)

@@ -13,7 +13,7 @@ from common.errors import NoWorker, SettingsError
 from loadtest.answers import Answer
 from loadtest.demand import Lengths, Request, draw_requests, parse_lengths, read_trace
 from loadtest.pacing import AskFailed, Clock, Load
-from loadtest.settings import LoadSettings, WorkerCount, parse_workers
+from loadtest.settings import LoadSettings
 
 SETTINGS = LoadSettings(
     sessions=None, concurrency_asked=None, prompt_text="16,128", tokens_text="64", rate=None,
@@ -85,14 +85,6 @@ def test_a_trace_without_lines_or_without_a_file_is_named(tmp_path: Path) -> Non
     (tmp_path / "empty").touch()
     with pytest.raises(SettingsError, match="no line"):
         read_trace(tmp_path / "empty")
-
-
-def test_workers_are_a_number_or_a_range() -> None:
-    assert parse_workers("3") == WorkerCount(3, 3)
-    assert parse_workers("1..4") == WorkerCount(1, 4)
-    for text in ("0", "4..1", "a", "1..", "1...2", "99999"):
-        with pytest.raises(SettingsError, match="--workers is"):
-            parse_workers(text)
 
 
 class Stand:

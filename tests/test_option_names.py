@@ -26,7 +26,7 @@ OLD = {
     "--worker-endpoint": {"--workers"},
 }
 SEVERAL = set("codec image-part prompt reuse seed span".split())  # by some commands only
-RANGES = {"--workers"}  # a number, or where a pool grows by itself a range of numbers
+RANGES = {"--workers", "--tokens"}  # a number, or by some commands two, from which to which
 
 
 def walk(command: click.Command, name: str) -> Iterator[tuple[str, click.Option]]:

@@ -211,6 +211,7 @@ class Engine:
                 self._receive()
                 if self._is_worth_computing():
                     self._compute()
+                    self._receive()  # who has spoken meanwhile was not silent
                 self._look_after_exchanges()
                 if not self._commands:
                     self._wait(poller)

@@ -21,6 +21,7 @@ SAMPLE_S = 0.5
 ANSWER_LIMIT_S = 2.0
 TICK_S = 0.05
 SCALE_S = 0.5
+NOTICED_S = 0.5  # in which a broker knows that a worker is gone
 
 
 def read_cpu_s(pid: int) -> float | None:
@@ -70,7 +71,8 @@ class Plan:
 class Harm:
     """Kills and drains workers of a pool of ours, and starts others in their place.
 
-    Who ends without that is started again as well, and that is an event, too.
+    One at a time: what is due waits until there are as many workers again as at first, or the load
+    would be on none. Who ends without that is started again as well, and that is an event, too.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Harm:
         self._pool, self._clock, self._observed = pool, clock, observed
         self._rng = random.Random(seed)
         self._scaler, self._scale_at = scaler, 0.0
+        self._done_s = 0.0  # when something was last done
         self._plans = [
             Plan(every_s, clock.now() + every_s, what, do)
             for every_s, what, do in (
@@ -99,13 +102,14 @@ class Harm:
     def act(self) -> None:
         """Do what is due. Raises ProcessFailed when what ends cannot be kept running."""
         for plan in self._plans:
-            if self._clock.now() >= plan.due_s and self._pool.workers:
-                plan.due_s += plan.every_s
+            if self._clock.now() >= plan.due_s and self._is_whole():
+                plan.due_s = self._clock.now() + plan.every_s
                 name = self._rng.choice(sorted(self._pool.workers))
                 self._note(f"{plan.what} {name}")
                 plan.do(name)
                 if self._scaler is None:  # which would see to it
                     self._pool.start_worker()
+                self._done_s = self._clock.now()
         lines = self._pool.heal()
         now = self._clock.now()
         if self._scaler is not None and now >= self._scale_at:
@@ -113,6 +117,12 @@ class Harm:
             lines += self._scaler.step(now)
         for line in lines:
             self._note(line)
+
+    def _is_whole(self) -> bool:
+        """Whether all workers have been seen that there were at first, since somebody went."""
+        samples = self._observed.samples
+        has_looked = samples and samples[-1].at_s > self._done_s + NOTICED_S
+        return bool(has_looked) and samples[-1].workers >= samples[0].workers
 
     def _note(self, what: str) -> None:
         self._observed.events.append(Event(round(self._clock.now(), 3), what))

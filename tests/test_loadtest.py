@@ -60,8 +60,8 @@ def test_sessions_of_a_trace_come_when_it_says(pool: LocalPool, tmp_path: Path) 
 def test_a_pool_of_its_own_loses_workers_and_no_session(tmp_path: Path) -> None:
     plot = tmp_path / "plots" / "load.png"
     done = run_midspan(
-        "loadtest", "--rate", "6", "--duration", "6", "--warmup", "1", *SHORT, "--workers", "2",
-        "--kill-every", "2", "--drain-every", "3", "--engines", "2", "--slo", "ttft=30",
+        "loadtest", "--rate", "4", "--duration", "12", "--warmup", "1", *SHORT, "--workers", "2",
+        "--kill-every", "1", "--drain-every", "1.5", "--engines", "2", "--slo", "ttft=30",
         "--plot", str(plot), "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

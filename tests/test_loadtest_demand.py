@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import statistics
 from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from common.errors import NoWorker, SettingsError
 from loadtest.answers import Answer
 from loadtest.demand import Lengths, Request, draw_requests, parse_lengths, read_trace
+from loadtest.live import draw_progress
+from loadtest.observed import Event, Observed
 from loadtest.pacing import AskFailed, Clock, Load
 from loadtest.settings import LoadSettings
 
@@ -186,6 +190,22 @@ def test_an_answer_that_ends_early_has_failed() -> None:
     asyncio.run(load.run([Request(1, 3)], is_open=False))
     assert load.answers[0].failure == "incomplete"
     assert load.answers[0].reason == "1 of 3 tokens came"
+
+
+def test_the_live_view_counts_what_is_running_over_and_failed() -> None:
+    load = Load(Stand(), Clock(), concurrency=2, duration_s=None)
+    now = load.clock.now()
+    running, over, failed = (Answer(Request(1, 2), 0.0, 0.0) for _ in range(3))
+    running.token_s = [now, now]
+    over.token_s, over.ended_s = [now], now
+    failed.failure, failed.ended_s = "NoWorker", now
+    load.answers += [running, over, failed]
+    text = Console(width=120, record=True, file=io.StringIO())
+    text.print(draw_progress(load, Observed(events=[Event(1.0, "killed w1")])))
+    names, figures = text.export_text().splitlines()
+    assert names.split()[:4] == ["seconds", "running", "over", "failed"]
+    assert figures.split()[1:5] == ["1", "2", "1", "2"]  # the last: 3 tokens in 2 s
+    assert figures.endswith("killed w1")
 
 
 def test_settings_that_contradict_each_other_are_named() -> None:

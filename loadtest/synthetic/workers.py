@@ -19,6 +19,7 @@ from common.console.processes import end_with_parent, freeze_loaded_objects, set
 from common.settings import REDIS_URL
 
 CACHE_BYTES = 64 << 20  # of each worker
+HEARTBEAT_S = 0.5  # one Python runs all of them: one that must wait for it is not dead
 
 
 @click.command()
@@ -58,7 +59,7 @@ def main(
             Worker(
                 store,
                 lambda outbox, make=make: [make(outbox)],  # type: ignore[misc]
-                WorkerSettings([broker]),
+                WorkerSettings([broker], heartbeat_s=HEARTBEAT_S),
                 f"{name}.{index + 1}",
             )
         )

@@ -17,7 +17,7 @@ from common.codecs.spec import EXACT
 from common.console.option_types import COUNT, SEED
 from common.console.outputs import check_writable
 from common.console.tables import format_table
-from common.console.waiting import progress_bar
+from common.console.waiting import progress_bar, waiting
 from common.errors import SettingsError
 from common.weights.demo_model import DEMO_IMAGE_MODEL
 from edge_agent.commands.prompts import check_text
@@ -200,11 +200,12 @@ def measure_images(
                 makers[cut] = ImageMaker(directory, pool.connect(), cut)
             return makers[cut]
 
-        reference = _make_all(maker_of("unet"), wanted, "unet", 1, EXACT)[0]
-        full = {
-            path: sum(_make_all(maker_of(PATHS[path][0]), wanted[:1], path, 1, EXACT)[1:])
-            for path in paths
-        }
+        with waiting("making the reference", is_shown=is_shown):
+            reference = _make_all(maker_of("unet"), wanted, "unet", 1, EXACT)[0]
+            full = {
+                path: sum(_make_all(maker_of(PATHS[path][0]), wanted[:1], path, 1, EXACT)[1:])
+                for path in paths
+            }
         with progress_bar(len(ways), "measuring", is_shown=is_shown) as bar:
             for path, reuse, codec in ways:
                 pictures, up, down = _make_all(maker_of(PATHS[path][0]), wanted, path, reuse, codec)

@@ -25,7 +25,7 @@ from deploy.pool import LocalPool, PoolSettings
 from edge_agent.commands.codec_options import CodecChoice
 from edge_agent.commands.connection_options import Connection
 from edge_agent.commands.question import Means, Question, describe_source
-from edge_agent.commands.served_answer import ServedAnswer
+from edge_agent.commands.served_answer import ServedAnswer, make_request
 from edge_agent.server.announcement import (
     SERVES,
     Announcement,
@@ -257,6 +257,15 @@ def test_another_model_and_changed_weights_do_not_fit(demo_directory: Path, tmp_
     assert means(tmp_path).fit(before)
     weights.write_bytes(b"12")
     assert not means(tmp_path).fit(before)
+
+
+def test_a_request_says_all_that_the_server_could_decide_otherwise() -> None:
+    drawing = SamplingSettings(0.5, 3, 0.9, 1.2, seed=4)
+    assert make_request(Question("Once", 5, drawing, ("a", "b")), "tiny") == {
+        "model": "tiny", "prompt": "Once", "max_tokens": 5, "temperature": 0.5, "top_k": 3,
+        "top_p": 0.9, "repetition_penalty": 1.2, "seed": 4, "stop": ["a", "b"], "stream": True,
+        "midspan": True,
+    }  # fmt: skip
 
 
 def test_what_a_request_cannot_say_is_not_asked_of_a_serve() -> None:

@@ -95,7 +95,7 @@ def test_ask_draws_as_the_checkpoint_says_unless_it_is_told_otherwise(
     for path in demo_directory.iterdir():
         if path.is_file() and path.name != "generation_config.json":
             (model / path.name).symlink_to(path)
-    said = {"do_sample": True, "temperature": 0.8, "top_k": 30, "repetition_penalty": 1.1}
+    said = {"do_sample": True, "temperature": 0.8, "top_k": 30, "repetition_penalty": 1.6}
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, **said}))
 
     def ask(*options: str) -> list[int]:
@@ -103,7 +103,7 @@ def test_ask_draws_as_the_checkpoint_says_unless_it_is_told_otherwise(
         tokens: list[int] = json.loads(run_midspan(*command, *options).stdout)["token_ids"]
         return tokens
 
-    typed = ["-t", "0.8", "--top-k", "30", "--repetition-penalty", "1.1"]
+    typed = ["-t", "0.8", "--top-k", "30", "--repetition-penalty", "1.6"]
     assert ask("--model", str(model), "--seed", "5") == ask(*typed, "--seed", "5")
     greedy = ["--model", str(model), "-t", "0", "--repetition-penalty", "1"]
     assert ask(*greedy) == ask() != ask("--model", str(model), "--seed", "5")

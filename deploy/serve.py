@@ -33,6 +33,7 @@ from common.console.waiting import waiting
 from common.errors import BrokerUnavailable, SettingsError
 from common.security.keys import is_public, read_public
 from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
+from common.weights.model_files import read_model_config
 from edge_agent.commands.codec_options import CodecChoice, codec_options
 from edge_agent.commands.connection_options import SERVED, Connection, connection_options
 from edge_agent.commands.prompts import read_file, read_template
@@ -157,6 +158,7 @@ def serve(
     if model_name is None and image_model is None:
         image_model = DEMO_IMAGE_MODEL
     directory = find_model(model_name)
+    read_model_config(directory)  # complains now, if ever
     images = find_model(image_model) if image_model else None
     pool_public = read_public(pool_key) if pool_key else None
     connection.check(timeout_s)  # complains of options now, if ever

@@ -64,12 +64,15 @@ for arguments in (
     ["hi", "--span", "2"], ["hi", "--broker", "localhost"], ["hi", "--timeout", "0"],
     ["hi", "--key", "none", "--broker-key", "none"], ["hi", "--encrypt-kv", "none"],
     ["hi", "-t", "1e9"], ["hi", "--top-p", "0"], ["hi", "--repetition-penalty", "inf"],
-    ["hi", "--broker", "tcp://127.0.0.1:9"],
+    ["hi", "--broker", "tcp://127.0.0.1:9"], ["hi", "--model", "./nothing"],
+    ["hi", "--model", "tests"], ["hi", "--span", "2-9"],
 ):
     try:
         midspan(["ask", *arguments], standalone_mode=False)
-    except click.ClickException:
+    except click.ClickException as error:
         assert "torch" not in sys.modules
+        is_late = "no broker answers" in error.format_message()
+        assert is_late == ("tcp://127.0.0.1:9" in arguments), arguments
     else:
         raise AssertionError(arguments)
 """

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.errors import CheckpointError
-from common.weights.model_files import check_place, check_plain_file, check_plain_files, read_json
+from common.weights.model_files import check_place, check_plain_file, read_json, read_model_config
 from common.weights.torch_file import TorchFile
 
 # what a configuration says about files and tools rather than about the model
@@ -61,16 +61,7 @@ class Checkpoint:
         return sorted(self._file_of)
 
     def _read_config(self) -> dict[str, Any]:
-        if not self.directory.is_dir():
-            raise CheckpointError(f"model {str(self.directory)!r} is not a directory")
-        check_plain_files(self.directory)
-        path = self.directory / "config.json"
-        config = read_json(path, "a Hugging Face model directory has one")
-        if self._config_key not in config:
-            raise CheckpointError(
-                f"{path} names no {self._config_key}, so it describes no model of this kind"
-            )
-        return config
+        return read_model_config(self.directory, self._config_key)
 
     @property
     def opened_files(self) -> list[str]:

@@ -40,6 +40,21 @@ def check_place(index: Path, name: object) -> None:
         raise CheckpointError(f"{index} names {name!r}, which is no file name inside its directory")
 
 
+def read_model_config(directory: Path, key: str = "model_type") -> dict[str, Any]:
+    """The config.json of a model's directory, which has `key` if it is of the kind expected.
+
+    Raises CheckpointError for what is no such directory.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"model {str(directory)!r} is not a directory")
+    check_plain_files(directory)
+    path = directory / "config.json"
+    config = read_json(path, "a Hugging Face model directory has one")
+    if key not in config:
+        raise CheckpointError(f"{path} names no {key}, so it describes no model of this kind")
+    return config
+
+
 def read_json(path: Path, hint: str = "") -> dict[str, Any]:
     """A JSON object. Raises CheckpointError, with the hint where there is no such file."""
     check_plain_file(path)

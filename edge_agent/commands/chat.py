@@ -23,6 +23,7 @@ from common.console.waiting import waiting
 from common.errors import MidspanError, SettingsError
 from common.security.keys import read_public
 from common.weights.demo_model import find_model
+from common.weights.model_files import read_model_config
 from edge_agent.commands.codec_options import CodecChoice, codec_options
 from edge_agent.commands.connection_options import SERVED, Connection, connection_options
 from edge_agent.commands.cost_tables import format_stats
@@ -81,6 +82,7 @@ def chat(
     codecs.split()  # complains now, if ever
     pool_public = read_public(pool_key) if pool_key else None
     directory = find_model(model_name)
+    read_model_config(directory)  # complains now, if ever
     drawing = sampling.read_settings(read_defaults(directory))
     sampling.warn_of_greedy(drawing)
     template = read_template(chat_template) if chat_template else None

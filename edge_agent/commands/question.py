@@ -7,7 +7,8 @@ from pathlib import Path
 
 from common.errors import SettingsError
 from common.security.keys import ClientKeys
-from common.spans.cut import read_span
+from common.spans.cut import check_middle, read_span
+from common.weights.model_files import read_model_config
 from edge_agent.commands.codec_options import CodecChoice
 from edge_agent.commands.connection_options import Connection
 from edge_agent.commands.prompts import check_text
@@ -68,11 +69,17 @@ class Means:
     given: frozenset[str]  # fields of `Route` that somebody said, so that no others will do
 
     def check(self) -> None:
-        """Raises SettingsError for options that mean nothing."""
-        if self.span_text is not None:
-            read_span(self.span_text)
-        self.codecs.split()
+        """Raises SettingsError for options that mean nothing, CheckpointError for what is no model.
+
+        How many layers there are not every family says under this name; loading finds out.
+        """
         self.connection.check(self.timeout_s)
+        self.codecs.split()
+        layers = read_model_config(self.directory).get("num_hidden_layers")
+        if self.span_text is not None:
+            span = read_span(self.span_text)
+            if type(layers) is int:
+                check_middle(span, layers, what=f"span {span}")
 
     def fit(self, announcement: Announcement) -> bool:
         """Whether a running serve would answer as an engine with these would."""

@@ -265,8 +265,8 @@ def ask_synthetic_pool(
         SyntheticOracle(),
     )  # fmt: skip
     edges.check(settings)
-    harm = HarmSettings(whom.kill_every_s, whom.drain_every_s)
     count = WorkerCount(*whom.worker_range)
+    harm = HarmSettings(whom.kill_every_s, whom.drain_every_s, count)
     with open_synthetic_pool(count, whom.processes, shape, directory, whom.synthetic_ms) as own:
         outcome = load_pool(Brokers([own.edge_endpoint], own=own), edges, settings, harm, slo)
     outcome.report["synthetic"] = {

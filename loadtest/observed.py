@@ -18,6 +18,9 @@ COUNTED_BY_BROKER = (
 )  # fmt: skip
 
 
+SCALED = "scaled:"  # what events begin with that only changed the number of workers
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """Something that was done to the pool, for the plot."""

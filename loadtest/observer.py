@@ -14,7 +14,7 @@ from common.errors import BrokerUnavailable, ProcessFailed
 from deploy.pool import LocalPool
 from deploy.scaling.autoscaler import Autoscaler
 from edge_agent.engine.client import BrokerClient
-from loadtest.observed import Event, Observed, read_sample
+from loadtest.observed import SCALED, Event, Observed, read_sample
 from loadtest.pacing import Clock
 
 SAMPLE_S = 0.5
@@ -114,7 +114,7 @@ class Harm:
         now = self._clock.now()
         if self._scaler is not None and now >= self._scale_at:
             self._scale_at = now + SCALE_S
-            lines += self._scaler.step(now)
+            lines += [f"{SCALED} {line}" for line in self._scaler.step(now)]
         for line in lines:
             self._note(line)
 

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import SettingsError
+from loadtest.observed import SCALED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = {"killed": "tab:red", "drained": "tab:orange"}
 OTHER_COLOUR = "tab:purple"
+PANELS = (("tokens_per_s",), ("in_flight", "queued"), ("workers",))
+LABELS = {"tokens_per_s": "tokens/s", "in_flight": "steps in flight", "queued": "steps queued"}
 
 
 def require_matplotlib() -> None:
@@ -38,14 +41,13 @@ def plot_report(
 def draw_report(
     report: Mapping[str, Any], latencies: Mapping[str, Sequence[float]], title: str
 ) -> Figure:
-    """On the left latencies, seconds by name; on the right the series, with what was done."""
+    """On the left latencies, seconds by name; on the right the course, with what was done."""
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5))
+    figure = plt.figure(figsize=(13, 5.5), layout="constrained")
     figure.suptitle(title, fontsize=10)
-    _draw_distribution(left, latencies)
-    _draw_series(right, report["series"], report["events"])
-    figure.tight_layout()
+    _draw_distribution(figure.add_subplot(1, 2, 1), latencies)
+    _draw_course(figure, report["series"], report["events"])
     return figure
 
 
@@ -75,27 +77,39 @@ def make_formatter() -> Any:
     return FuncFormatter(lambda x, _: f"{x:g}" if f"{x:g}".lstrip("0.")[:1] in ("2", "5") else "")
 
 
-def _draw_series(
-    axes: Any, series: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]
+def _draw_course(
+    figure: Figure, series: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]
 ) -> None:
+    """One below the other: tokens, and where the pool was seen its steps and its workers."""
     times = [piece["at_s"] + 0.5 for piece in series]  # the middle of each second
-    axes.plot(times, [piece["tokens_per_s"] for piece in series], label="tokens/s")
-    axes.set_ylim(bottom=0)
+    panels = [panel for panel in PANELS if any(piece[panel[0]] is not None for piece in series)]
+    first = None
+    for row, names in enumerate(panels):
+        axes = figure.add_subplot(len(panels), 2, 2 * row + 2, sharex=first)
+        first = first or axes
+        for name in names:
+            label = LABELS.get(name, name)
+            style = "steps-mid" if name == "workers" else "default"
+            axes.plot(times, [piece[name] for piece in series], label=label, drawstyle=style)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        _mark_events(axes, events)
+        axes.legend(loc="upper left", fontsize=8)
+        axes.tick_params(labelbottom=row == len(panels) - 1)
     axes.set_xlabel("seconds")
-    axes.set_ylabel("tokens/s")
-    if any(piece["workers"] is not None for piece in series):
-        counts = axes.twinx()
-        for name, style in (("workers", "-"), ("queued", ":"), ("in_flight", "--")):
-            values = [piece[name] for piece in series]
-            words = {"in_flight": "steps in flight", "queued": "steps queued"}.get(name, name)
-            counts.plot(times, values, style, color="tab:green", label=words, linewidth=1)
-        counts.set_ylim(bottom=0)
-        counts.set_ylabel("workers, steps")
-        counts.legend(loc="lower right")
-    for what in dict.fromkeys(event["what"].partition(" ")[0] for event in events):
-        at = [event["at_s"] for event in events if event["what"].startswith(what)]
-        colour = COLOURS.get(what, OTHER_COLOUR)
-        label = f"worker {what}" if what in COLOURS else "ended by itself"
+
+
+def _mark_events(axes: Any, events: Sequence[Mapping[str, Any]]) -> None:
+    """Lines for workers that went; that a pool grew or shrank is seen in their number."""
+    gone = [event for event in events if not event["what"].startswith(SCALED)]
+    kinds = [event["what"].partition(" ")[0] for event in gone]
+    for colour in dict.fromkeys(COLOURS.get(kind, OTHER_COLOUR) for kind in kinds):
+        at = [
+            event["at_s"]
+            for event, kind in zip(gone, kinds, strict=True)
+            if COLOURS.get(kind, OTHER_COLOUR) == colour
+        ]
+        (kind,) = {k for k in kinds if COLOURS.get(k) == colour} or {""}
+        label = f"worker {kind}" if kind else "ended by itself"
         axes.vlines(at, 0, 1, transform=axes.get_xaxis_transform(), color=colour, linewidth=0.8,
                     label=label)  # fmt: skip
-    axes.legend(loc="lower left")

@@ -121,8 +121,13 @@ class ImageLoad:
 def open_synthetic_pool(
     workers: WorkerCount, processes: int, shape: Shape, directory: Path, batch_ms: float
 ) -> Iterator[LocalPool]:
-    """A pool of so many stand-ins for workers, evenly in some processes."""
-    if not workers.is_fixed or workers.least % processes:
+    """A pool of so many stand-ins for workers, evenly in some processes.
+
+    One that grows and shrinks has a process for each.
+    """
+    if not workers.is_fixed:
+        processes = workers.least
+    if workers.least % processes:
         raise SettingsError(
             f"--workers is not a number that {processes} processes (--processes) share evenly"
         )

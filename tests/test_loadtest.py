@@ -92,16 +92,21 @@ def test_a_plot_has_latencies_and_what_was_done_to_the_pool() -> None:
     piece = {"tokens_per_s": 5.0, "workers": 2, "queued": 0, "in_flight": 1}
     report = {
         "series": [{"at_s": at, **piece} for at in range(4)],
-        "events": [{"at_s": 1.2, "what": "killed w1"}, {"at_s": 2.0, "what": "drained w2"}],
+        "events": [
+            {"at_s": 1.2, "what": "killed w1"},
+            {"at_s": 2.0, "what": "drained w2"},
+            {"at_s": 2.5, "what": "scaled: 1 -> 2 workers"},
+        ],
     }
     figure = draw_report(report, {"time to first token": [0.1, 0.3, 0.2], "none": []}, "a title")
-    left, right, counts = figure.axes
+    left, right, steps, workers = figure.axes
     (line,) = left.lines
     assert list(line.get_xdata()) == [100.0, 200.0, 300.0]
     assert list(line.get_ydata()) == pytest.approx([1 / 3, 2 / 3, 1.0])
     labels = [text.get_text() for text in right.get_legend().get_texts()]
     assert labels == ["tokens/s", "worker killed", "worker drained"]
-    assert counts.get_legend().get_texts()[0].get_text() == "workers"
+    assert [line.get_label() for line in steps.lines] == ["steps in flight", "steps queued"]
+    assert [line.get_label() for line in workers.lines] == ["workers"]
     plt.close(figure)
 
 

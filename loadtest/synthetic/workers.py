@@ -29,7 +29,7 @@ HEARTBEAT_S = 0.5  # one Python runs all of them: one that must wait for it is n
 @click.option("--cut", "cut_text")
 @click.option("--ms", type=FiniteRange(0, 1e6), required=True, help="That a batch takes.")
 @click.option("--count", type=COUNT, required=True)
-@click.option("--name", required=True, help="Workers are called NAME.1, NAME.2, …")
+@click.option("--name", required=True, help="Of one worker; several are called NAME.1, NAME.2, …")
 def main(
     broker: str, redis_url: str, model: Path, cut_text: str | None, ms: float, count: int, name: str
 ) -> None:
@@ -60,7 +60,7 @@ def main(
                 store,
                 lambda outbox, make=make: [make(outbox)],  # type: ignore[misc]
                 WorkerSettings([broker], heartbeat_s=HEARTBEAT_S),
-                f"{name}.{index + 1}",
+                name if count == 1 else f"{name}.{index + 1}",
             )
         )
     threads = [threading.Thread(target=worker.run, name=worker.worker_id) for worker in workers]

@@ -31,7 +31,7 @@ from loadtest.plot import plot_report, require_matplotlib
 from loadtest.running import Outcome, report_load, run_load
 from loadtest.settings import LoadSettings, WorkerCount
 from loadtest.slo import Slo, parse_slo
-from loadtest.tables import describe_load, format_report
+from loadtest.tables import describe_run, format_report
 
 ANSWER_LIMIT_S = 300.0  # without a broker, or without an end of an answer over HTTP
 
@@ -224,7 +224,7 @@ def loadtest(
         ask = ask_synthetic_pool
     outcome = ask(settings, whom, codecs, slo)
     if plot_path is not None:
-        title = describe_load(outcome.report)
+        title = describe_run(outcome.report)
         plot_report(outcome.report, outcome.latencies, plot_path, title)
     report = outcome.report
     click.echo(json.dumps(report) if as_json else format_report(report))

@@ -90,6 +90,12 @@ def describe_load(report: dict[str, Any]) -> str:
     return f"{rate}, at most {load['concurrency']} at once; {lengths}; seed {load['seed']}"
 
 
+def describe_run(report: dict[str, Any]) -> str:
+    """A title: the load, and what was not computed."""
+    stand_in = describe_synthetic(report)
+    return describe_load(report) + (f"\n{stand_in}" if stand_in else "")
+
+
 def describe_synthetic(report: dict[str, Any]) -> str | None:
     """What was not computed; None where everything was."""
     if (stand_in := report["synthetic"]) is None:

@@ -93,17 +93,19 @@ def test_kv_rows_are_as_large_as_the_models(demo_directory: Path) -> None:
 
 def test_workers_in_few_processes_are_killed_and_every_token_is_right() -> None:
     done = run_midspan(
-        "loadtest", "--synthetic", "2", "--workers", "6", "--processes", "2", "--sessions", "60",
-        "--concurrency", "20", "--prompt-tokens", "4,300", "--tokens", "40", "--kill-every", "4",
+        "loadtest", "--synthetic", "2", "--workers", "6", "--processes", "2", "--duration", "12",
+        "--concurrency", "20", "--prompt-tokens", "4,300", "--tokens", "40", "--kill-every", "2",
         "--json",
     )  # fmt: skip
     report = json.loads(done.stdout)
     assert done.returncode == 0, report
-    assert (report["sessions"], report["failed"], report["tokens_wrong"]) == (60, 0, 0)
-    assert report["tokens"] == 60 * 40
-    assert report["workers"]["most"] >= 6
-    assert report["synthetic"]["ms"] == 2
-    assert report["synthetic"]["per"] == "batch"
+    assert report["sessions"] >= 20
+    assert (report["failed"], report["tokens_wrong"]) == (0, 0)
+    assert report["kills"] >= 1
+    assert report["takeovers"] >= 1  # of half of the sessions, at each kill
+    assert report["workers"]["most"] == 6
+    stand_in = report["synthetic"]
+    assert (stand_in["ms"], stand_in["per"], stand_in["edges"]) == (2, "batch", "compute nothing")
 
 
 def test_a_stand_in_is_named_in_the_table() -> None:

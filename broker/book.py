@@ -102,7 +102,7 @@ class Book:
         for pool, records in steps.items():
             busy = {record.worker for record in records if record.worker is not None}
             queued = [now - record.queued_at for record in records if record.worker is None]
-            seen = Sample(len(busy), len(records), queued, has_workers=bool(pool.workers))
+            seen = Sample(len(busy), len(records), queued, workers=len(pool.workers))
             pool.demand.sample(seen, now)
 
     def why_no_worker(self, service: ServiceKey) -> str:

@@ -95,6 +95,13 @@ log = logging.getLogger("midspan.broker")
     help="Part of the time in which a worker should have something to do; for `autoscale`.",
 )
 @click.option(
+    "--target-steps",
+    default=DEFAULT_GOALS.steps,
+    show_default=True,
+    type=COUNT,
+    help="At once, for which one worker is enough: about half of a batch; for `autoscale`.",
+)
+@click.option(
     "--target-wait-ms",
     default=round(DEFAULT_GOALS.wait_s * 1000),
     show_default=True,
@@ -119,6 +126,7 @@ def broker(
     max_memory_mb: int,
     hold_s: float,
     target_occupancy: float,
+    target_steps: int,
     target_wait_ms: int,
     keys: Path | None,
     insecure: bool,
@@ -149,7 +157,7 @@ def broker(
         max_attempts=max_attempts,
         max_sessions_per_edge=max_sessions,
         hold_s=hold_s,
-        goals=Goals(target_occupancy, target_wait_ms / 1000),
+        goals=Goals(target_occupancy, target_wait_ms / 1000, target_steps),
         keys=keys.expanduser() if keys else None,
         max_memory_mb=max_memory_mb,
         metrics=open_page(metrics),

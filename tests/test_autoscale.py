@@ -76,7 +76,9 @@ def test_a_pool_under_load_grows_and_shrinks_again_without_a_row_replayed(
     tokenizer = TextTokenizer(demo_ends.directory)
     prompts = PROMPTS[:8]
     want = reference_tokens(whole_model, tokenizer, prompts, TOKENS)
-    settings = PoolSettings(workers=1, broker_options=["--target-occupancy", "0.1"])
+    settings = PoolSettings(
+        workers=1, broker_options=["--target-occupancy", "0.1", "--target-steps", "1"]
+    )
     wrong: list[str] = []
     replayed: list[int] = []
 

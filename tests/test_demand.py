@@ -6,7 +6,7 @@ import pytest
 
 from broker.demand import Demand, Goals, Sample
 
-GOALS = Goals(occupancy=0.5, wait_s=0.1)
+GOALS = Goals(occupancy=0.5, wait_s=0.1, steps=4)
 LONG_S = 60.0  # beyond which nothing of the time before is seen
 
 
@@ -22,7 +22,7 @@ def watch(
     demand = demand or Demand(GOALS)
     for tick in range(round(LONG_S * 10)):
         demand.observe(wait_s, compute_s)
-        demand.sample(Sample(busy, steps, [], has_workers=True), start_s + tick / 10)
+        demand.sample(Sample(busy, steps, [], workers=10), start_s + tick / 10)
     return demand
 
 
@@ -36,14 +36,34 @@ def test_a_worker_that_is_busy_half_of_the_time_is_half_a_busy_worker() -> None:
     demand = Demand(GOALS)
     for tick in range(600):
         busy = tick % 2
-        demand.sample(Sample(busy, 20 * busy, [], has_workers=True), tick / 10)
+        demand.sample(Sample(busy, 20 * busy, [], workers=10), tick / 10)
     assert demand.busy_workers == pytest.approx(0.5, abs=0.02)  # one look's weight is 0.02
     assert demand.wanted_workers == pytest.approx(0.5 / GOALS.occupancy, abs=0.04)
 
 
+def test_where_all_are_busy_all_the_time_steps_say_how_many_there_should_be() -> None:
+    demand = Demand(GOALS)
+    for tick in range(600):
+        demand.sample(Sample(2, 40, [], workers=2), tick / 10)
+    assert demand.wanted_workers == pytest.approx(40 / GOALS.steps)
+
+
+def test_workers_that_are_all_busy_with_few_steps_each_are_too_many() -> None:
+    assert watch(busy=8, steps=8).wanted_workers == pytest.approx(8 / GOALS.steps)
+
+
+def test_a_session_with_long_pauses_keeps_one_worker_wanted() -> None:
+    demand = Demand(GOALS)
+    for tick in range(600):
+        if tick % 30 == 0:  # an answer every 3 s, that nobody was seen at
+            demand.observe(0.0, 0.01)
+        demand.sample(Sample(0, 0, [], workers=10), tick / 10)
+        assert 0 < demand.wanted_workers <= 1
+
+
 def test_one_session_never_wants_more_than_one_worker() -> None:
     demand = watch(busy=1, steps=1, wait_s=10.0)
-    assert demand.wanted_workers == 1.0
+    assert 0 < demand.wanted_workers <= 1.0
 
 
 def test_waiting_doubles_what_is_wanted_and_no_more() -> None:
@@ -61,23 +81,23 @@ def test_waiting_for_the_batch_before_is_no_sign_of_want() -> None:
 def test_steps_that_still_wait_count_as_long_as_they_have_waited() -> None:
     demand = Demand(GOALS)
     for tick in range(600):
-        demand.sample(Sample(2, 40, [0.3] * 20, has_workers=True), tick / 10)
+        demand.sample(Sample(2, 40, [0.3] * 20, workers=10), tick / 10)
     assert demand.wait_s == pytest.approx(0.3)
     assert demand.wanted_workers == pytest.approx(2 * 2 / GOALS.occupancy)
 
 
 def test_where_nobody_is_one_worker_is_wanted_at_once_while_something_waits() -> None:
     demand = Demand(GOALS)
-    demand.sample(Sample(0, 0, [], has_workers=False), 0.0)
+    demand.sample(Sample(0, 0, [], workers=0), 0.0)
     assert demand.wanted_workers == 0.0
-    demand.sample(Sample(0, 1, [0.0], has_workers=False), 0.05)
+    demand.sample(Sample(0, 1, [0.0], workers=0), 0.05)
     assert demand.wanted_workers == 1.0
-    demand.sample(Sample(0, 0, [], has_workers=False), 0.1)
-    assert demand.wanted_workers < 0.05
+    demand.sample(Sample(0, 0, [], workers=0), 0.1)
+    assert 0 < demand.wanted_workers < 1
 
 
 def test_after_a_while_of_nothing_nothing_is_wanted() -> None:
     demand = watch(busy=4, steps=40)
-    for tick in range(400):
-        demand.sample(Sample(0, 0, [], has_workers=True), LONG_S + tick / 10)
+    for tick in range(600):
+        demand.sample(Sample(0, 0, [], workers=10), LONG_S + tick / 10)
     assert demand.wanted_workers == 0.0

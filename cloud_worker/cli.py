@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from cloud_worker.options import Bounds, Models, bound_options, model_options
+from cloud_worker.start_times import StartTimes
 from common.console.options import (
     Logs,
     broker_option,
@@ -24,6 +26,9 @@ from common.console.options import (
 from common.console.processes import freeze_loaded_objects, set_up_torch
 from common.security.keys import load_client_keys, read_pair
 from common.settings import HEARTBEAT_S, REDIS_PORT, REDIS_URL, WORKER_ENDPOINT, parse_endpoint
+
+if TYPE_CHECKING:
+    from cloud_worker.loop.worker import Worker
 
 log = logging.getLogger("midspan.worker")
 
@@ -82,6 +87,7 @@ def worker(
 
     SIGTERM or Ctrl-C drains it: what it has is finished and committed, then it leaves.
     """
+    times = StartTimes()
     endpoints = [parse_endpoint(broker, "--broker") for broker in brokers]
     keys = load_client_keys(key, broker_key)
     pool_pair = read_pair(pool_secret) if pool_secret else None
@@ -92,6 +98,7 @@ def worker(
     from cloud_worker.serving import ServingSettings, load_services
     from cloud_worker.state.redis_store import RedisKvStore
 
+    times.mark("libraries")
     store = RedisKvStore(redis_url, must_answer=False, share_bytes=bounds.edge_store_mb << 20)
     settings = ServingSettings(
         dtype,
@@ -116,13 +123,19 @@ def worker(
         lambda outbox: [make(outbox) for make in makers],
         WorkerSettings(endpoints, bounds.capacity, heartbeat_ms / 1000, keys),
         worker_id,
-        on_ready=lambda broker: click.echo(
-            f"worker {server.worker_id} ready: {server.serving} at {broker}"
-        ),
+        on_ready=lambda broker: say_ready(server, broker, times),
         metrics=page,
     )
     freeze_loaded_objects()
+    times.mark("models")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.request_drain())
     server.run()
     log.info("worker %s left", server.worker_id)
+
+
+def say_ready(server: Worker, broker: str, times: StartTimes) -> None:
+    """A broker has taken its announcement."""
+    click.echo(f"worker {server.worker_id} ready: {server.serving} at {broker}")
+    times.mark("proof and announcement")
+    log.info("started in %s", times)

@@ -1,0 +1,107 @@
+"""From the start of a worker's process to its first answered step, and what it then has in memory.
+
+    python benchmarks/cold_start.py [--rounds N] [--json]
+
+A worker for the demo text model beside one for the demo image model as well, in turns, each joining
+an empty pool in which a session already waits. Stages are what the worker itself says; memory is
+resident, and of that what is its own (not a file's that other processes share). `bare_mb` is a
+Python that has imported torch and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from common.console.processes import set_up_torch
+from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
+from deploy.pool import LocalPool, PoolSettings
+from edge_agent.text.ends import ModelEnds, load_ends
+from edge_agent.text.sampling import SamplingSettings
+from edge_agent.text.session import Session
+from edge_agent.text.text_session import uniform_settings
+
+KINDS = {"text": None, "text_and_images": DEMO_IMAGE_MODEL}  # the image model
+BARE = "import torch, pathlib; print(pathlib.Path('/proc/self/status').read_text())"
+
+
+def read_memory(text: str) -> dict[str, float]:
+    """MB resident, and MB of that which are no file's."""
+    sizes = {name: int(kb) / 1024 for name, kb in re.findall(r"(VmRSS|RssAnon):\s+(\d+) kB", text)}
+    return {"resident_mb": round(sizes["VmRSS"], 1), "own_mb": round(sizes["RssAnon"], 1)}
+
+
+def start_one(ends: ModelEnds, kind: str) -> dict[str, Any]:
+    """One worker, started while a session waits for its first token."""
+    settings = PoolSettings(
+        workers=0, model=DEMO_TEXT_MODEL, image_model=KINDS[kind],
+        broker_options=["--hold", "120"], worker_options=["--verbose"],
+    )  # fmt: skip
+    with LocalPool(settings) as pool:
+        client = pool.connect(timeout_s=120)
+        session = Session(ends, client, uniform_settings("int8"))
+        answered_at: list[float] = []
+
+        def ask() -> None:
+            next(iter(session.generate([5, 6, 7, 8], 1, SamplingSettings())))
+            answered_at.append(time.perf_counter())
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        started_at = time.perf_counter()
+        name = pool.start_worker()
+        child = pool.workers[name]
+        line = child.wait_for("started in", timeout_s=120)
+        asking.join()
+        memory = read_memory(Path(f"/proc/{child.pid}/status").read_text())
+        client.close()
+    stages = {stage.strip(): float(s) for stage, s in re.findall(r"([a-z ]+) ([\d.]+) s[,)]", line)}
+    return {"first_step_s": round(answered_at[0] - started_at, 2), "stages_s": stages, **memory}
+
+
+@click.command()
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--json", "as_json", is_flag=True)
+def main(rounds: int, as_json: bool) -> None:
+    set_up_torch(threads=1)
+    ends = load_ends(find_model(DEMO_TEXT_MODEL))
+    rows: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+    for _ in range(rounds):
+        for kind in KINDS:
+            rows[kind].append(start_one(ends, kind))
+    bare = subprocess.run(
+        [sys.executable, "-c", BARE], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    result: dict[str, Any] = {
+        kind: {
+            **{
+                name: round(statistics.median(row[name] for row in found), 2)
+                for name in ("first_step_s", "resident_mb", "own_mb")
+            },
+            "stages_s": {
+                stage: round(statistics.median(row["stages_s"][stage] for row in found), 2)
+                for stage in found[0]["stages_s"]
+            },
+        }
+        for kind, found in rows.items()
+    }
+    size = sum(path.stat().st_size for path in find_model(DEMO_TEXT_MODEL).glob("*.safetensors"))
+    result |= {"bare": read_memory(bare), "text_model_mb": round(size / 1e6, 1), "rounds": rounds}
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    for name, figures in result.items():
+        click.echo(f"{name:16} {figures}")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,9 +29,12 @@ def pool() -> Iterator[LocalPool]:
         yield running
 
 
-def run_at_terminal(script: str, home: Path) -> tuple[str, str]:
+def run_at_terminal(
+    script: str, home: Path, *, columns: int = 80, term: str = "xterm"
+) -> tuple[str, str]:
     """What a script writes to stdout, which is a pipe, and to stderr, which is a terminal."""
     main, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
     shown = bytearray()
 
     def read() -> None:
@@ -41,7 +47,7 @@ def run_at_terminal(script: str, home: Path) -> tuple[str, str]:
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, stderr=side, stdout=subprocess.PIPE, check=False,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, "HOME": str(home), "TERM": "xterm", "PYTHONIOENCODING": "utf-8"},
+        env={**os.environ, "HOME": str(home), "TERM": term, "PYTHONIOENCODING": "utf-8"},
     )  # fmt: skip
     os.close(side)
     reader.join()
@@ -61,6 +67,29 @@ def test_a_spinner_turns_and_leaves_nothing(tmp_path: Path) -> None:
     assert "⠋ loading x, 0 s" in shown
     assert "⠙ loading x, 0 s" in shown
     assert shown.endswith("\r\033[K")
+
+
+def test_a_spinner_keeps_to_one_line_of_a_narrow_terminal(tmp_path: Path) -> None:
+    script = SLOWLY + "with w.waiting('loading ' + 'x' * 60):\n    time.sleep(0.2)"
+    _, shown = run_at_terminal(script, tmp_path, columns=20)
+    lines = shown.split("\r\033[K")
+    assert "⠋ loading " in shown
+    assert max(map(len, lines)) < 20
+
+
+def test_a_terminal_that_cannot_wipe_out_a_line_shows_nothing(tmp_path: Path) -> None:
+    script = SLOWLY + "with w.waiting('loading x'): time.sleep(0.1)\n"
+    assert run_at_terminal(script, tmp_path, term="dumb") == ("", "")
+
+
+def test_a_command_whose_stderr_is_closed_waits_without_a_word() -> None:
+    script = (
+        "import common.console.waiting as w\nwith w.waiting('loading x'): print('done')\n"
+        "with w.progress_bar(2, 'steps') as bar: bar.update(2)\n"
+    )
+    shell = ["sh", "-c", 'exec "$0" -c "$1" 2>&-', sys.executable, script]
+    done = subprocess.run(shell, cwd=ROOT, stdout=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stdout) == (0, b"done\n")
 
 
 def test_what_is_quick_shows_nothing(tmp_path: Path) -> None:

@@ -1,13 +1,15 @@
 """What moves on stderr while a command works and has nothing to print yet.
 
-Only on a terminal. A bar is for work whose parts are counted; a spinner, for work that is not,
-comes after two seconds, and its line is wiped out before anything else is written.
+Only on a terminal that can wipe out a line. A bar is for work whose parts are counted; a spinner,
+for work that is not, comes after two seconds, and its line is wiped out before anything else is
+written. It is never longer than the terminal is wide, or what is wiped out would be its end only.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import sys
 import threading
 import time
@@ -22,6 +24,7 @@ FRAME_S = 0.1
 FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 PLAIN_FRAMES = "|/-\\"  # for terminals without those characters
 WIPE = "\r\033[K"
+USUAL_WIDTH = 80
 
 
 class Bar(Protocol):
@@ -45,7 +48,8 @@ class Spinner:
             return
         while not self._over.wait(FRAME_S):
             seconds = int(time.monotonic() - self._started_at)
-            self._write(f"{WIPE}{next(self._frames)} {self.what}, {seconds} s")
+            line = f"{next(self._frames)} {self.what}, {seconds} s"
+            self._write(WIPE + line[: _read_width() - 1])
         self._write(WIPE)
 
     def _write(self, text: str) -> None:
@@ -73,7 +77,9 @@ def waiting(what: str, *, is_shown: bool = True) -> Iterator[Spinner | None]:
 
 
 def is_watched() -> bool:
-    """Whether somebody sees what goes to stderr."""
+    """Whether somebody sees what goes to stderr, and a line there can be wiped out."""
+    if sys.stderr is None or os.environ.get("TERM") == "dumb":  # None: a shell's 2>&-
+        return False
     return sys.stderr.isatty()
 
 
@@ -82,6 +88,14 @@ def progress_bar(length: int, label: str, *, is_shown: bool = True) -> AbstractC
     return click.progressbar(
         length=length, label=label, file=sys.stderr, hidden=not (is_shown and is_watched())
     )
+
+
+def _read_width() -> int:
+    """Columns of the terminal; 80 where it says none."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or USUAL_WIDTH
+    except (OSError, ValueError):
+        return USUAL_WIDTH
 
 
 def _speaks_unicode() -> bool:

@@ -58,8 +58,8 @@ class Address:
         keys = [self.api_key] if self.api_key is not None else []
         if self.api_key_file is not None:
             keys += read_key_file(self.api_key_file)
-        if any(not key.strip() or not key.isascii() for key in keys):
-            raise SettingsError("an API key is empty or not ASCII")
+        if any(not key.strip() or not (key.isascii() and key.isprintable()) for key in keys):
+            raise SettingsError("an API key is empty or not printable ASCII")
         if not keys and is_public(f"tcp://{self.host}:{self.port}"):
             raise SettingsError(
                 f"--host {self.host} can be reached from other machines; give --api-key-file, "
@@ -214,11 +214,13 @@ def serve(
             api_keys[0] if api_keys else None, describe_process(),
         )  # fmt: skip
 
+        said = stack.enter_context(contextlib.ExitStack())
+
         def on_ready() -> None:
-            stack.enter_context(announced(announcement))
+            said.enter_context(announced(announcement))
             click.echo(f"serving {ends.name} at {url_of(listener)}")
 
-        DrainingServer(make_app(services), services.drain, on_ready).run([listener])
+        DrainingServer(make_app(services), services.drain, on_ready, said.close).run([listener])
     click.echo("stopped")
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from fastapi import FastAPI
 from forks import ROOT, error_line, run_midspan
 from pools import PROMPTS
 
@@ -25,7 +29,7 @@ from deploy.pool import LocalPool, PoolSettings
 from edge_agent.commands.codec_options import CodecChoice
 from edge_agent.commands.connection_options import Connection
 from edge_agent.commands.question import Means, Question, describe_source
-from edge_agent.commands.served_answer import ServedAnswer, make_request
+from edge_agent.commands.served_answer import NotServed, ServedAnswer, make_request
 from edge_agent.server.announcement import (
     SERVES,
     Announcement,
@@ -33,6 +37,8 @@ from edge_agent.server.announcement import (
     describe_process,
     list_running,
 )
+from edge_agent.server.gate import Drain
+from edge_agent.server.running import DrainingServer, bind
 from edge_agent.text.sampling import SamplingSettings
 
 SAMPLED = ["-t", "0.9", "--top-k", "40", "--top-p", "0.95", "--repetition-penalty", "1.1",
@@ -166,6 +172,64 @@ def test_a_serve_that_was_killed_is_not_waited_for(pool: LocalPool, tmp_path: Pa
     assert not file.exists()
 
 
+def test_a_serve_that_hangs_is_not_waited_for(pool: LocalPool, tmp_path: Path) -> None:
+    child, _ = start_serve(pool, tmp_path, "--codec", "fp16", "--timeout", "100000")
+    try:
+        child.signal(signal.SIGSTOP)
+        assert "served_by" not in ask(pool, "-n", "3", "--codec", "fp16")["stats"]
+    finally:
+        child.signal(signal.SIGCONT)
+        child.stop()
+
+
+def test_neither_prompt_nor_key_goes_to_somebody_else_who_has_the_port(
+    demo_directory: Path,
+) -> None:
+    said = bytearray()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            link, _ = listener.accept()
+            with link:
+                while data := link.recv(4096):
+                    said.extend(data)
+                    link.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+
+        other = threading.Thread(target=answer)
+        other.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        announcement = replace(announce(means(demo_directory)), url=url, api_key="sesame")
+        with pytest.raises(NotServed, match="takes no questions"):
+            ServedAnswer(announcement, Question("a secret", 5, SamplingSettings(), ()))
+        other.join()
+    assert b"/health" in said
+    assert b"secret" not in said
+    assert b"sesame" not in said
+
+
+@pytest.mark.parametrize("url", ["", "http://[", "http://127.0.0.1:99999/v1", "http://a b:1/v1"])
+def test_an_address_that_is_none_is_not_asked(demo_directory: Path, url: str) -> None:
+    announcement = replace(announce(means(demo_directory)), url=url)
+    with pytest.raises(NotServed):
+        ServedAnswer(announcement, Question("hi", 5, SamplingSettings(), ()))
+
+
+def test_what_a_serve_says_of_itself_goes_before_its_port_does() -> None:
+    listener = bind("127.0.0.1", 0)
+    address = listener.getsockname()
+    holders: list[bool] = []
+
+    def on_end() -> None:
+        with contextlib.closing(socket.create_connection(address)):
+            holders.append(True)
+
+    drain = Drain(is_asked=True)
+    DrainingServer(FastAPI(), drain, on_end=on_end).run([listener])
+    assert holders == [True]
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address)
+
+
 def test_a_serve_that_ends_in_the_middle_is_named(pool: LocalPool, tmp_path: Path) -> None:
     child, url = start_serve(pool, tmp_path, "--codec", "fp16")
     worker = next(iter(pool.workers.values()))
@@ -290,8 +354,14 @@ def test_files_of_others_and_of_ended_processes_are_passed_over(
         file.chmod(0o644)
         assert list_running() == []
         file.chmod(0o600)
-        file.write_text("{")
-        assert list_running() == []
+        text = file.read_text()
+        pid = f'"pid":{os.getpid()}'
+        for odd in (
+            "{", "", "null", text.replace(pid, '"pid":-1'), text.replace(pid, '"pid":0'),
+            text.replace(pid, '"pid":99999999999999999999'), f'{text[:-1]},"x":{"[" * 60_000}',
+        ):  # fmt: skip
+            file.write_text(odd)
+            assert list_running() == []
     assert list_running() == []
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()

@@ -221,8 +221,10 @@ def test_keys_come_from_option_and_file_and_others_than_this_machine_need_one(
     for host in ("0.0.0.0", "::", "example.org"):
         with pytest.raises(SettingsError, match=f"--host {host} can be reached from other"):
             Address(host, 8080, None, None).read_keys()
-    with pytest.raises(SettingsError, match="an API key is empty or not ASCII"):
+    with pytest.raises(SettingsError, match="an API key is empty or not printable ASCII"):
         Address("127.0.0.1", 8080, " ", None).read_keys()
+    with pytest.raises(SettingsError, match="an API key is empty or not printable ASCII"):
+        Address("127.0.0.1", 8080, "a\nb", None).read_keys()  # no header could hold it
     file.write_text("\n")
     with pytest.raises(SettingsError, match="has no key in it"):
         read_key_file(file)

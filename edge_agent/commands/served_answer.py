@@ -16,7 +16,8 @@ from common.errors import MidspanError, SettingsError
 from edge_agent.commands.question import Question
 from edge_agent.server.announcement import Announcement
 
-CONNECT_LIMIT_S = 2.0
+AWAKE_LIMIT_S = 2.0  # in which a serve says that it is there, however much it has to do
+AWAKE = b'{"status":"ok"}'  # what it says at /health
 SPARE_S = 30.0  # beyond the time that the server itself gives a step
 MAX_LINE = 1 << 20  # bytes of an event
 END = b"[DONE]"
@@ -37,13 +38,17 @@ class ServedAnswer:
         self.token_ids: list[int] = []
         self.stats: dict[str, Any] | None = None  # complete with the answer's end, none before
         self.costs: list[dict[str, Any]] = []  # of each token
-        parts = urlsplit(announcement.url)
-        self._link = http.client.HTTPConnection(
-            parts.hostname or "", parts.port, timeout=CONNECT_LIMIT_S
-        )
         try:
+            parts = urlsplit(announcement.url)
+            self._link = http.client.HTTPConnection(
+                parts.hostname or "", parts.port, timeout=AWAKE_LIMIT_S
+            )
+        except (ValueError, http.client.HTTPException) as error:
+            raise NotServed(f"{self.url!r} is no address") from error
+        try:
+            self._check_awake()
             self._response = self._ask(parts.path, announcement, question)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             self.close()
             raise NotServed(f"{self.url} does not answer: {error}") from error
         except MidspanError:
@@ -54,14 +59,22 @@ class ServedAnswer:
         """The server ends what nobody reads."""
         self._link.close()
 
+    def _check_awake(self) -> None:
+        """Raises NotServed for a serve that ends, and for somebody else who has its port by now: he
+        gets neither the prompt nor the key. Raises OSError for one that hangs."""
+        self._link.request("GET", "/health")
+        if self._link.getresponse().read(MAX_LINE) != AWAKE:
+            raise NotServed(f"{self.url} takes no questions")
+
     def _ask(
         self, path: str, announcement: Announcement, question: Question
     ) -> http.client.HTTPResponse:
         headers = {"Content-Type": "application/json"}
         if announcement.api_key is not None:
             headers["Authorization"] = f"Bearer {announcement.api_key}"
-        self._link.connect()
-        self._link.sock.settimeout(announcement.route.timeout_s + SPARE_S)
+        self._link.timeout = announcement.route.timeout_s + SPARE_S
+        if self._link.sock is not None:  # None: the server closed it, another one will be opened
+            self._link.sock.settimeout(self._link.timeout)
         body = json.dumps(make_request(question, announcement.name))
         self._link.request("POST", f"{path}/completions", body, headers)
         response = self._link.getresponse()

@@ -15,6 +15,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -23,6 +24,7 @@ from common.errors import MidspanError
 log = logging.getLogger("midspan.serve")
 SERVES = Path("~/.midspan/serves")
 MAX_BYTES = 64 << 10
+MOST_PID = (1 << 22) - 1  # as Linux has it; what is beyond fits into no pid_t
 LATER = 19  # of the fields behind a process's name in /proc/PID/stat: when it started
 
 
@@ -52,7 +54,7 @@ class Route:
 class Process:
     """Which one says it: numbers come again, and machines may share a home."""
 
-    pid: int
+    pid: Annotated[int, msgspec.Meta(ge=1, le=MOST_PID)]
     started: str  # by `read_start`
     host: str
 
@@ -132,7 +134,7 @@ def list_running() -> list[Announcement]:
     """Those of this user's that still run, the newest first."""
     found = []
     for path in SERVES.expanduser().glob("*.json"):
-        with contextlib.suppress(OSError, MidspanError, msgspec.MsgspecError):
+        with contextlib.suppress(OSError, MidspanError):
             announcement = _read(path)
             if _runs(announcement.process):
                 found.append((path.stat().st_mtime, announcement))
@@ -142,13 +144,16 @@ def list_running() -> list[Announcement]:
 
 
 def _read(path: Path) -> Announcement:
-    """Raises MidspanError for a file that others could have written or read."""
+    """Raises MidspanError for a file that is not ours alone, or that says nothing."""
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
         status = os.fstat(file.fileno())
         is_ours = status.st_uid == os.getuid() and not status.st_mode & 0o077
         if not (is_ours and stat.S_ISREG(status.st_mode)):
             raise MidspanError(f"{path} is not this user's alone")
-        return msgspec.json.decode(file.read(MAX_BYTES), type=Announcement)
+        try:
+            return msgspec.json.decode(file.read(MAX_BYTES), type=Announcement)
+        except (msgspec.MsgspecError, RecursionError) as error:
+            raise MidspanError(f"{path} says nothing: {error}") from error
 
 
 def _runs(process: Process) -> bool:

@@ -21,8 +21,13 @@ class DrainingServer(uvicorn.Server):
     """Still listens while it finishes, so that whoever comes hears why; a second signal ends it."""
 
     def __init__(
-        self, app: FastAPI, drain: Drain, on_ready: Callable[[], None] = lambda: None
+        self,
+        app: FastAPI,
+        drain: Drain,
+        on_ready: Callable[[], None] = lambda: None,
+        on_end: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_end` is called while the port is still ours."""
         super().__init__(
             uvicorn.Config(
                 app, http="h11", ws="none", lifespan="off", log_config=None, access_log=False,
@@ -32,6 +37,7 @@ class DrainingServer(uvicorn.Server):
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # we say when it is ready
         self.drain = drain
         self._on_ready = on_ready
+        self._on_end = on_end
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.force_exit = self.should_exit = self.drain.is_asked
@@ -40,6 +46,10 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._on_end()
+        await super().shutdown(sockets)
 
     async def on_tick(self, counter: int) -> bool:
         is_drained = self.drain.is_asked and not self.drain.running

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -23,6 +24,9 @@ def lifeline() -> tuple[int, int]:
     However this process ends, kill -9 included, its children then see the pipe end.
     """
     return os.pipe()
+
+
+END_BYTES = 64 << 10  # of an output, that are read for the last words
 
 
 class Child:
@@ -71,10 +75,16 @@ class Child:
         """How a process that has ended did so."""
         code = self._process.returncode
         if code < 0:
-            return f"{self.name} was killed by signal {-code} ({signal.Signals(-code).name})"
-        lines = [line for line in self.log_text().splitlines() if line.strip()]
+            return f"{self.name} was killed by signal {-code} ({_name_signal(-code)})"
+        lines = [line for line in self._read_end().splitlines() if line.strip()]
         words = lines[-1].removeprefix("Error: ") if lines else "it said nothing"
         return f"{self.name} ended with exit code {code}: {words}"
+
+    def _read_end(self) -> str:
+        """Of the output, which may be more than fits into memory."""
+        with open(self.log_path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - END_BYTES))
+            return file.read().decode(errors="replace")
 
     def wait_for(self, text: str, timeout_s: float = 60.0) -> str:
         """The first line of output that holds `text`. Raises ProcessFailed if it does not come."""
@@ -104,6 +114,56 @@ class Child:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.kill()
+
+
+class ChildGroup(Child):
+    """A command that may have started others, as a shell does: they are told to end with it.
+
+    When it ends by itself they have lost who looked after them; when it was told to, they may take
+    as long as it may.
+    """
+
+    _is_ending = False
+
+    def is_running(self) -> bool:
+        return super().is_running() or (self._is_ending and self._has_others())
+
+    def _has_others(self) -> bool:
+        try:
+            os.killpg(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def signal(self, number: signal.Signals) -> None:
+        self._is_ending = True
+        if self.is_running():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self._is_ending = False  # where nobody waits for them, they are there as zombies for ever
+        self._process.wait()
+
+
+def stop_all(children: Sequence[Child], timeout_s: float = 15.0) -> None:
+    """SIGTERM to all, and SIGKILL to those that have not heard it when this time is over."""
+    for child in children:
+        child.signal(signal.SIGTERM)
+    give_up_at = time.monotonic() + timeout_s
+    while time.monotonic() < give_up_at and any(child.is_running() for child in children):
+        time.sleep(0.02)
+    for child in children:
+        if child.is_running():
+            child.kill()
+
+
+def _name_signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # those for real time have names for their first and last only
+        return signal.strsignal(number) or "unknown"
 
 
 def midspan_command(*arguments: str) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import signal
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from common.errors import BrokerUnavailable, ProcessFailed
 from common.security.keys import BROKER, ClientKeys, create_key, ensure_member
 from common.settings import REDIS_URL
 from common.weights.demo_model import DEMO_TEXT_MODEL
-from deploy.child import Child, midspan_command
+from deploy.child import Child, midspan_command, stop_all
 from deploy.departures import Departures
 from deploy.embedded_redis import EmbeddedRedis
 from edge_agent.engine.client import BrokerClient
@@ -227,13 +226,11 @@ class LocalPool:
 
     def stop(self) -> None:
         """Drain the workers, then stop broker and Redis, and remove what was written."""
-        workers = [*self.workers.values(), *self._departures.take_all()]
-        for child in workers:
-            child.signal(signal.SIGTERM)
-        for child in workers:
-            child.stop()
-        if self.broker is not None:
-            self.broker.stop()
-        if self.redis is not None:
-            self.redis.stop()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        try:
+            stop_all([*self.workers.values(), *self._departures.take_all()])
+            if self.broker is not None:
+                self.broker.stop()
+            if self.redis is not None:
+                self.redis.stop()
+        finally:  # who is interrupted here ends at once, and then so do those
+            shutil.rmtree(self.directory, ignore_errors=True)

@@ -20,7 +20,7 @@ LOOK_S = 1.0
 STATUS_LIMIT_S = 10.0
 
 
-@click.command(context_settings={"ignore_unknown_options": True})
+@click.command(context_settings={"allow_interspersed_args": False})
 @connection_options
 @workers_option(WorkerRange(least=0), "; from 0 on, the broker needs --hold", required=True)
 @click.option(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import secrets
-import signal
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import ProcessFailed
-from deploy.child import Child
+from deploy.child import Child, ChildGroup, stop_all
 from deploy.departures import Departures
 
 PLACE = "{id}"  # in the command, for the worker's name
@@ -20,7 +19,7 @@ MOST_FAILURES, FAILURE_MEMORY_S = 5, 60.0
 
 
 class CommandFleet:
-    """A worker is a run of `command`; SIGTERM must have it drain.
+    """A worker is a run of `command`; SIGTERM, which all get that it starts, must have it drain.
 
     Use as a context manager: what it has started is drained on exit.
     """
@@ -43,7 +42,7 @@ class CommandFleet:
         name = f"{self._prefix}-{self._started}"
         command = [word.replace(PLACE, name) for word in self._command]
         try:
-            child = Child(name, command, Path(self._logs.name), {ID: name})
+            child = ChildGroup(name, command, Path(self._logs.name), {ID: name})
         except OSError as error:
             raise ProcessFailed(f"{command[0]!r} cannot be run: {error.strerror}") from error
         self._workers[name] = child
@@ -56,7 +55,9 @@ class CommandFleet:
         """What has ended, a line each. Raises ProcessFailed when workers end one after another."""
         lines = self._departures.see_off(now)
         for name in [name for name, child in self._workers.items() if not child.is_running()]:
-            words = self._workers.pop(name).last_words()
+            child = self._workers.pop(name)
+            self._departures.begin(child, now)  # of those that it may have left behind
+            words = child.last_words()
             lines.append(words)
             self._failures = [at for at in self._failures if now - at < FAILURE_MEMORY_S] + [now]
             if len(self._failures) >= MOST_FAILURES:
@@ -68,8 +69,5 @@ class CommandFleet:
 
     def __exit__(self, *_: object) -> None:
         children = [*self._workers.values(), *self._departures.take_all()]
-        for child in children:
-            child.signal(signal.SIGTERM)
-        for child in children:
-            child.stop()
+        stop_all(children)
         self._logs.cleanup()

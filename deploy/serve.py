@@ -41,6 +41,7 @@ from edge_agent.commands.question import describe_route, describe_source
 from edge_agent.commands.run_options import encrypt_option, template_option, timeout_option
 from edge_agent.server.announcement import Announcement, announced, describe_process
 
+ENDING = (signal.SIGTERM, signal.SIGHUP)  # SIGINT is Python's
 REPORT_LIMIT_S = 2.0  # less than importing torch takes
 
 
@@ -177,9 +178,9 @@ def serve(
         from edge_agent.server.opening import Bounds, PoolAccess, open_services
         from edge_agent.text.ends import load_ends
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in ENDING:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
-            signal.signal(number, lambda *_: sys.exit(0))
+            signal.signal(number, end)
     with waiting(f"loading {directory.resolve().name}"):
         ends = load_ends(directory, span_text, dtype, asked.result() if asked else None)
     with contextlib.ExitStack() as stack:
@@ -222,6 +223,13 @@ def serve(
 
         DrainingServer(make_app(services), services.drain, on_ready, said.close).run([listener])
     click.echo("stopped")
+
+
+def end(*_: object) -> None:
+    """Handles a signal. What ends then, such as a pool, is not to be disturbed by another one."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(0)
 
 
 def ask_for_report(connection: Connection) -> Future[dict[str, Any] | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -75,10 +76,17 @@ def up(
     from deploy.scaling.policy import ScalingSettings
 
     least, most = worker_range
-    stopped = threading.Event()
+    stopped, started = threading.Event(), threading.Event()
+
+    def end(*_: object) -> None:
+        is_first = not stopped.is_set()
+        stopped.set()
+        if is_first and not started.is_set():
+            raise KeyboardInterrupt  # large models take minutes
+
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
-            signal.signal(number, lambda *_: stopped.set())
+            signal.signal(number, end)
     if model is None and image_model is None:
         model, image_model = DEMO_TEXT_MODEL, DEMO_IMAGE_MODEL
     settings = PoolSettings(
@@ -100,7 +108,8 @@ def up(
     store = hide_password(redis_url) if redis_url else "an embedded Redis"
     workers = f"{least} to {most}" if most > least else str(least)
     click.echo(f"starting a broker and {workers} worker{'s' * (most > 1)}, with {store} …")
-    with LocalPool(settings) as pool:
+    with contextlib.suppress(KeyboardInterrupt), LocalPool(settings) as pool:
+        started.set()
         for line in describe_pool(pool):
             click.echo(line)
         click.echo("Ctrl-C stops")

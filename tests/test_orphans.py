@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from serving import wait_until
 
 from deploy.child import Child, guarded_command, midspan_command
 from deploy.pool import LocalPool, PoolSettings
@@ -49,6 +50,13 @@ def is_worker(pid: int) -> bool:
     return b"worker\0" in command_line(pid)
 
 
+def has_pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a paused process will get this signal when it goes on."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    (mask,) = (int(line.split()[1], 16) for line in lines if line.startswith("ShdPnd:"))
+    return bool(mask >> (number - 1) & 1)
+
+
 def start_up(directory: Path, *wrapper: str) -> Child:
     command = midspan_command(
         "up", "--workers", "1", "--model", "stories-llama",
@@ -65,6 +73,48 @@ def test_a_kill_9_of_up_ends_its_broker_workers_and_redis(tmp_path: Path) -> Non
     assert len(pids) >= 3
     up.kill()
     wait_until_gone(pids)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_up_ends_when_it_is_told_to_while_its_workers_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    command = midspan_command(
+        "up", "--workers", "1", "--edge-endpoint", f"ipc://{tmp_path}/edges",
+        "--worker-endpoint", f"ipc://{tmp_path}/workers", "--redis-url", "redis://127.0.0.1:9",
+    )  # fmt: skip
+    up = Child("up", command, tmp_path / "logs")
+    wait_until(lambda: any(map(is_worker, children_of(up.pid))))
+    pids = children_of(up.pid)
+    (worker,) = filter(is_worker, pids)
+    os.kill(worker, signal.SIGSTOP)  # so that it is never there
+    up.signal(number)
+    wait_until(lambda: has_pending(worker, signal.SIGTERM))
+    os.kill(worker, signal.SIGCONT)
+    wait_until_gone([up.pid, *pids])
+    assert up.log_text().splitlines()[-1] == "stopped"
+    assert not list(tmp_path.glob("midspan-*"))
+
+
+def test_a_serve_that_is_told_to_end_again_and_again_leaves_nothing_of_its_pool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = ["--with-pool", "--workers", "1", "--threads", "1", "--port", "0"]
+    serve = Child("serve", midspan_command("serve", *options), tmp_path / "logs")
+    serve.wait_for("serving ")
+    pids = children_of(serve.pid)
+    assert list(tmp_path.glob("midspan-*"))
+    give_up_at = time.monotonic() + GONE_WITHIN_S
+    while serve.is_running():
+        serve.signal(signal.SIGTERM)
+        assert time.monotonic() < give_up_at
+        time.sleep(0.05)
+    wait_until_gone(pids)
+    assert not list(tmp_path.glob("midspan-*"))
+    assert not list(tmp_path.glob(".midspan/serves/*"))
 
 
 def test_a_child_that_was_started_again_ends_with_up_as_well(tmp_path: Path) -> None:

@@ -111,7 +111,8 @@ class LocalPool:
 
     def start_broker(self) -> None:
         """Start the broker; a second time at the addresses of the first."""
-        options = ["--edges", self.edge_endpoint, "--workers", self.worker_endpoint]
+        options = ["--edge-endpoint", self.edge_endpoint]
+        options += ["--worker-endpoint", self.worker_endpoint]
         options += self.settings.broker_options
         if self.settings.keys is not None:
             options += ["--keys", str(self.settings.keys)]

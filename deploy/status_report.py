@@ -58,7 +58,7 @@ def format_workers(report: dict[str, Any]) -> str:
             f"{worker['in_flight']} of {worker['capacity']}",
             worker["warm_sessions"],
             worker["steps_done"],
-            round(worker["stats"].get("warm_bytes", 0) / 1e6, 1),
+            _megabytes(worker["stats"].get("warm_bytes", 0)),
             "down" if worker["worker_id"] in down else "up",
         )
         for worker in report["workers"]
@@ -129,7 +129,14 @@ def format_checks(checks: list[dict[str, Any]]) -> str:
     return "\n".join([click.style(header, bold=True), *coloured])
 
 
+def _megabytes(said: object) -> float | str:
+    """What a worker says of itself may be anything."""
+    return round(said / 1e6, 1) if isinstance(said, int | float) else "?"
+
+
 def _short(name: str) -> str:
+    """A name that somebody else has chosen, in one line and without marks for terminals."""
+    name = "".join(c if c.isprintable() else "?" for c in name)
     return name if len(name) <= NAME_WIDTH else name[: NAME_WIDTH - 1] + "…"
 
 

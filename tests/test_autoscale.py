@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from forks import ROOT
 from pools import PROMPTS, generate, reference_tokens
 
 from deploy.child import Child, midspan_command
@@ -155,6 +160,29 @@ def test_a_command_that_starts_no_worker_is_given_up_with_its_last_words(
         child = Child("autoscale", autoscale, pool.directory)
         child.wait_for(words)
         wait_until(lambda: not child.is_running())
+
+
+def test_a_pool_is_looked_after_though_nobody_reads_about_it_any_more(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+
+    def read_pids() -> list[int]:
+        return [int(word) for word in pids.read_text().split()] if pids.exists() else []
+
+    with LocalPool(PoolSettings(workers=0)) as pool:
+        command = midspan_command(
+            "autoscale", "--broker", pool.edge_endpoint, "--workers", "1..1", "--",
+            "sh", "-c", f"echo $$ >> {pids}; exec sleep 1000",
+        )  # fmt: skip
+        with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as autoscaler:
+            try:
+                wait_until(lambda: len(read_pids()) == 1)
+                assert autoscaler.stdout is not None
+                autoscaler.stdout.close()
+                for count in (1, 2):
+                    os.kill(read_pids()[-1], signal.SIGKILL)
+                    wait_until(lambda wanted=count + 1: len(read_pids()) == wanted)
+            finally:
+                autoscaler.terminate()
 
 
 def test_a_step_that_nobody_serves_is_refused_after_the_time_for_which_it_is_held(

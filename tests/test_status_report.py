@@ -41,6 +41,13 @@ def test_it_fits_in_80_columns() -> None:
     assert "broker tcp://127.0.0.1:5555, up 2 h\n2 workers, 1 session, 9 steps queued" in text
 
 
+@pytest.mark.parametrize("said", ["much", float("nan"), float("inf"), 2**64 - 1, True])
+def test_a_worker_that_says_odd_things_of_itself_does_not_hide_the_others(said: Any) -> None:
+    odd = worker("\x1b[2J\r\nodd", stats={"warm_bytes": said, "store_up": True})
+    lines = click.unstyle(format_report(report(odd, worker("w1")), BROKER)).splitlines()
+    assert sum(line.startswith(("?[2J??odd", "w1")) for line in lines) == 2
+
+
 def test_a_queue_that_nobody_serves_is_shown() -> None:
     text = click.unstyle(format_report(report(worker("w1")), BROKER))
     (line,) = [line for line in text.splitlines() if "d" * 16 in line]

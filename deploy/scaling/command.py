@@ -57,7 +57,7 @@ def autoscale(
     """
     from deploy.scaling.autoscaler import Autoscaler
     from deploy.scaling.command_fleet import CommandFleet
-    from deploy.scaling.keeper import read_reports
+    from deploy.scaling.keeper import read_reports, say
     from edge_agent.engine.client import BrokerClient
 
     settings = ScalingSettings(*worker_range, cool_down_s, idle_s)
@@ -76,7 +76,6 @@ def autoscale(
         click.echo(f"keeping {settings.least} to {settings.most} workers; Ctrl-C drains them")
         while not stopped.wait(LOOK_S):
             now = time.monotonic()
-            for line in fleet.look_after(now) + scaler.step(now):
-                click.echo(line)
-        click.echo("draining …")
-    click.echo("stopped")
+            say(fleet.look_after(now) + scaler.step(now))
+        say(["draining …"])
+    say(["stopped"])

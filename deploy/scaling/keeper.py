@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import threading
@@ -11,12 +12,13 @@ from collections.abc import Iterator
 
 import click
 
-from common.errors import BrokerUnavailable, ProcessFailed
+from common.errors import BrokerUnavailable, MidspanError
 from deploy.pool import LocalPool, PoolSettings
 from deploy.scaling.autoscaler import Autoscaler, Report
 from deploy.scaling.policy import ScalingPolicy, ScalingSettings
 from edge_agent.engine.client import BrokerClient
 
+log = logging.getLogger("midspan.pool")
 LOOK_S = 0.5
 HOLD_S = 120  # for which steps wait where there may be no worker at all
 STATUS_LIMIT_S = 1.0
@@ -39,8 +41,14 @@ def keep(pool: LocalPool, settings: ScalingSettings, is_over: threading.Event) -
             lines = pool.heal()
             if scaler is not None:
                 lines += scaler.step(time.monotonic())
-            for line in lines:
-                click.echo(line)
+            say(lines)
+
+
+def say(lines: list[str]) -> None:
+    """Whoever read this may have gone: that is no reason to let a pool down."""
+    with contextlib.suppress(OSError):
+        for line in lines:
+            click.echo(line)
 
 
 @contextlib.contextmanager
@@ -62,8 +70,11 @@ def kept_pool(settings: PoolSettings, scaling: ScalingSettings) -> Iterator[Loca
 def _keep_or_end(pool: LocalPool, scaling: ScalingSettings, is_over: threading.Event) -> None:
     try:
         keep(pool, scaling, is_over)
-    except ProcessFailed as error:
-        click.echo(f"Error: {error}", err=True)
+    except Exception as error:
+        if not isinstance(error, MidspanError):
+            log.exception("the pool cannot be looked after")
+        with contextlib.suppress(OSError):
+            click.echo(f"Error: {error}", err=True)
         os.kill(os.getpid(), signal.SIGTERM)
 
 

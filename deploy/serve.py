@@ -219,7 +219,11 @@ def serve(
 
         def on_ready() -> None:
             said.enter_context(announced(announcement))
-            click.echo(f"serving {ends.name} at {url_of(listener)}")
+            url = url_of(listener)
+            click.echo(f"serving {ends.name} at {url}\na page at {url.removesuffix('/v1')}")
+            if with_pool:
+                (broker,) = access.brokers
+                click.echo(f"its pool, for midspan chat, image and status: --broker {broker}")
 
         DrainingServer(make_app(services), services.drain, on_ready, said.close).run([listener])
     click.echo("stopped")

@@ -51,7 +51,10 @@ def test_one_command_serves_texts_and_pictures_with_a_pool_of_its_own(tmp_path: 
         client.close()
         child.signal(signal.SIGTERM)
         wait_until(lambda: not child.is_running(), EXIT_LIMIT_S)
-        assert child.log_text().rstrip().endswith("stopped")
+        *_, serving, page, broker, stopped = child.log_text().splitlines()
+        assert (serving, stopped) == (f"serving {MODEL} at {url}", "stopped")
+        assert page == f"a page at {url.removesuffix('/v1')}"
+        assert broker.startswith("its pool, for midspan chat, image and status: --broker tcp://")
     finally:
         child.stop()
     with pytest.raises(Exception, match="serve ended with exit code 0"):

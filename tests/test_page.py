@@ -141,6 +141,14 @@ def test_a_second_turn_goes_on_and_a_new_chat_begins_anew(
     assert read_answer(page) == reference(whole_model, demo_ends, PROMPTS[2], 8) == first
 
 
+def test_an_answer_without_any_text_says_so(page: Browser) -> None:
+    for turn in range(3):  # the demo model is at its story's end after two
+        ask(page, "The end.", 400)
+        page.wait_for(lambda wanted=turn + 1: len(page.find_all(".assistant")) == wanted)
+        wait_for_the_end(page)
+    assert page.find(".assistant:last-child").text == "The model ended its answer at once."
+
+
 def test_stop_ends_an_answer_and_what_the_pool_held_for_it(page: Browser, pool: LocalPool) -> None:
     ask(page, PROMPTS[3], 400)
     page.wait_for(lambda: len(page.find_all(ALL_TOKENS)) > 5)
@@ -199,6 +207,7 @@ def test_the_pool_tab_is_what_the_broker_says(page: Browser, pool: LocalPool) ->
     assert shown["steps answered"].replace(",", "") == str(report["counters"]["answers"])
     assert shown["Redis"] == "up"
     assert "landscapes-sdxl" in page.find("#queues").text
+    assert "layers 0–2, 6–8" in page.find("#pool-path").get_attribute("textContent")
 
 
 def test_tabs_are_walked_with_arrow_keys(page: Browser) -> None:

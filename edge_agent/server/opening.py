@@ -114,6 +114,7 @@ def describe_model(
         "model": ends.name,
         "fingerprint": ends.fingerprint,
         "cut": f"{ends.cut.begin}:{ends.cut.end}",
+        "layers": ends.tail.span.last,
         "hidden": ends.hidden,
         "context": ends.context,
         "vocabulary": ends.vocabulary,

@@ -105,6 +105,7 @@ async function answer(model, prompt) {
       showCosts(model, costs);
       list.scrollTop = list.scrollHeight;
     }
+    if (!text) item.append(make("p", { class: "quiet" }, "The model ended its answer at once."));
     messages.push({ role: "assistant", content: text });
   } catch (error) {
     if (error.name === "AbortError") {
@@ -176,6 +177,7 @@ function showCosts(model, costs) {
   const { last } = costs;
   drawPath(find("path"), {
     cut: model.cut,
+    layers: model.layers,
     up: last?.bytes_up,
     down: last?.bytes_down,
     stages: costs.stagesOfToken,

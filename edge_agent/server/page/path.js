@@ -28,9 +28,9 @@ function arrow(tip, from, to, y, label, labelY) {
 
 /**
  * Draw it into `place`. `figures`: up and down (bytes of a token), stages (milliseconds), worker,
- * cut; what is not known is left out.
+ * cut, layers (how many the model has); what is not known is left out.
  */
-export function drawPath(place, { cut = "", up, down, stages = {}, worker = "worker" }) {
+export function drawPath(place, { cut = "", layers = "", up, down, stages = {}, worker = "worker" }) {
   const svg = draw("svg", {
     viewBox: "0 14 330 84", class: "path", role: "img",
     "aria-label": "From this device over the broker to a worker and back",
@@ -47,7 +47,7 @@ export function drawPath(place, { cut = "", up, down, stages = {}, worker = "wor
   const [first, last] = cut.split(":");
   svg.append(
     defs,
-    ...box(1, 92, "this device", time("head", "tail") || (cut ? `layers 0–${first}, ${last}–` : "")),
+    ...box(1, 92, "this device", time("head", "tail") || (cut ? `layers 0–${first}, ${last}–${layers}` : "")),
     ...box(143, 58, "broker", time("queue")),
     ...box(251, 78, worker, time("middle") || (cut ? `layers ${first}–${last}` : "")),
     ...arrow(tip, 95, 141, 46, up === undefined ? "" : bytes(up), 38),

@@ -36,6 +36,7 @@ function show(model, report) {
   const stores = ready.map(({ stats }) => stats.store_up);
   drawPath(find("pool-path"), {
     cut: model.cut,
+    layers: model.layers,
     worker: ready.length === 1 ? "1 worker" : `${ready.length} workers`,
   });
   fillFigures(find("pool-figures"), {

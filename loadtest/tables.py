@@ -84,9 +84,10 @@ def describe_load(report: dict[str, Any]) -> str:
     """Which sessions, as they were asked for."""
     load = report["load"]
     rate = f"{load['rate']:g} a second arriving at random" if load["rate"] else load["mode"]
-    lengths = (
-        load["trace"] or f"prompts of {load['prompt_tokens']}, answers of {load['tokens']} tokens"
+    prompts, answers = (
+        str(load[name]).replace(",", " to ") for name in ("prompt_tokens", "tokens")
     )
+    lengths = load["trace"] or f"prompts of {prompts}, answers of {answers} tokens"
     return f"{rate}, at most {load['concurrency']} at once; {lengths}; seed {load['seed']}"
 
 

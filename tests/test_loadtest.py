@@ -114,7 +114,7 @@ def test_what_people_read_has_the_figures_of_the_report(pool: LocalPool) -> None
     done = run_midspan("loadtest", "--broker", pool.edge_endpoint, "--sessions", "3", *SHORT)
     assert done.returncode == 0, done.stderr
     assert "time to first token" in done.stdout
-    assert "prompts of 4,20, answers of 6 tokens" in done.stdout
+    assert "prompts of 4 to 20, answers of 6 tokens" in done.stdout
     assert "3 in " in done.stdout
     assert done.stderr == ""  # no live view where there is no terminal
 

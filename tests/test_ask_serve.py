@@ -323,6 +323,22 @@ def test_another_model_and_changed_weights_do_not_fit(demo_directory: Path, tmp_
     assert not means(tmp_path).fit(before)
 
 
+def test_a_model_that_was_calibrated_anew_does_not_fit(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for place, chosen in (
+        (tmp_path / "model" / "calibration" / "2-6", None),
+        (tmp_path / "elsewhere", tmp_path / "elsewhere"),
+    ):
+        asked = means(tmp_path / "model", codecs=CodecChoice("compact", calibration=chosen))
+        place.mkdir(parents=True)
+        file = place / "calibration.safetensors"
+        file.write_bytes(b"1")
+        before = announce(asked)
+        assert asked.fit(before)
+        file.write_bytes(b"12")
+        assert not asked.fit(before)
+
+
 def test_a_request_says_all_that_the_server_could_decide_otherwise() -> None:
     drawing = SamplingSettings(0.5, 3, 0.9, 1.2, seed=4)
     assert make_request(Question("Once", 5, drawing, ("a", "b")), "tiny") == {

@@ -98,13 +98,15 @@ class Means:
 
 def describe_source(directory: Path, dtype: str, codecs: CodecChoice) -> TextSource:
     """What a text depends on. Raises SettingsError for codecs that are none."""
-    calibration = codecs.calibration
+    model, calibration = directory.resolve(), codecs.calibration
+    if calibration is not None:
+        calibration = calibration.expanduser().resolve()
     return TextSource(
-        str(directory.resolve()),
-        digest_files(directory),
+        str(model),
+        digest_files(model, calibration),
         dtype,
         codecs.split(),
-        None if calibration is None else str(calibration.expanduser().resolve()),
+        None if calibration is None else str(calibration),
     )
 
 

@@ -33,7 +33,7 @@ class TextSource:
     """What the text of an answer depends on, besides the question. Paths are resolved."""
 
     model: str
-    files: str  # of the model's directory, by `digest_files`
+    files: str  # of the model and its calibration, by `digest_files`
     dtype: str
     codecs: tuple[str, str, str, str]  # prompt up and down, decode up and down
     calibration: str | None
@@ -72,12 +72,15 @@ class Announcement:
     process: Process
 
 
-def digest_files(directory: Path) -> str:
-    """Changes when a file of a model's directory does; nothing for one that cannot be read."""
+def digest_files(directory: Path, calibration: Path | None) -> str:
+    """Changes when a file of a model's directory or of a calibration does; nothing for a directory
+    that cannot be read. Without a calibration it is of those that belong to the model."""
     try:
+        paths = list(directory.iterdir())
+        paths += directory.glob("calibration/*/*") if calibration is None else calibration.iterdir()
         said = sorted(
-            (path.name, status.st_size, status.st_mtime_ns)
-            for path in directory.iterdir()
+            (str(path), status.st_size, status.st_mtime_ns)
+            for path in paths
             if stat.S_ISREG((status := path.stat()).st_mode)
         )
     except OSError:

@@ -230,6 +230,16 @@ def test_what_a_serve_says_of_itself_goes_before_its_port_does() -> None:
         socket.create_connection(address)
 
 
+def test_where_no_broker_answers_the_reason_of_the_serve_is_said_too(demo_directory: Path) -> None:
+    broker = "tcp://127.0.0.1:9"
+    asked = means(demo_directory, connection=Connection((broker,), None, None))
+    with announced(announce(asked)):
+        line = error_line("ask", "hi", "--broker", broker)
+    assert f"no broker answers at {broker}" in line
+    assert "the serve at http://127.0.0.1:1/v1 does not answer, either: " in line
+    assert "Connection refused" in line
+
+
 def test_a_serve_that_ends_in_the_middle_is_named(pool: LocalPool, tmp_path: Path) -> None:
     child, url = start_serve(pool, tmp_path, "--codec", "fp16")
     worker = next(iter(pool.workers.values()))

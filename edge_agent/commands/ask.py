@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 from dataclasses import fields
@@ -18,6 +17,7 @@ from common.console.options import (
     threads_option,
 )
 from common.console.waiting import waiting
+from common.errors import BrokerUnavailable
 from common.security.keys import read_public
 from common.weights.demo_model import find_model
 from edge_agent.commands.codec_options import CodecChoice, codec_options
@@ -93,10 +93,14 @@ def ask(
     question.check()
     sampling.warn_of_greedy(drawing)
     answer: OwnAnswer | ServedAnswer | None = None
+    refusals: list[str] = []
     if not no_serve and question.can_be_served():
         with waiting(WAITING, is_shown=not as_json):
-            answer = ask_serves(question, means)
-    answer = answer or load_own(question, means, as_json)
+            answer = ask_serves(question, means, refusals)
+    try:
+        answer = answer or load_own(question, means, as_json)
+    except BrokerUnavailable as error:  # theirs may be another one, which is there
+        raise BrokerUnavailable("; ".join([str(error), *refusals])) from error
     try:
         tell(answer, as_json)
     finally:
@@ -119,12 +123,17 @@ def list_given() -> frozenset[str]:
     )
 
 
-def ask_serves(question: Question, means: Means) -> ServedAnswer | None:
-    """The answer of a running serve that would write what we would; None if there is none."""
+def ask_serves(question: Question, means: Means, refusals: list[str]) -> ServedAnswer | None:
+    """The answer of a running serve that would write what we would; None if there is none.
+
+    Why each did not goes into `refusals`.
+    """
     for announcement in list_running():
         if means.fit(announcement):
-            with contextlib.suppress(NotServed):
+            try:
                 return ServedAnswer(announcement, question)
+            except NotServed as error:
+                refusals.append(f"the serve at {announcement.url} does not answer, either: {error}")
     return None
 
 

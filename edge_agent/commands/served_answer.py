@@ -44,13 +44,13 @@ class ServedAnswer:
                 parts.hostname or "", parts.port, timeout=AWAKE_LIMIT_S
             )
         except (ValueError, http.client.HTTPException) as error:
-            raise NotServed(f"{self.url!r} is no address") from error
+            raise NotServed("that is no address") from error
         try:
             self._check_awake()
             self._response = self._ask(parts.path, announcement, question)
         except (OSError, ValueError, http.client.HTTPException) as error:
             self.close()
-            raise NotServed(f"{self.url} does not answer: {error}") from error
+            raise NotServed(str(error)) from error
         except MidspanError:
             self.close()
             raise
@@ -64,7 +64,7 @@ class ServedAnswer:
         gets neither the prompt nor the key. Raises OSError for one that hangs."""
         self._link.request("GET", "/health")
         if self._link.getresponse().read(MAX_LINE) != AWAKE:
-            raise NotServed(f"{self.url} takes no questions")
+            raise NotServed("it takes no questions")
 
     def _ask(
         self, path: str, announcement: Announcement, question: Question

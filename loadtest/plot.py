@@ -10,7 +10,7 @@ from common.errors import SettingsError
 from loadtest.observed import SCALED
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 COLOURS = {"killed": "tab:red", "drained": "tab:orange"}
 OTHER_COLOUR = "tab:purple"
@@ -46,8 +46,9 @@ def draw_report(
 
     figure = plt.figure(figsize=(13, 5.5), layout="constrained")
     figure.suptitle(title, fontsize=10)
-    _draw_distribution(figure.add_subplot(1, 2, 1), latencies)
-    _draw_course(figure, report["series"], report["events"])
+    left, right = figure.subfigures(1, 2)  # each laid out by itself: labels stay off the other
+    _draw_distribution(left.add_subplot(), latencies)
+    _draw_course(right, report["series"], report["events"])
     return figure
 
 
@@ -78,20 +79,21 @@ def make_formatter() -> Any:
 
 
 def _draw_course(
-    figure: Figure, series: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]
+    figure: SubFigure, series: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]
 ) -> None:
     """One below the other: tokens, and where the pool was seen its steps and its workers."""
     times = [piece["at_s"] + 0.5 for piece in series]  # the middle of each second
     panels = [panel for panel in PANELS if any(piece[panel[0]] is not None for piece in series)]
     first = None
     for row, names in enumerate(panels):
-        axes = figure.add_subplot(len(panels), 2, 2 * row + 2, sharex=first)
+        axes = figure.add_subplot(len(panels), 1, row + 1, sharex=first)
         first = first or axes
         for name in names:
             label = LABELS.get(name, name)
             style = "steps-mid" if name == "workers" else "default"
             axes.plot(times, [piece[name] for piece in series], label=label, drawstyle=style)
         axes.set_ylim(bottom=0)
+        axes.yaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         _mark_events(axes, events)
         axes.legend(loc="upper left", fontsize=8)

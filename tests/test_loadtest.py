@@ -107,6 +107,10 @@ def test_a_plot_has_latencies_and_what_was_done_to_the_pool() -> None:
     assert labels == ["tokens/s", "worker killed", "worker drained"]
     assert [line.get_label() for line in steps.lines] == ["steps in flight", "steps queued"]
     assert [line.get_label() for line in workers.lines] == ["workers"]
+    figure.canvas.draw()  # lays it out
+    border = left.get_tightbbox().x1
+    assert all(axes.get_tightbbox().x0 > border for axes in (right, steps, workers))
+    assert all(count == int(count) for count in workers.get_yticks())
     plt.close(figure)
 
 

@@ -46,7 +46,7 @@ def draw_report(
 
     figure = plt.figure(figsize=(13, 5.5), layout="constrained")
     figure.suptitle(title, fontsize=10)
-    left, right = figure.subfigures(1, 2)  # each laid out by itself: labels stay off the other
+    left, right = figure.subfigures(1, 2, squeeze=False)[0]  # laid out each by itself
     _draw_distribution(left.add_subplot(), latencies)
     _draw_course(right, report["series"], report["events"])
     return figure
@@ -82,6 +82,8 @@ def _draw_course(
     figure: SubFigure, series: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]
 ) -> None:
     """One below the other: tokens, and where the pool was seen its steps and its workers."""
+    from matplotlib.ticker import MaxNLocator
+
     times = [piece["at_s"] + 0.5 for piece in series]  # the middle of each second
     panels = [panel for panel in PANELS if any(piece[panel[0]] is not None for piece in series)]
     first = None
@@ -93,7 +95,7 @@ def _draw_course(
             style = "steps-mid" if name == "workers" else "default"
             axes.plot(times, [piece[name] for piece in series], label=label, drawstyle=style)
         axes.set_ylim(bottom=0)
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axes.grid(alpha=0.3)
         _mark_events(axes, events)
         axes.legend(loc="upper left", fontsize=8)

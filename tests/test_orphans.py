@@ -90,8 +90,10 @@ def test_up_ends_when_it_is_told_to_while_its_workers_start(
     (worker,) = filter(is_worker, pids)
     os.kill(worker, signal.SIGSTOP)  # so that it is never there
     up.signal(number)
-    wait_until(lambda: has_pending(worker, signal.SIGTERM))
-    os.kill(worker, signal.SIGCONT)
+    try:
+        wait_until(lambda: has_pending(worker, signal.SIGTERM))
+    finally:
+        os.kill(worker, signal.SIGCONT)
     wait_until_gone([up.pid, *pids])
     assert up.log_text().splitlines()[-1] == "stopped"
     assert not list(tmp_path.glob("midspan-*"))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from common.console.option_types import COUNT, SEED, FiniteRange, WorkerRange
 from common.console.options import (
@@ -127,6 +128,24 @@ class Whom:
             )
 
 
+OF_A_POOL = {
+    "key": "--key", "broker_key": "--broker-key", "span_text": "--span", "engines": "--engines",
+    "codec": "--codec", "codec_prefill": "--codec-prefill", "codec_decode": "--codec-decode",
+    "calibration": "--calibration",
+}  # fmt: skip
+OF_OUR_POOL = {"worker_range": "--workers"}
+
+
+def check_idle_options(whom: Whom) -> None:
+    """Raises SettingsError for an option on the command line that would do nothing."""
+    given = click.get_current_context().get_parameter_source
+    idle = {**OF_A_POOL, **OF_OUR_POOL} if whom.url else OF_OUR_POOL if whom.brokers else {}
+    for name, option in idle.items():
+        if given(name) == ParameterSource.COMMANDLINE:
+            whose = "--url asks an endpoint" if whom.url else "--broker names a pool that runs"
+            raise SettingsError(f"{whose}: {option} would do nothing there; leave it out")
+
+
 whom_options = group_options(
     "whom",
     Whom,
@@ -215,6 +234,7 @@ def loadtest(
     """
     settings.check()
     whom.check()
+    check_idle_options(whom)
     slo = parse_slo(slo_text) if slo_text else None
     check_writable(plot_path)
     if plot_path is not None:

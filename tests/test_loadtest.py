@@ -225,6 +225,8 @@ def test_answers_without_sense_are_failures(pieces: list[bytes], kind: str) -> N
         ("--url is 'ftp://a'", ["--url", "ftp://a", "--model", "m"]),
         ("for a pool of our own", ["--broker", "tcp://127.0.0.1:9", "--kill-every", "1"]),
         ("'--workers': 4..1: expected", ["--workers", "4..1"]),
+        ("--workers would do nothing", ["--broker", "tcp://127.0.0.1:9", "--workers", "3"]),
+        ("--codec would do nothing", ["--url", "http://a/v1", "--model", "m", "--codec", "int8"]),
         ("--tokens is '0'", ["--tokens", "0"]),
         ("--slo has 'x=1'", ["--slo", "x=1"]),
         ("cannot be written", ["--plot", "/dev/null/a.png"]),

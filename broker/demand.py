@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 WINDOW_S = 5.0  # after which what was seen counts for a third
 MOST_PRESSURE = 2.0  # waiting doubles what is wanted, at most: then it is looked at again
-NOTHING = 0.002  # part of the time in which there is anything to do; below that nobody is wanted
+LINGER_S = 5.0  # for which a worker is wanted after the last step
 SATURATED = 0.9  # part of the time for which all workers have something to do
 LITTLE = 0.01  # workers, that are wanted at least while there is anything
 
@@ -57,7 +57,7 @@ class Demand:
         self._busy = 0.0  # workers, a mean over the window
         self._steps = 0.0  # at once, a mean over the window
         self._share = 0.0  # of the workers that are busy, a mean over the window
-        self._active = 0.0  # part of the window in which there was anything to do
+        self._active_at: float | None = None  # when there was last anything to do
         self._wait_s = 0.0  # of a step, a mean over the window
         self._compute_s = 0.0  # of a step, lately
         self._answered: list[float] = []  # how long steps answered since the last sample waited
@@ -74,14 +74,14 @@ class Demand:
         if self._seen_at is not None:
             weight = 1 - math.exp(-(now - self._seen_at) / WINDOW_S)
         self._seen_at = now
-        is_active = bool(seen.steps or self._answered)
+        if seen.steps or self._answered:
+            self._active_at = now
         waits = self._answered + seen.queued_s
         wait_s = sum(waits) / len(waits) if waits else 0.0
         self._busy += (seen.busy_workers - self._busy) * weight
         share = min(1.0, seen.busy_workers / seen.workers) if seen.workers else bool(seen.steps)
         self._share += (share - self._share) * weight
         self._steps += (seen.steps - self._steps) * weight
-        self._active += (is_active - self._active) * weight
         self._wait_s += (wait_s - self._wait_s) * weight
         self._answered = []
         self._is_stranded = bool(seen.queued_s) and not seen.workers
@@ -105,4 +105,10 @@ class Demand:
         wanted = min(enough * pressure, self._steps)
         if self._is_stranded:
             return max(1.0, wanted)
-        return max(LITTLE, wanted) if self._active >= NOTHING else 0.0
+        return max(LITTLE, wanted) if self._is_active else 0.0
+
+    @property
+    def _is_active(self) -> bool:
+        if self._active_at is None or self._seen_at is None:
+            return False
+        return self._seen_at - self._active_at <= LINGER_S

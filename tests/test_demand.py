@@ -98,6 +98,6 @@ def test_where_nobody_is_one_worker_is_wanted_at_once_while_something_waits() ->
 
 def test_after_a_while_of_nothing_nothing_is_wanted() -> None:
     demand = watch(busy=4, steps=40)
-    for tick in range(600):
+    for tick in range(60):
         demand.sample(Sample(0, 0, [], workers=10), LONG_S + tick / 10)
     assert demand.wanted_workers == 0.0

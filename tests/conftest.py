@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from deploy.embedded_redis import EmbeddedRedis
 from edge_agent.text.ends import ModelEnds, load_ends
 
 os.environ["MIDSPAN_CONFIG"] = os.devnull  # whoever runs the tests may have one
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:  # in the background, say: commands would inherit
+        signal.signal(number, lambda *_: None)
 torch.set_num_threads(1)
 logging.set_verbosity_error()
 logging.disable_progress_bar()

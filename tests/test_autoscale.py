@@ -59,6 +59,7 @@ def test_a_request_to_an_empty_pool_waits_for_the_worker_that_it_brings_and_the_
         assert tokens == want
 
 
+@pytest.mark.long
 def test_a_session_outlives_the_pool_that_shrinks_to_nothing_under_it(
     demo_ends: ModelEnds, whole_model: torch.nn.Module
 ) -> None:

@@ -33,6 +33,7 @@ for name in names:
 """
 
 
+@pytest.mark.long
 def test_every_benchmark_starts_and_says_how_it_is_run() -> None:
     done = subprocess.run(
         [sys.executable, "-P", "-c", START_ALL, str(BENCHMARKS), *NAMES],

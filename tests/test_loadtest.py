@@ -57,6 +57,7 @@ def test_sessions_of_a_trace_come_when_it_says(pool: LocalPool, tmp_path: Path) 
     assert report["load"]["mode"] == "trace"
 
 
+@pytest.mark.long
 def test_a_pool_of_its_own_loses_workers_and_no_session(tmp_path: Path) -> None:
     plot = tmp_path / "plots" / "load.png"
     done = run_midspan(
@@ -77,6 +78,7 @@ def test_a_pool_of_its_own_loses_workers_and_no_session(tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 def test_pictures_are_painted_on_the_same_pool_meanwhile() -> None:
     report = run_load("--images", "1", "--duration", "8", *SHORT)
     assert report["failed"] == 0

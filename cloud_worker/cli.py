@@ -42,7 +42,8 @@ log = logging.getLogger("midspan.worker")
     show_envvar=True,
     default=f"redis://127.0.0.1:{REDIS_PORT}/0",
     show_default=True,
-    help="Redis that keeps KV. A password is better given in the variable: `ps` shows arguments.",
+    help="Redis that keeps KV; of a cluster some nodes: redis://A:6379,B:6379. A password is "
+    "better given in the variable: `ps` shows arguments.",
 )
 @calibration_option
 @dtype_option

@@ -41,7 +41,8 @@ from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
     "--redis-url",
     envvar=REDIS_URL,
     show_envvar=True,
-    help="Redis that keeps KV: a server of yours.  [default: an embedded one]",
+    help="Redis that keeps KV: a server of yours, or some nodes of a cluster.  "
+    "[default: an embedded one]",
 )
 @click.option(
     "--keys",

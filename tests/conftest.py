@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from forks import ForkingSubprocess, start_server
+from redis_cluster import RedisCluster
 from transformers import AutoModelForCausalLM, logging
 
 from common.weights.demo_model import find_model
@@ -66,6 +67,13 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedR
     server = EmbeddedRedis(tmp_path_factory.mktemp("redis"))
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    cluster = RedisCluster(tmp_path_factory.mktemp("cluster"))
+    yield cluster
+    cluster.close()
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,9 @@ from collections.abc import Callable
 
 import pytest
 
-from cloud_worker.state import redis_store
-from cloud_worker.state.redis_store import RedisKvStore, read_script
+from cloud_worker.state import redis_link
+from cloud_worker.state.redis_link import read_script
+from cloud_worker.state.redis_store import RedisKvStore
 from cloud_worker.state.store import Commit, Load, Loaded, StoreEvent
 from deploy.embedded_redis import EmbeddedRedis
 
@@ -165,5 +166,5 @@ def test_without_a_check_of_the_fence_the_race_goes_wrong(
             source = source.replace(*mutation)
         return source.encode()
 
-    monkeypatch.setattr(redis_store, "read_script", mutant)
+    monkeypatch.setattr(redis_link, "read_script", mutant)
     assert race(redis_server.url) > 0

@@ -29,13 +29,15 @@ from deploy.embedded_redis import EmbeddedRedis
 ROW = 16  # bytes
 SHAPE = "model 2-6 float32 16"
 
+SERVERS = {"redis": "redis_server", "cluster": "redis_cluster"}  # fixtures
 
-@pytest.fixture(params=["memory", "redis"])
+
+@pytest.fixture(params=["memory", "redis", "cluster"])
 def store(request: pytest.FixtureRequest) -> Iterator[KvStore]:
     if request.param == "memory":
         opened: KvStore = MemoryKvStore()
     else:
-        opened = RedisKvStore(request.getfixturevalue("redis_server").url)
+        opened = RedisKvStore(request.getfixturevalue(SERVERS[request.param]).url)
     yield opened
     opened.close()
 

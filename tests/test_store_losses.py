@@ -14,8 +14,9 @@ import time
 import pytest
 import redis
 
-from cloud_worker.state import redis_store
-from cloud_worker.state.redis_store import RedisKvStore, chunk_key, read_script
+from cloud_worker.state import redis_link
+from cloud_worker.state.redis_link import read_script
+from cloud_worker.state.redis_store import RedisKvStore, chunk_key
 from cloud_worker.state.row_seals import Checksum, ForgedRows, KvCipher, RowSeal, unseal
 from cloud_worker.state.store import (
     Commit,
@@ -174,7 +175,7 @@ def test_without_a_check_the_script_does_not_see_what_was_dropped(
     assert check in source
     mutant = source.replace(check, "if false then").encode()
     monkeypatch.setattr(
-        redis_store, "read_script", lambda name: mutant if name == "commit" else read_script(name)
+        redis_link, "read_script", lambda name: mutant if name == "commit" else read_script(name)
     )
     dropped = 1 if "held" in check else 0
     assert isinstance(report(dropped), Committed)

@@ -11,7 +11,7 @@ import pytest
 import redis
 import torch
 from pools import PROMPTS, record_of, reference_tokens
-from test_store_contract import load_of, read, run_commit
+from test_store_contract import SERVERS, load_of, read, run_commit
 
 from cloud_worker.state.memory_store import MemoryKvStore
 from cloud_worker.state.redis_store import RedisKvStore, record_key
@@ -29,11 +29,11 @@ SHARE = 3 * COUNTED_BYTES
 NewStore = Callable[..., KvStore]
 
 
-@pytest.fixture(params=["memory", "redis"])
+@pytest.fixture(params=["memory", "redis", "cluster"])
 def new_store(request: pytest.FixtureRequest) -> NewStore:
     if request.param == "memory":
         return lambda: MemoryKvStore(SHARE)
-    url = request.getfixturevalue("redis_server").url
+    url = request.getfixturevalue(SERVERS[request.param]).url
     return lambda: RedisKvStore(url, share_bytes=SHARE)
 
 

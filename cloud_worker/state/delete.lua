@@ -1,4 +1,5 @@
 -- Forget a session. KEYS: record. ARGV: session key
+-- Returns the key of the account that it counts for, if it does.
 -- Whoever does not know the session's key has no right to it: keys are named by its SHA-1.
 local home = 'midspan:{' .. redis.sha1hex(ARGV[1]) .. '}:'
 for i = 1, #KEYS do
@@ -7,17 +8,9 @@ for i = 1, #KEYS do
   end
 end
 local record = redis.call('HMGET', KEYS[1], 'chunks', 'account')
-local chunks, account, name = tonumber(record[1] or 0), record[2], redis.sha1hex(ARGV[1])
-if account and account ~= '' then
-  local known = redis.call('HMGET', account, name, 'total')
-  local counted = string.match(known[1] or '', '^(%d+) %d+$')
-  if counted then
-    redis.call('HDEL', account, name)
-    redis.call('HSET', account, 'total',
-      string.format('%.0f', math.max(0, tonumber(known[2] or 0) - tonumber(counted))))
-  end
-end
+local chunks = tonumber(record[1] or 0)
 for i = 0, chunks - 1 do
   redis.call('UNLINK', home .. 'kv:' .. i)
 end
-return redis.call('UNLINK', KEYS[1])
+redis.call('UNLINK', KEYS[1])
+return record[2] or ''

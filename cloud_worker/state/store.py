@@ -135,8 +135,15 @@ StoreEvent = Committed | CommitRefused | CommitFailed | Loaded
 class KvStore(Protocol):
     """See the module's own text for what must hold."""
 
-    identity: str  # of the server behind it: workers must share one; empty if it does not say
-    eviction_policy: str  # of that server; empty if it does not say
+    @property
+    def identity(self) -> str:
+        """Of the server behind it: workers must share one. Empty if it does not say."""
+        ...
+
+    @property
+    def eviction_policy(self) -> str:
+        """Of that server; empty if it does not say."""
+        ...
 
     def begin_commit(self, commit: Commit) -> None: ...
 

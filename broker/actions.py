@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.protocol.messages import Step, StepKey
@@ -40,6 +41,7 @@ class Refuse:
     key: StepKey
     code: str
     reason: str
+    detour: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter, OrderedDict
+from collections.abc import Iterable
 
 from broker.demand import DEFAULT_GOALS, Goals, Sample
 from broker.ledger import Ledger, Limits
@@ -13,10 +15,9 @@ from broker.pools import (
     describe_service,
 )
 from broker.records import SessionRecord, StepRecord
-from common.protocol.messages import (
-    AnyOpening,
-    StepKey,
-)
+from common.errors import SettingsError
+from common.protocol.messages import MAX_HOPS, AnyOpening, Opening, StepKey
+from common.spans.cut import Span, find_route, read_span
 
 COUNTERS = (
     "steps", "answers", "redispatched", "refused", "busy", "late_answers", "dead_workers",
@@ -112,6 +113,23 @@ class Book:
             wanted += f" in {precision}, in which this session is computed"
         return f"no worker serves {wanted}; {self.describe_serving()}"
 
+    def find_detour(self, opening: AnyOpening, precision: str) -> list[str]:
+        """Parts that are served, in one precision, and make up the layers of a session's route."""
+        if not isinstance(opening, Opening):
+            return []
+        served: dict[str, list[Span]] = {}
+        for (model, part), pools in self.pools_of_part.items():
+            for pool in pools if model == opening.model else ():
+                if pool.workers and precision in ("", pool.key[2]):
+                    served.setdefault(pool.key[2], []).extend(_read_spans([part]))
+        wanted = _read_spans(opening.route)
+        if not wanted:
+            return []
+        middle = Span(wanted[0].first, wanted[-1].last)
+        routes = [find_route(spans, middle) for _, spans in sorted(served.items())]
+        shortest = min((route for route in routes if route), key=len, default=[])
+        return [str(span) for span in shortest] if len(shortest) <= MAX_HOPS else []
+
     def describe_serving(self) -> str:
         """One line about what the workers serve."""
         services = {s for w in self.workers.values() for s in w.announce.services}
@@ -119,3 +137,12 @@ class Book:
             return "there are no workers at all"
         listed = ", ".join(sorted(describe_service(s) for s in services))
         return f"being served: {listed}"
+
+
+def _read_spans(parts: Iterable[str]) -> list[Span]:
+    """Those parts that are spans of layers."""
+    spans = []
+    for part in parts:
+        with contextlib.suppress(SettingsError):
+            spans.append(read_span(part))
+    return spans

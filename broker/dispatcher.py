@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from broker.actions import (
@@ -118,9 +118,12 @@ class Dispatcher:
         self._counters["redispatched"] += 1
         return self.route(record, now, has_waited=True)
 
-    def refuse(self, record: StepRecord, code: str, reason: str) -> list[Action]:
+    def refuse(
+        self, record: StepRecord, code: str, reason: str, detour: Sequence[str] = ()
+    ) -> list[Action]:
         self._counters["refused"] += 1
-        return [*self.remove(record), Refuse(record.edge.address, record.step.key, code, reason)]
+        refusal = Refuse(record.edge.address, record.step.key, code, reason, detour)
+        return [*self.remove(record), refusal]
 
     def remove(self, record: StepRecord) -> list[Action]:
         self._book.drop_record(record)

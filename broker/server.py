@@ -324,8 +324,8 @@ class BrokerServer:
                     self._frames[step.key] = [encode_header(step), b"".join(self._answer[1:])]
                 case Forget(key):
                     self._frames.pop(key, None)
-                case Refuse(edge_id, key, code, reason):
-                    refusal = StepRefused(*key, code, reason[:2000])
+                case Refuse(edge_id, key, code, reason, detour):
+                    refusal = StepRefused(*key, code, reason[:2000], list(detour))
                     self._edges.send(edge_id, [encode_header(refusal)])
                 case TellPending(edge_id, key):
                     self._edges.send(edge_id, [encode_header(StepPending(*key))])

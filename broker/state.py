@@ -164,7 +164,9 @@ class BrokerState:
         precision = opening.precision or (session.precision if session is not None else "")
         pools = self._book.pools_on(opening, precision)
         account = self._account_of(session, edge)
-        refusal = self._refuse_at_once(key, session is None, pools, edge, account, body_bytes, now)
+        refusal = self._refuse_unserved(key, pools, opening, edge, now)
+        if refusal is None:
+            refusal = self._refuse_at_once(key, session is None, edge, account, body_bytes)
         if refusal is not None:
             return [*actions, refusal]
         pool = self._book.pool_of(pools[0].key)
@@ -578,20 +580,29 @@ class BrokerState:
         wanted_s = MISSED_AT_LEAST * worker.announce.heartbeat_ms / 1000
         return max(self.silence_s, min(wanted_s, SILENCE_AT_MOST_S))
 
-    def _refuse_at_once(
+    def _refuse_unserved(
         self,
         key: StepKey,
-        is_new: bool,
         pools: list[ServicePool],
+        opening: AnyOpening,
         edge: Peer,
-        account: Account,
-        body_bytes: int,
         now: float,
     ) -> Action | None:
-        for pool in pools:
-            if not (pool.workers or self._hold_s or self._may_return(pool, now)):
-                self.counters["refused"] += 1
-                return Refuse(edge.address, key, "no_worker", self._book.why_no_worker(pool.key))
+        """A step passes a part that nobody serves: it need not wait if others make that up."""
+        empty = [pool for pool in pools if not pool.workers]
+        if not empty:
+            return None
+        lost = [pool for pool in empty if not (self._hold_s or self._may_return(pool, now))]
+        detour = self._book.find_detour(opening, empty[0].key[2])
+        if not lost and not detour:
+            return None
+        self.counters["refused"] += 1
+        why = self._book.why_no_worker((lost or empty)[0].key)
+        return Refuse(edge.address, key, "no_worker", why, detour)
+
+    def _refuse_at_once(
+        self, key: StepKey, is_new: bool, edge: Peer, account: Account, body_bytes: int
+    ) -> Action | None:
         if is_new and self._ledger.has_all_sessions(account):
             self.counters["refused"] += 1
             limit = self._ledger.limits.sessions_per_edge
@@ -615,9 +626,9 @@ class BrokerState:
 
     def _look_after_lost(self, service: ServiceKey, pool: ServicePool, now: float) -> list[Action]:
         """Nobody serves this: what waits here has waited long enough when nobody comes."""
+        actions = self._send_round(service, pool)
         if self._may_return(pool, now):
-            return []
-        actions: list[Action] = []
+            return actions
         for record in [self.steps[key] for key in pool.queued()]:
             if now - record.queued_at >= self._hold_s:
                 why = self._book.why_no_worker(service)
@@ -628,6 +639,20 @@ class BrokerState:
         self._book.pools_of_part[service[:2]].remove(pool)
         if not self._book.pools_of_part[service[:2]]:
             del self._book.pools_of_part[service[:2]]
+        return actions
+
+    def _send_round(self, service: ServiceKey, pool: ServicePool) -> list[Action]:
+        """Sessions whose layers others make up need not wait for somebody to come back."""
+        actions: list[Action] = []
+        detours: dict[tuple[str, ...], list[str]] = {}
+        for record in [self.steps[key] for key in pool.queued()]:
+            opening = self.sessions[record.step.session_id].opening
+            route = tuple(opening.route)
+            if route not in detours:
+                detours[route] = self._book.find_detour(opening, service[2])
+            if detours[route]:
+                why = self._book.why_no_worker(service)
+                actions += self._dispatcher.refuse(record, "no_worker", why, detours[route])
         return actions
 
     def _why_late(self, record: StepRecord, now: float) -> str:

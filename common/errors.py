@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 MAX_REASON = 300  # characters
 
 
@@ -40,7 +42,14 @@ class BrokerUnavailable(MidspanError):
 
 
 class NoWorker(MidspanError):
-    """No worker serves the model and span asked for. The message says what is being served."""
+    """No worker serves the model and span asked for. The message says what is being served.
+
+    `detour` are other parts, one after another, that are served and compute the same.
+    """
+
+    def __init__(self, message: str, detour: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.detour = list(detour)
 
 
 class StepRefused(MidspanError):

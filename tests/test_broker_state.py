@@ -210,6 +210,52 @@ def test_a_service_that_has_lost_its_last_worker_is_waited_for() -> None:
     assert (forget, refuse.code) == (Forget(STEP.key), "no_worker")
 
 
+def announce_span(name: str, span: str, precision: str = "float32") -> Announce:
+    return Announce(name, [Service(MODEL, "m", span, 8, precision)], 4, 100)
+
+
+def test_other_parts_that_make_up_the_layers_are_named_with_the_refusal() -> None:
+    state = make_state()
+    for name, span in (("w1", "2-4"), ("w2", "3-6"), ("w3", "1-6")):
+        arrive(state, announce_span(name, span), now=0.0)
+    (refuse,) = state.on_step(STEP, OPENING, EDGE, 12, now=1.0)
+    assert isinstance(refuse, Refuse)
+    assert (refuse.code, refuse.detour) == ("no_worker", [])
+    arrive(state, announce_span("w4", "4-6"), now=1.0)
+    (refuse,) = state.on_step(STEP, OPENING, EDGE, 12, now=1.1)
+    assert isinstance(refuse, Refuse)
+    assert (refuse.code, refuse.detour) == ("no_worker", ["2-4", "4-6"])
+
+
+def test_a_session_keeps_its_precision_on_a_detour() -> None:
+    state = make_state()
+    arrive(state, announce_span("w1", "2-4"), now=0.0)
+    arrive(state, announce_span("w2", "4-6", "bfloat16"), now=0.0)
+    arrive(state, announce_span("w3", "2-3", "bfloat16"), now=0.0)
+    arrive(state, announce_span("w4", "3-4", "bfloat16"), now=0.0)
+    (refuse,) = state.on_step(STEP, OPENING, EDGE, 12, now=1.0)
+    assert isinstance(refuse, Refuse)
+    assert refuse.detour == ["2-3", "3-4", "4-6"]
+    settled = structs.replace(OPENING, precision="float32")
+    (refuse,) = state.on_step(OTHER, settled, EDGE, 12, now=1.0)
+    assert isinstance(refuse, Refuse)
+    assert refuse.detour == []
+
+
+def test_steps_that_wait_for_a_part_that_is_gone_are_sent_round_once_others_make_it_up() -> None:
+    state = make_state()
+    arrive(state, announce_span("w1", SPAN), now=0.0)
+    assert len(state.on_step(STEP, OPENING, EDGE, 12, now=0.1)) == 1
+    state.on_worker_gone("w1", "left", now=1.0)
+    assert without_notes(state.on_tick(now=1.1)) == []  # it may come back
+    arrive(state, announce_span("w2", "2-5"), now=1.2)
+    arrive(state, announce_span("w3", "5-6"), now=1.2)
+    forget, refuse = without_notes(state.on_tick(now=1.3))
+    assert forget == Forget(STEP.key)
+    assert isinstance(refuse, Refuse)
+    assert (refuse.code, refuse.detour) == ("no_worker", ["2-5", "5-6"])
+
+
 def test_a_full_broker_says_when_to_come_back() -> None:
     state = make_state("w1", max_queued_steps=1)
     state.on_step(STEP, OPENING, EDGE, 12, now=0.0)

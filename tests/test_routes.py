@@ -8,10 +8,13 @@ import pytest
 import redis
 import torch
 from pools import GREEDY, PROMPTS, count_records, reference_tokens
+from redis_cluster import wait_until
 
+from common.codecs.calibration import open_calibration
 from common.errors import NoWorker, SettingsError
 from common.spans.cut import Span
 from deploy.pool import LocalPool, PoolSettings
+from edge_agent.engine.engine import Engine
 from edge_agent.text.ends import ModelEnds
 from edge_agent.text.session import Session
 from edge_agent.text.text_session import SessionSettings, TextSession, uniform_settings
@@ -141,11 +144,73 @@ def test_a_span_that_nobody_serves_is_named(
     pool: LocalPool, demo_ends: ModelEnds, prompt_ids: list[int]
 ) -> None:
     route = (Span(2, 4), Span(4, 6))
+    pool.kill_worker(worker_of(pool, str(SPANS[-1])))  # no others make up the layers now
     with pytest.raises(NoWorker, match="no worker serves 2-4 of the model"):
         write(pool, demo_ends, prompt_ids, settings=uniform_settings("fp32", route=route))
     route = (Span(2, 3), Span(3, 6))
     with pytest.raises(NoWorker, match="no worker serves 3-6 of the model"):
         write(pool, demo_ends, prompt_ids, settings=uniform_settings("fp32", route=route))
+
+
+def test_a_session_whose_span_is_served_by_nobody_goes_over_those_that_are(
+    pool: LocalPool, demo_ends: ModelEnds, prompt_ids: list[int], reference: list[int]
+) -> None:
+    """Nobody told it which."""
+    tokens, session = write(pool, demo_ends, prompt_ids, settings=uniform_settings("fp32"))
+    assert tokens == reference
+    assert session.stats.detours == 1
+    assert session.stats.tokens_by_worker.keys() == {worker_of(pool, str(SPANS[-1]))}
+
+
+@pytest.mark.parametrize("driver", ["a thread", "an engine"])
+def test_a_span_that_goes_is_made_up_by_others_at_once(
+    pool: LocalPool, demo_ends: ModelEnds, prompt_ids: list[int], reference: list[int], driver: str
+) -> None:
+    """2-3, 3-5, 5-6 while 2-6 is there; then that again, when 3-5 has gone, too."""
+    store = redis.Redis.from_url(pool.redis_url)
+    whole = pool.start_worker(span="2-6")
+    pool.wait_for_workers(4)
+
+    def harm(count: int) -> None:
+        if count == 10:
+            pool.kill_worker(whole)
+        if count == 30:
+            pool.start_worker(span="2-6")
+            pool.wait_for_workers(4)
+            pool.kill_worker(worker_of(pool, MIDDLE))
+
+    tokens = []
+    if driver == "a thread":
+        client = pool.connect(timeout_s=60)
+        session = Session(demo_ends, client, uniform_settings("fp32"))
+        for token in session.generate(prompt_ids, NEW_TOKENS, GREEDY):
+            tokens.append(token)
+            harm(len(tokens))
+        stats = session.stats
+        client.close()
+    else:
+        with Engine(demo_ends, [pool.edge_endpoint], uniform_settings("fp32")) as engine:
+            stream = engine.submit(prompt_ids, NEW_TOKENS, GREEDY)
+            for each in stream:
+                tokens.append(each.token_id)
+                harm(len(tokens))
+            stats = stream.stats
+    assert tokens == reference
+    # an engine does not wait for who reads: it may be done before the second harm
+    assert stats.detours in ((2,) if driver == "a thread" else (1, 2))
+    assert stats.rows_replayed > stats.detours * len(prompt_ids)
+    wait_until(lambda: count_records(store) == 0)  # nothing is left of the ways before
+
+
+def test_a_codec_that_builds_on_what_was_sent_takes_no_detour(
+    pool: LocalPool, demo_ends: ModelEnds, prompt_ids: list[int]
+) -> None:
+    calibration = open_calibration(None, demo_ends.directory, demo_ends.fingerprint, (2, 6))
+    client = pool.connect()
+    session = Session(demo_ends, client, uniform_settings("compact"), calibration)
+    with pytest.raises(NoWorker, match="no worker serves 2-6 of the model"):
+        list(session.generate(prompt_ids, 1, GREEDY))
+    client.close()
 
 
 @pytest.mark.parametrize("route", [SPANS[:2], SPANS[1:], (SPANS[0], SPANS[2]), SPANS[::-1]])

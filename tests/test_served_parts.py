@@ -15,11 +15,12 @@ from click.testing import CliRunner
 from forks import error_line, run_midspan
 from pools import PROMPTS, reference_tokens
 
+from common.spans.cut import Span
 from deploy.child import Child, midspan_command
 from deploy.cli import midspan
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.text.ends import load_ends
-from edge_agent.text.served_parts import pick_part
+from edge_agent.text.served_parts import pick_part, pick_route
 from edge_agent.text.tokenizer import TextTokenizer
 
 COUNT = 6
@@ -51,12 +52,30 @@ def report(*workers: list[str], state: str = "ready", model: str = PRINT) -> dic
         (report(["2-6", "1-7"]), "1-7"),  # as many, so the widest
         (report(["1-5", "3-7", "0-4"]), "0-4"),  # as wide, so the first
         (report(["unet"], ["inner"], ["2-9"], ["6-2"], ["3-5"]), "3-5"),  # no spans of 8 layers
+        (report(["2-4"], ["4-6"]), "2-6"),  # one after another
+        (report(["2-4"], ["4-6"], ["5-8"], ["5-8"]), "2-6"),  # as many, so the widest
         (report(["1-7"], state="draining"), None),
         (report(["1-7"], model="another"), None),
     ],
 )
 def test_the_part_of_most_workers_is_picked(served: dict[str, Any], part: str | None) -> None:
     assert pick_part(served, PRINT, num_layers=8) == part
+
+
+@pytest.mark.parametrize(
+    ("served", "route"),
+    [
+        (report(["2-4"], ["4-6"], ["2-6"]), "2-6"),  # the fewest
+        (report(["2-4"], ["4-6"], ["2-3"], ["3-6"], ["1-5"]), "2-3 3-6"),
+        (report(["5-6"], ["2-4"], ["4-5"], ["1-7"]), "2-4 4-5 5-6"),
+        (report(["2-4"], ["3-6"], ["5-6"]), ""),
+        (report(), ""),
+    ],
+)
+def test_the_fewest_spans_that_make_up_the_middle_are_its_route(
+    served: dict[str, Any], route: str
+) -> None:
+    assert " ".join(map(str, pick_route(served, PRINT, Span(2, 6)))) == route
 
 
 def test_ask_is_answered_by_a_pool_that_serves_another_part(

@@ -227,10 +227,15 @@ class StepPending(OfStep, frozen=True, tag=f"pending/{PROTOCOL}"):
 
 
 class StepRefused(OfStep, frozen=True, tag=f"refused/{PROTOCOL}"):
-    """The step will not be computed. `code` is no_worker, failed, deadline or invalid."""
+    """The step will not be computed. `code` is no_worker, failed, deadline or invalid.
+
+    When nobody serves a part of the session's route, others may be served that make up the same
+    layers: that is the `detour`, which a session of another id may take.
+    """
 
     code: Text
     reason: Text
+    detour: Names = struct_field(default_factory=list)
 
 
 class NeedOpening(OfStep, frozen=True, tag=f"need_open/{PROTOCOL}"):

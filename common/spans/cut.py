@@ -7,6 +7,7 @@ with n layers: head 0-a and tail b-n on the edge, middle a-b on the workers.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from common.errors import SettingsError
@@ -45,6 +46,22 @@ class Cut:
 
     def tail(self, num_layers: int) -> Span:
         return Span(self.end, num_layers)
+
+
+def find_route(spans: Iterable[Span], middle: Span) -> list[Span]:
+    """The fewest of the spans that make up `middle` one after another; none if they do not."""
+    return find_routes(spans, middle.first).get(middle.last, [])
+
+
+def find_routes(spans: Iterable[Span], first: int) -> dict[int, list[Span]]:
+    """For each layer that spans one after another lead to from `first` on: the fewest of them."""
+    routes: dict[int, list[Span]] = {first: []}
+    for span in sorted(set(spans)):  # so that no shorter way to its beginning comes later
+        if span.first < span.last and (so_far := routes.get(span.first)) is not None:
+            known = routes.get(span.last)
+            if known is None or len(so_far) + 1 < len(known):
+                routes[span.last] = [*so_far, span]
+    return routes
 
 
 def default_cut(num_layers: int) -> Cut:

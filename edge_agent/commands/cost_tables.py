@@ -24,6 +24,7 @@ def format_stats(stats: Mapping[str, Any]) -> str:
         ("ms per token", ", ".join(f"{name} {ms}" for name, ms in stages.items())),
         ("rows by worker", workers),
         ("rows replayed", str(stats["rows_replayed"])),
+        ("detours over other spans", str(stats["detours"])),
     ]  # fmt: skip
     if "served_by" in stats:
         rows.append(("served by", stats["served_by"]))

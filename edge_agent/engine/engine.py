@@ -26,11 +26,17 @@ import zmq
 
 from common.codecs.calibration import Calibration
 from common.codecs.codec import Codec
-from common.errors import BrokerUnavailable, EngineClosed, MidspanError, TooManySessions
+from common.errors import (
+    BrokerUnavailable,
+    EngineClosed,
+    MidspanError,
+    NoWorker,
+    TooManySessions,
+)
 from common.protocol.messages import EndSession, StepKey
 from common.protocol.wire import encode_header
 from common.security.keys import ClientKeys
-from edge_agent.engine.exchange import Ask, BrokerGone, Exchange, LinkRate
+from edge_agent.engine.exchange import Answered, Ask, BrokerGone, Exchange, LinkRate
 from edge_agent.engine.link import BrokerLink, key_of
 from edge_agent.engine.streams import Conversation, Token, TokenStream, Wanted
 from edge_agent.text.ends import ModelEnds
@@ -39,6 +45,7 @@ from edge_agent.text.text_session import SessionSettings, TextSession
 from edge_agent.text.work import (
     DecodeRow,
     EncodeRow,
+    EndElsewhere,
     NewToken,
     PromptScored,
     RunHead,
@@ -269,8 +276,11 @@ class Engine:
     def _hear(
         self, running: _Running, exchange: Exchange, message: Any, body: bytes, size: int
     ) -> None:
+        answered: Answered | NoWorker | None
         try:
             answered = exchange.hear(message, body, size, time.monotonic())
+        except NoWorker as error:
+            answered = error
         except MidspanError as error:
             self._finish(running, error)
             return
@@ -414,7 +424,9 @@ class Engine:
             if isinstance(work, Ask):
                 self._begin_exchange(running, work)
                 return
-            if isinstance(work, PromptScored):
+            if isinstance(work, EndElsewhere):
+                self._end_session(work.session_id)
+            elif isinstance(work, PromptScored):
                 running.stream.prompt_logprobs = work.logprobs
             else:
                 self._tell(running, work)

@@ -48,7 +48,8 @@ class Ask:
     """A step to be computed. `reply_bytes` says about how much comes back.
 
     The opening goes along unless the broker `is_known` to have it, and when it asks for it. It is
-    not sent before `pause_s` have passed. When nobody serves it, `hint` says what would.
+    not sent before `pause_s` have passed. When nobody serves it, `hint` says what would, and a
+    worker is waited for if that is wanted, unless `takes_detours` and the broker knows one.
     """
 
     step: Step
@@ -59,6 +60,7 @@ class Ask:
     reply_bytes: int = 0
     pause_s: float = 0.0
     hint: str = ""
+    takes_detours: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,8 +203,9 @@ class Exchange:
         elif isinstance(message, StepRefusedMessage):
             if message.code != "no_worker":
                 raise StepRefused(message.reason)
-            if not self._ask.wait_for_worker:
-                raise NoWorker(f"{message.reason}{self._ask.hint}")
+            detour = message.detour if self._ask.takes_detours else []
+            if detour or not self._ask.wait_for_worker:
+                raise NoWorker(f"{message.reason}{self._ask.hint}", detour)
             self._send_at += NO_WORKER_RETRY_S
         return None
 

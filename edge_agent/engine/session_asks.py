@@ -24,14 +24,16 @@ MAX_NEEDS = 16  # in one piece of work; every worker that dies on the way costs 
 class SessionAsks:
     """The steps of one session. `is_known`: a broker has heard of it, and a worker has answered.
 
-    `command` would start a worker for it.
+    `command` would start a worker for it. With `takes_detours` it had rather go another way than
+    wait for one.
     """
 
-    def __init__(self, opening: AnyOpening, command: str = "") -> None:
+    def __init__(self, opening: AnyOpening, command: str = "", takes_detours: bool = False) -> None:
         self._hint = f". To serve it: `{command}`" if command else ""
         self.session_id = secrets.token_bytes(16)
         self.opening = opening
         self.is_known = False
+        self._takes_detours = takes_detours
         self._number = 0
         self._shun = ""  # a worker that the next step would rather not go to
         self.begin_work()
@@ -74,7 +76,7 @@ class SessionAsks:
         return Ask(
             step, body, self.opening,
             is_known=self.is_known, wait_for_worker=self.is_known, reply_bytes=reply_bytes,
-            pause_s=self._pause_s, hint=self._hint,
+            pause_s=self._pause_s, hint=self._hint, takes_detours=self._takes_detours,
         )  # fmt: skip
 
     def on_usable(self, answer: StepReply | Need) -> None:

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from common.errors import CheckpointError
 from common.spans.attention import Segment
-from common.spans.cut import Cut, parse_cut
+from common.spans.cut import Cut, Span, parse_cut
 from common.spans.kv_rows import KvRows
 from common.spans.span_model import SpanModel
 from common.spans.twin_check import check_twin
 from common.weights.checkpoint import Checkpoint
 from common.weights.loading import context_length, load_span, parse_dtype, read_config
-from edge_agent.text.served_parts import pick_part
+from edge_agent.text.served_parts import pick_part, pick_route
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,7 @@ class ModelEnds:
     eos_ids: frozenset[int]
     head: SpanModel
     tail: SpanModel
+    route: Sequence[Span] = ()  # that served the middle when the ends were loaded
 
     def new_caches(self) -> EndCaches:
         return EndCaches(self.head.new_kv(), self.tail.new_kv())
@@ -91,7 +92,7 @@ def load_ends(
 ) -> ModelEnds:
     """Load head and tail from a Hugging Face directory; `span`, as `a-b`, is for the pool.
 
-    Without it a part that the pool serves, by a broker's `report`, or the middle half.
+    Without it the layers that the pool serves, by a broker's `report`, or the middle half.
 
     Raises CheckpointError for a directory that cannot be used, SettingsError for a bad span.
     """
@@ -102,6 +103,7 @@ def load_ends(
     if span is None and report is not None:
         span = pick_part(report, fingerprint, num_layers)
     parsed = parse_cut(span, num_layers)
+    route = pick_route(report, fingerprint, parsed.middle) if report is not None else []
     torch_dtype = parse_dtype(dtype)
     check_twin(config)
     ends = ModelEnds(
@@ -115,6 +117,7 @@ def load_ends(
         eos_ids=_read_eos_ids(checkpoint, config.eos_token_id),
         head=load_span(checkpoint, parsed.head(), torch_dtype, part="head"),
         tail=load_span(checkpoint, parsed.tail(num_layers), torch_dtype, part="tail"),
+        route=route,
     )
     checkpoint.close()
     return ends

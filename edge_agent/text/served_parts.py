@@ -1,4 +1,4 @@
-"""Which part of a model an edge asks for when nobody said: one that the pool serves."""
+"""Which parts of a model an edge asks for: such as the pool serves, or several in a row."""
 
 from __future__ import annotations
 
@@ -7,16 +7,35 @@ from collections.abc import Mapping
 from typing import Any
 
 from common.errors import SettingsError
-from common.spans.cut import Span, parse_span
+from common.spans.cut import Span, find_route, find_routes, parse_span
 
 
 def pick_part(report: Mapping[str, Any], fingerprint: str, num_layers: int) -> str | None:
-    """The part that most workers serve, of those the widest; None if none is served.
+    """The layers that most workers serve, of those the most layers; None if none are served.
 
-    `report` is a broker's, which passes on what workers call their parts: what is no span of the
-    model is passed over.
+    Spans that follow on each other count as one. `report` is a broker's, which passes on what
+    workers call their parts: what is no span of the model is passed over.
     """
-    served = Counter(
+    served = _count_spans(report, fingerprint, num_layers)
+    stretches = {
+        Span(first, last): sum(served[span] for span in route)
+        for first in {span.first for span in served}
+        for last, route in find_routes(served, first).items()
+        if route
+    }
+    if not stretches:
+        return None
+    return str(max(stretches, key=lambda span: (stretches[span], len(span), -span.first)))
+
+
+def pick_route(report: Mapping[str, Any], fingerprint: str, middle: Span) -> list[Span]:
+    """The fewest spans that are served and make up `middle`; none if they do not."""
+    return find_route(_count_spans(report, fingerprint, middle.last), middle)
+
+
+def _count_spans(report: Mapping[str, Any], fingerprint: str, num_layers: int) -> Counter[Span]:
+    """How many workers serve each."""
+    return Counter(
         span
         for worker in report["workers"]
         if worker["state"] == "ready"
@@ -24,10 +43,6 @@ def pick_part(report: Mapping[str, Any], fingerprint: str, num_layers: int) -> s
         if service["model"] == fingerprint
         and (span := _read_span(service["part"], num_layers)) is not None
     )
-    if not served:
-        return None
-    best = max(served, key=lambda span: (served[span], len(span), -span.first))
-    return str(best)
 
 
 def _read_span(part: str, num_layers: int) -> Span | None:

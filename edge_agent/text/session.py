@@ -8,13 +8,23 @@ from typing import Any
 from torch import Tensor
 
 from common.codecs.calibration import Calibration
+from common.errors import NoWorker
 from edge_agent.engine.client import BrokerClient
 from edge_agent.engine.exchange import Ask
 from edge_agent.text.ends import ModelEnds
 from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.stats import GenerationStats
 from edge_agent.text.text_session import SessionSettings, TextSession
-from edge_agent.text.work import DecodeRow, EncodeRow, NewToken, RunHead, RunTail, ScoreRows, Work
+from edge_agent.text.work import (
+    DecodeRow,
+    EncodeRow,
+    EndElsewhere,
+    NewToken,
+    RunHead,
+    RunTail,
+    ScoreRows,
+    Work,
+)
 
 
 class Session:
@@ -125,5 +135,10 @@ class Session:
                 return self._ends.score_tail(rows, caches)
             case EncodeRow() | DecodeRow():
                 return work.do()
+            case EndElsewhere(session_id):
+                return self._client.end_session(session_id)
             case Ask():
-                return self._client.exchange(work)
+                try:
+                    return self._client.exchange(work)
+                except NoWorker as error:
+                    return error

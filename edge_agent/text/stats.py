@@ -25,6 +25,7 @@ class GenerationStats:
     rows_replayed: int = 0
     asked_again: int = 0
     answers_unusable: int = 0
+    detours: int = 0  # how often the session went on over other parts
     committed: int = 0
     stage_s: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in STAGES})
     tokens_by_worker: Counter[str] = field(default_factory=Counter)
@@ -56,6 +57,7 @@ class GenerationStats:
             "rows_replayed": self.rows_replayed,
             "asked_again": self.asked_again,
             "answers_unusable": self.answers_unusable,
+            "detours": self.detours,
             "committed": self.committed,
             "tokens_by_worker": dict(self.tokens_by_worker),
         }

@@ -17,16 +17,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from common.codecs.calibration import Calibration
 from common.codecs.codec import make_codec
 from common.codecs.spec import DEFAULT_CODEC, EXACT
-from common.errors import MidspanError, NonFiniteError, ProtocolError, SettingsError
+from common.errors import (
+    MidspanError,
+    NonFiniteError,
+    NoWorker,
+    ProtocolError,
+    SettingsError,
+)
 from common.protocol.messages import Need, Opening, StepReply
 from common.security.sealing import draw_key, seal
 from common.settings import PREFILL_ROWS
-from common.spans.cut import Span
+from common.spans.cut import Span, read_span
 from edge_agent.engine.exchange import Answered, Ask
 from edge_agent.engine.session_asks import SessionAsks
 from edge_agent.text.ends import ModelEnds, Scores, scores_of
@@ -38,6 +45,7 @@ from edge_agent.text.stats import GenerationStats
 from edge_agent.text.work import (
     DecodeRow,
     EncodeRow,
+    EndElsewhere,
     NewToken,
     PromptScored,
     RunHead,
@@ -56,7 +64,9 @@ class SessionSettings:
     """How a session talks to the pool: codecs of prompt and decode steps, up and down.
 
     `route` are the spans that compute its middle layers one after another, each on a worker that
-    serves it; none is all of them in one span. Between them rows are in the codec `between`.
+    serves it; without it they are those that were served when the model's ends were loaded, or all
+    in one. Where a part of it is served no more, a session goes on over others that are. Between
+    spans rows are in the codec `between`.
     """
 
     prompt_up: str = DEFAULT_CODEC
@@ -72,16 +82,17 @@ class SessionSettings:
     def codecs(self) -> list[str]:
         """The names in use, each once."""
         used = (self.prompt_up, self.prompt_down, self.decode_up, self.decode_down)
-        return list(dict.fromkeys((*used, self.between) if self.route else used))
+        return list(dict.fromkeys((*used, self.between)))
 
-    def route_over(self, middle: Span) -> list[str]:
-        """The parts that a session passes. Raises SettingsError unless they are the middle."""
-        route = list(self.route) or [middle]
-        joined = all(a.last == b.first for a, b in itertools.pairwise(route))
-        if not joined or (route[0].first, route[-1].last) != (middle.first, middle.last):
-            spans = ", ".join(map(str, route))
-            raise SettingsError(f"the route {spans} is not the middle {middle}, span after span")
-        return [str(span) for span in route]
+
+def check_route(route: Sequence[Span], middle: Span) -> list[Span]:
+    """The spans that a session passes, all in one if none. Raises SettingsError unless they fit."""
+    route = list(route) or [middle]
+    joined = all(a.last == b.first for a, b in itertools.pairwise(route))
+    if not joined or (route[0].first, route[-1].last) != (middle.first, middle.last):
+        spans = ", ".join(map(str, route))
+        raise SettingsError(f"the route {spans} is not the middle {middle}, span after span")
+    return route
 
 
 def uniform_settings(codec: str, **others: Any) -> SessionSettings:
@@ -139,21 +150,17 @@ class TextSession:
         self._names = self._settings.codecs
         self._up = [make_codec(name, "up", calibration) for name in self._names]
         self._down = [make_codec(name, "down", calibration) for name in self._names]
-        for codec in self._down:
-            if codec.needs_uplink and len(self._settings.route) > 1:
-                raise SettingsError(
-                    f"codec {codec.spec} builds on the rows that were sent, and the last of "
-                    "several spans gets others; choose another one"
-                )
         needed = any(codec.spec.needs_calibration for codec in self._up)
-        opening = Opening(
-            ends.fingerprint, self._settings.route_over(ends.cut.middle), ends.hidden, self._names,
-            calibration.fingerprint if calibration is not None and needed else "",
-            seal(draw_key(), pool_key) if pool_key is not None else b"",
-            between=self._names.index(self._settings.between) if self._settings.route else 0,
+        route = check_route(self._settings.route or ends.route, ends.cut.middle)
+        self._check_codecs_of(route)
+        self._asks = self._make_asks(
+            Opening(
+                ends.fingerprint, [str(span) for span in route], ends.hidden, self._names,
+                calibration.fingerprint if calibration is not None and needed else "",
+                seal(draw_key(), pool_key) if pool_key is not None else b"",
+                between=self._names.index(self._settings.between),
+            )
         )  # fmt: skip
-        spans = " ".join(f"--span {span}" for span in opening.route)
-        self._asks = SessionAsks(opening, f"midspan worker --model {ends.directory} {spans}")
         self._caches = ends.new_caches()
         self._log = ReplayLog()
         self._token_ids: list[int] = []  # of the rows in the log
@@ -163,9 +170,28 @@ class TextSession:
         self.ended_by_itself = False  # with an end-of-sequence token
         self.last_worker_id = ""
 
+    def _check_codecs_of(self, route: Sequence[Span]) -> None:
+        used = (self._settings.prompt_down, self._settings.decode_down)
+        for name, codec in zip(self._names, self._down, strict=True):
+            if len(route) > 1 and codec.needs_uplink and name in used:
+                raise SettingsError(
+                    f"codec {codec.spec} builds on the rows that were sent, and the last of "
+                    "several spans gets others; choose another one"
+                )
+
+    def _make_asks(self, opening: Opening) -> SessionAsks:
+        spans = " ".join(f"--span {span}" for span in opening.route)
+        command = f"midspan worker --model {self._ends.directory} {spans}"
+        return SessionAsks(opening, command, takes_detours=True)
+
     @property
     def session_id(self) -> bytes:
         return self._asks.session_id
+
+    @property
+    def route(self) -> list[str]:
+        """The parts that compute its middle layers, one after another."""
+        return list(self._asks.opening.route)
 
     @property
     def held(self) -> int:
@@ -329,7 +355,10 @@ class TextSession:
             pieces = self._log.read(position, self._settings.prefill_rows)
             first, last = pieces[0].start, pieces[-1].end
             reply_rows = max(0, last - max(position, start))
-            answered: Answered = yield self._ask(pieces, reply_rows, down)
+            answered: Answered | NoWorker = yield self._ask(pieces, reply_rows, down)
+            if isinstance(answered, NoWorker):
+                yield from self._take_detour(answered)
+                continue
             self._count_answer(answered)
             answer, body = answered.answer, answered.body
             try:
@@ -358,6 +387,26 @@ class TextSession:
             middle_s += answer.compute_us / 1e6
             position = last
         return (parts[0] if len(parts) == 1 else torch.cat(parts)), queue_s, middle_s
+
+    def _take_detour(self, error: NoWorker) -> Generator[Work, Any, None]:
+        """Go on over other parts: as a new session of the pool's, whose KV the log brings back.
+
+        Raises the error if it knows no way round, or none that can be gone.
+        """
+        opening = self._asks.opening
+        assert isinstance(opening, Opening)
+        if not error.detour:
+            raise error
+        try:
+            route = check_route([read_span(part) for part in error.detour], self._ends.cut.middle)
+            self._check_codecs_of(route)
+        except SettingsError:
+            raise error from None
+        yield EndElsewhere(self._asks.session_id)
+        self._asks = self._make_asks(structs.replace(opening, route=[str(span) for span in route]))
+        self._asks.begin_work()
+        self.stats.detours += 1
+        self._generation, self._fork, self._sent_generation = 0, 0, -1
 
     def _count_answer(self, answered: Answered) -> None:
         self._asks.is_known = True

@@ -1,8 +1,9 @@
 """What a text session wants done for it: it computes nothing itself and knows no socket.
 
-A session's answer is a generator that yields one of these and is sent the result. Whoever drives
-it decides how: one at a time (edge_agent/text/session.py), or with those of many sessions in one
-batch (edge_agent/engine/engine.py).
+A session's answer is a generator that yields one of these and is sent the result. That of an Ask is
+what was Answered, or the NoWorker that knows a detour. Whoever drives it decides how: one at a time
+(edge_agent/text/session.py), or with those of many sessions in one batch
+(edge_agent/engine/engine.py).
 """
 
 from __future__ import annotations
@@ -77,6 +78,13 @@ class ScoreRows:
 
 
 @dataclass(frozen=True, slots=True)
+class EndElsewhere:
+    """The pool may forget a session that goes on under another id; no result."""
+
+    session_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class NewToken:
     """A token to be handed to whoever asked; no result."""
 
@@ -91,5 +99,8 @@ class PromptScored:
     logprobs: list[TokenLogprob]
 
 
-Work = RunHead | RunTail | ScoreRows | EncodeRow | DecodeRow | Ask | NewToken | PromptScored
+Work = (
+    RunHead | RunTail | ScoreRows | EncodeRow | DecodeRow
+    | Ask | EndElsewhere | NewToken | PromptScored
+)  # fmt: skip
 Working = Generator[Work, Any, None]

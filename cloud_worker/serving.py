@@ -87,8 +87,8 @@ def load_text_service(
     config = read_config(checkpoint)
     span = parse_span(span_text, config.num_hidden_layers)
     dtype, device = parse_dtype(settings.dtype), check_device(settings.device)
-    check_twin(config)
-    model = load_span(checkpoint, span, dtype, device)
+    packs = check_twin(config)
+    model = load_span(checkpoint, span, dtype, device, packs=packs)
     service = Service(
         checkpoint.fingerprint(), checkpoint.name, str(span), model.hidden, settings.dtype
     )

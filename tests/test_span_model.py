@@ -9,21 +9,28 @@ from random_models import save_random_model
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    DeepseekV3Config,
+    DiffLlamaConfig,
     DynamicCache,
     FalconConfig,
     Gemma2Config,
+    Gemma4TextConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
     GraniteMoeConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OpenAIGPTConfig,
     OPTConfig,
     PhiConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3NextConfig,
     T5Config,
 )
 
@@ -62,13 +69,26 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "phi": PhiConfig(**SIZE, intermediate_size=64),
     "gemma": GemmaConfig(**GATED, head_dim=8),
     "granite-moe": GraniteMoeConfig(**GATED, num_local_experts=4, num_experts_per_tok=2),
-}
+    "mixtral": MixtralConfig(**GATED, num_local_experts=4, num_experts_per_tok=2),
+    "bloom": BloomConfig(vocab_size=99, hidden_size=32, n_layer=6, n_head=4),
+    "diffllama": DiffLlamaConfig(**GATED),
+    "deepseek-v3": DeepseekV3Config(
+        **GATED | {"num_key_value_heads": 4}, moe_intermediate_size=16, n_routed_experts=4,
+        num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=3,
+        kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=6,
+    ),
+}  # fmt: skip
 # with a window the library builds a mask where we slice the keys: other kernels, other last bits
 WINDOWED: dict[str, PretrainedConfig] = {
     "mistral-window": MistralConfig(**GATED, sliding_window=5),
     "qwen2-window": Qwen2Config(
         **GATED, use_sliding_window=True, sliding_window=6, max_window_layers=3
     ),
+    "llama4-chunks": Llama4TextConfig(
+        **GATED, intermediate_size_mlp=64, head_dim=8, num_local_experts=4, attention_chunk_size=5
+    ),
+    "gemma2-cap": Gemma2Config(**GATED, head_dim=8, sliding_window=6, attn_logit_softcapping=2.0),
+    "gpt-oss-sinks": GptOssConfig(**GATED, head_dim=8, num_local_experts=4, sliding_window=6),
 }
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 PROMPT, LENGTH = 12, 20
@@ -236,10 +256,15 @@ def test_every_layer_can_be_in_the_middle(ids: torch.Tensor, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (BloomConfig(vocab_size=99, hidden_size=32, n_layer=6, n_head=4), "embeddings_layernorm"),
-        (Gemma2Config(**GATED, head_dim=8), "softcap"),
-        (GptOssConfig(**GATED, head_dim=8, num_local_experts=2), "s_aux|no tensor"),
-        (LlamaConfig(**GATED, rope_parameters=DYNAMIC), "'dynamic' depends on the length"),
+        (
+            Gemma4TextConfig(**GATED, head_dim=8, vocab_size_per_layer_input=99),
+            "each layer embeddings of the tokens cannot be",
+        ),
+        (
+            Qwen3NextConfig(**GATED, head_dim=8, num_experts=4, moe_intermediate_size=16),
+            "models with linear_attention layers cannot be",
+        ),
+        (OpenAIGPTConfig(n_embd=32, n_layer=6, n_head=4), "keep nothing of a text"),
     ],
 )
 def test_a_model_that_cannot_be_cut_is_refused_with_the_reason(

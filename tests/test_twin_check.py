@@ -48,11 +48,12 @@ PROMPT, LENGTH = 12, 18
 
 
 def break_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make a layer's result depend on its index, which cutting renumbers."""
+    """Make a layer's result depend on whose cache it is given."""
     forward = LlamaDecoderLayer.forward
 
     def broken(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return forward(self, *args, **kwargs) * (1 + 0.1 * self.self_attn.layer_idx)
+        is_cut = hasattr(kwargs["past_key_values"], "segments")
+        return forward(self, *args, **kwargs) * (1 + 0.1 * is_cut)
 
     monkeypatch.setattr(LlamaDecoderLayer, "forward", broken)
 
@@ -96,7 +97,7 @@ def compare_cut_and_whole(config: PretrainedConfig, directory: Path, cut: Span) 
 def test_every_family_that_is_tested_passes(name: str, tmp_path: Path) -> None:
     check_twin((CONFIGS | WINDOWED)[name], tmp_path)
     (verdict,) = tmp_path.iterdir()
-    assert json.loads(verdict.read_text()) == {"refusal": None}
+    assert json.loads(verdict.read_text())["refusal"] is None
 
 
 @pytest.mark.parametrize("config", [DIFF_LLAMA, NEMOTRON], ids=["diffllama", "nemotron"])
@@ -131,7 +132,19 @@ def test_edge_and_worker_ask_the_guard_before_they_load(
             load()
 
 
-def test_a_family_whose_layers_depend_on_their_index_is_refused_with_the_difference(
+def test_a_family_whose_layers_depend_on_their_index_is_computed_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = LlamaDecoderLayer.forward
+
+    def indexed(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return forward(self, *args, **kwargs) * (1 + 0.1 * self.self_attn.layer_idx)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", indexed)
+    assert check_twin(LLAMA, tmp_path)
+
+
+def test_a_family_that_comes_out_otherwise_is_refused_with_the_difference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_layers(monkeypatch)
@@ -142,7 +155,7 @@ def test_a_family_whose_layers_depend_on_their_index_is_refused_with_the_differe
         check_twin(LLAMA, tmp_path)
 
 
-def test_a_family_that_mixes_the_sessions_of_a_batch_is_refused(
+def test_a_family_that_mixes_the_sessions_of_a_batch_is_computed_one_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = LlamaDecoderLayer.forward
@@ -152,8 +165,8 @@ def test_a_family_that_mixes_the_sessions_of_a_batch_is_refused(
         return forward(self, rows, *args, **kwargs) + is_batch * rows.mean(1, keepdim=True)
 
     monkeypatch.setattr(LlamaDecoderLayer, "forward", leaking)
-    with pytest.raises(CheckpointError, match="llama models would be computed wrongly"):
-        check_twin(LLAMA, tmp_path)
+    assert not check_twin(LLAMA, tmp_path)
+    assert not check_twin(LLAMA, tmp_path)  # remembered
 
 
 def test_a_crash_of_the_twin_is_a_refusal_of_one_line(
@@ -211,13 +224,15 @@ def test_a_source_that_changed_is_judged_anew(
     assert judged == [LLAMA, LLAMA]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"refusal": 3}', "\udc80"])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"refusal": null}', '{"refusal": 3, "packs": true}', "\udc80"]
+)
 def test_a_broken_verdict_is_computed_again(content: str, tmp_path: Path) -> None:
     check_twin(LLAMA, tmp_path)
     (path,) = tmp_path.iterdir()
     path.write_bytes(content.encode(errors="surrogateescape"))
     check_twin(LLAMA, tmp_path)
-    assert json.loads(path.read_text()) == {"refusal": None}
+    assert json.loads(path.read_text()) == {"refusal": None, "packs": True}
 
 
 def test_a_cache_that_cannot_be_written_changes_nothing(
@@ -314,14 +329,14 @@ def test_the_first_and_the_last_of_each_kind_are_picked() -> None:
 def test_a_twin_has_every_type_of_layer(
     config: PretrainedConfig, kinds: set[str], tmp_path: Path
 ) -> None:
-    whole = twin_check._write_twin(config, tmp_path)
+    whole = twin_check.write_twin(config, tmp_path)
     assert set(whole.config.layer_types) == kinds
     assert whole.config.num_hidden_layers < config.num_hidden_layers
 
 
 def test_a_twin_has_dense_layers_and_experts_where_the_model_has(tmp_path: Path) -> None:
     config = DeepseekV3Config(num_hidden_layers=61, first_k_dense_replace=7)
-    whole = twin_check._write_twin(config, tmp_path)
+    whole = twin_check.write_twin(config, tmp_path)
     mlps = [type(layer.mlp).__name__ for layer in whole.model.layers]
     assert mlps == ["DeepseekV3MLP"] * 7 + ["DeepseekV3MoE"]
 

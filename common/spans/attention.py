@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from common.spans.kv_rows import KvRows
+from common.spans.kv_rows import KvRows, make_layout
 
 ATTENTION_NAME = "midspan"
 # what models hand to every attention function; others would be ignored, and results be wrong
@@ -51,9 +51,10 @@ class PackedCache:
 
     is_compileable = False
 
-    def __init__(self, segments: list[Segment]) -> None:
+    def __init__(self, segments: list[Segment], first_layer: int = 0) -> None:
         self.segments = segments
-        self.layer = 0
+        self.layer = 0  # of the span
+        self._first_layer = first_layer
         self._rows = [segment.rows for segment in segments]
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
         for segment in segments:
@@ -70,11 +71,11 @@ class PackedCache:
         Returns what the session has of that layer when there is one segment; with several the
         attention function reads each session's own.
         """
-        self.layer = layer_idx
+        self.layer = layer_idx - self._first_layer
         columns = (part[0].transpose(0, 1).flatten(1) for part in (keys, values))
         new = torch.cat(tuple(columns), dim=1)  # (sum of T, values of the layer)
         for views, part in zip(self._write, new.split_with_sizes(self._rows), strict=True):
-            views[layer_idx].copy_(part)
+            views[self.layer].copy_(part)
         return self.read(0) if len(self.segments) == 1 else (keys, values)
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
@@ -110,13 +111,60 @@ class PackedCache:
         return self._masks[key]
 
 
+class ProbeCache:
+    """Stands in for transformers' Cache while one row goes through, to see what a model keeps."""
+
+    is_compileable = False
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {}  # (H, D) by layer
+        self.attended: set[int] = set()  # layers whose attention came by
+        self.segments = [Segment(KvRows(make_layout([], torch.float32)), 0, 1)]
+        self._last: tuple[int, Tensor, Tensor] | None = None
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        key_shape, value_shape = ((int(t.shape[1]), int(t.shape[3])) for t in (keys, values))
+        if layer_idx in self.shapes or keys.shape[2] != 1:
+            raise ValueError(f"layer {layer_idx} keeps something else than one row for each token")
+        self.shapes[layer_idx] = key_shape, value_shape
+        self._last = layer_idx, keys, values
+        return keys, values
+
+    def note(self, keys: Tensor, values: Tensor) -> None:
+        """Attention came by with these; ours reads what was kept, so they must be that."""
+        if self._last is None or not all(map(torch.equal, self._last[1:], (keys, values))):
+            raise ValueError("its attention takes other keys or values than it keeps")
+        self.attended.add(self._last[0])
+
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        assert self._last is not None
+        return self._last[1:]
+
+    def split(self, rows: Tensor) -> Sequence[Tensor]:
+        return [rows]
+
+    def mask(self, segment: Segment, window: int | None, like: Tensor) -> None:
+        return None
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    packed: PackedCache | None = None,
+    packed: PackedCache | ProbeCache | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -128,8 +176,11 @@ def packed_attention(
     if unknown:
         raise ValueError(f"it uses {', '.join(sorted(unknown))}, which midspan does not know")
     if packed is None:
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        return output, None
+        raise ValueError("it keeps from its attention whose rows are whose")
+    if attention_mask is not None:
+        raise ValueError("it makes masks of its own")
+    if isinstance(packed, ProbeCache):
+        packed.note(key, value)
     outputs = []
     for index, (segment, part) in enumerate(zip(packed.segments, packed.split(query), strict=True)):
         keys, values = packed.read(index)

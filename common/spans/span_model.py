@@ -2,23 +2,32 @@
 
 See common/weights/loading.py for how they are cut out of a Hugging Face model.
 
-Letters: T tokens (rows), D hidden.
+Letters: T tokens (rows), D width of a row.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
-from common.errors import CheckpointError
-from common.spans.attention import PackedCache, Segment
+from common.errors import CheckpointError, in_one_line
+from common.spans.attention import (
+    ATTENTION_NAME,
+    PackedCache,
+    ProbeCache,
+    Segment,
+    register_attention,
+)
 from common.spans.cut import Span
 from common.spans.kv_pool import SlotPool
 from common.spans.kv_rows import KvLayout, KvRows, make_layout, slot_bytes
+from common.spans.passage import Gate, takes
+
+log = logging.getLogger("midspan.model")
 
 RESERVE_ROWS = 4096  # of KV for which a pool has memory ready
 
@@ -29,24 +38,28 @@ class SpanModel:
     def __init__(
         self,
         decoder: nn.Module,
-        causal_lm: nn.Module | None,
-        embedding: nn.Module | None,
+        causal_lm: Any,
+        gate: Gate,
         span: Span,
-        hidden: int,
+        part: str,
+        *,
         dtype: torch.dtype,
+        device: torch.device | str,
         packs: bool,
         bytes_read: dict[str, int],
     ) -> None:
         self.span = span
-        self.hidden = hidden
+        self.hidden = gate.boundary.width
         self.dtype = dtype
-        self.packs_sessions = packs  # several sessions in one pass; else one at a time
+        self.device = torch.device(device)
         self.bytes_read = bytes_read  # by the tensor's name in the checkpoint
+        self._gate = gate
+        self._part = part
         self._decoder = decoder
         self._causal_lm = causal_lm
-        self._embedding = embedding
-        self.device = next(decoder.parameters(), torch.empty(0)).device
-        self.layout = self._probe_layout()
+        self._positions_are_given = takes(decoder, "position_ids")
+        self._rows_are_chosen = takes(causal_lm, "logits_to_keep")
+        self.packs_sessions, self.layout = self._probe(packs)
 
     def new_kv(self, pool: SlotPool | None = None) -> KvRows:
         """An empty KV cache for one session, in a pool's slots if there is one."""
@@ -62,16 +75,13 @@ class SpanModel:
     @torch.inference_mode()
     def embed_and_run(self, token_ids: Tensor, segments: Sequence[Segment]) -> Tensor:
         """Head only: token ids (sum of T,) of sessions, one after another, to rows (…, D)."""
-        assert self._embedding is not None, "only the head holds the embeddings"
+        assert self._part == "head", "only the head holds the embeddings"
         token_ids = token_ids.to(self.device)
-        if self.packs_sessions or len(segments) == 1:
-            return self._run({"input_ids": token_ids[None]}, list(segments))
-        parts = torch.split(token_ids, [segment.rows for segment in segments])
-        outputs = [
-            self._run({"input_ids": part[None]}, [segment])
-            for part, segment in zip(parts, segments, strict=True)
-        ]
-        return torch.cat(outputs)
+        outputs = []
+        for part, group in self._by_pass(token_ids, segments):
+            self._decoder(input_ids=part[None], **self._arguments(group))
+            outputs.append(self._finish(group))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @torch.inference_mode()
     def run(self, rows: Tensor, segments: Sequence[Segment]) -> Tensor:
@@ -79,84 +89,113 @@ class SpanModel:
 
         The KV of the new rows is written into the segments' caches; their `length` is set.
         """
-        if self.packs_sessions or len(segments) == 1:
-            return self._run({"inputs_embeds": rows[None]}, list(segments))
-        parts = torch.split(rows, [segment.rows for segment in segments])
-        outputs = [
-            self._run({"inputs_embeds": part[None]}, [segment])
-            for part, segment in zip(parts, segments, strict=True)
-        ]
-        return torch.cat(outputs)
+        outputs = []
+        for part, group in self._by_pass(rows, segments):
+            self._decoder(input_ids=self._enter(part), **self._arguments(group))
+            outputs.append(self._finish(group))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @torch.inference_mode()
     def last_logits(self, rows: Tensor, segments: Sequence[Segment]) -> Tensor:
         """Tail only: rows of sessions (sum of T, D) to the logits after each one's last, (n, V)."""
-        if len(segments) == 1:
-            return self.logits(rows, segments[0])
-        if not self.packs_sessions:
-            parts = torch.split(rows, [segment.rows for segment in segments])
-            pairs = zip(parts, segments, strict=True)
-            return torch.cat([self.logits(part, segment) for part, segment in pairs])
-        assert self._causal_lm is not None, "only the tail holds the LM head"
-        counts = torch.tensor([segment.rows for segment in segments], device=self.device)
-        output = self._causal_lm(
-            inputs_embeds=rows[None].to(self.device),
-            logits_to_keep=counts.cumsum(0) - 1,
-            **self._arguments(list(segments)),
-        )
-        for segment in segments:
-            segment.kv.length = segment.end
-        logits: Tensor = output.logits[0]
-        return logits
+        outputs = []
+        for part, group in self._by_pass(rows, segments):
+            counts = torch.tensor([segment.rows for segment in group], device=self.device)
+            wanted = counts.cumsum(0) - 1 if len(group) > 1 else 1
+            outputs.append(self._run_tail(part, group, wanted))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @torch.inference_mode()
     def logits(self, rows: Tensor, segment: Segment, last: int = 1) -> Tensor:
         """Tail only: boundary rows (T, D) to the logits after the last ones, (last, vocabulary)."""
-        assert self._causal_lm is not None, "only the tail holds the LM head"
-        arguments = self._arguments([segment])
-        output = self._causal_lm(inputs_embeds=rows[None], logits_to_keep=last, **arguments)
-        segment.kv.length = segment.end
-        logits: Tensor = output.logits[0]
-        return logits
+        return self._run_tail(rows, [segment], last)
 
-    def _run(self, inputs: dict[str, Tensor], segments: list[Segment]) -> Tensor:
-        output = self._decoder(**inputs, **self._arguments(segments))
+    def _by_pass(
+        self, rows: Tensor, segments: Sequence[Segment]
+    ) -> list[tuple[Tensor, list[Segment]]]:
+        """What goes through in one pass: all sessions, or one at a time where they cannot."""
+        if self.packs_sessions or len(segments) == 1:
+            return [(rows, list(segments))]
+        parts = torch.split(rows, [segment.rows for segment in segments])
+        return [(part, [segment]) for part, segment in zip(parts, segments, strict=True)]
+
+    def _enter(self, rows: Tensor) -> Tensor:
+        """Let rows enter at the first layer; returns what stands for their tokens, (1, T)."""
+        self._gate.enter(rows.to(self.device))
+        return torch.zeros(1, rows.shape[0], dtype=torch.long, device=self.device)
+
+    def _finish(self, segments: list[Segment]) -> Tensor:
         for segment in segments:
             segment.kv.length = segment.end
-        rows: Tensor = output.last_hidden_state[0]
-        return rows
+        return self._gate.take()
+
+    def _run_tail(self, rows: Tensor, segments: list[Segment], wanted: int | Tensor) -> Tensor:
+        assert self._part == "tail", "only the tail holds the LM head"
+        chosen = {"logits_to_keep": wanted} if self._rows_are_chosen else {}
+        output = self._causal_lm(input_ids=self._enter(rows), **chosen, **self._arguments(segments))
+        for segment in segments:
+            segment.kv.length = segment.end
+        logits: Tensor = output.logits[0]
+        if self._rows_are_chosen:
+            return logits
+        return logits[-wanted:] if isinstance(wanted, int) else logits[wanted]
 
     def _arguments(self, segments: list[Segment]) -> dict[str, Any]:
-        cache = PackedCache(segments)
+        cache = PackedCache(segments, self.span.first)
         positions = [position for s in segments for position in range(s.start, s.end)]
-        arguments: dict[str, Any] = {
-            "past_key_values": cache,
-            "position_ids": torch.tensor([positions], device=self.device),
-            "use_cache": True,
-        }
-        if self.packs_sessions:
+        return self._arguments_with(cache, positions, self.packs_sessions)
+
+    def _arguments_with(
+        self, cache: PackedCache | ProbeCache, positions: list[int], packs: bool
+    ) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+        if self._positions_are_given:
+            arguments["position_ids"] = torch.tensor([positions], device=self.device)
+        if packs:
             arguments["packed"] = cache
         return arguments
 
+    def _probe(self, packs: bool) -> tuple[bool, KvLayout]:
+        """Whether sessions share a pass, and what each layer puts into its cache.
+
+        Raises CheckpointError if the layers run in none of the ways that we know: with our
+        attention, with the one that the library takes by itself, and with its plainest.
+        """
+        config = self._causal_lm.config
+        by_itself = config._attn_implementation
+        packs &= bool(getattr(self._causal_lm, "_supports_attention_backend", False))
+        reasons = []
+        for name in [ATTENTION_NAME] * packs + list(dict.fromkeys([by_itself, "eager"])):
+            if name == ATTENTION_NAME:
+                register_attention()
+            config._attn_implementation = name
+            try:
+                return name == ATTENTION_NAME, self._probe_layout(packs=name == ATTENTION_NAME)
+            except Exception as error:  # whatever a foreign model's code raises
+                log.debug("%s attention: %s", name, error)
+                reasons.append(in_one_line(error))
+        raise CheckpointError(
+            f"{config.model_type} models have layers that cannot be run here: {reasons[-1]}"
+        )
+
     @torch.inference_mode()
-    def _probe_layout(self) -> KvLayout:
-        """Run one row of zeros through, to see what each layer puts into its cache."""
-        if not len(self.span):
-            return make_layout([], self.dtype)
-        cache = DynamicCache()
-        position = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        if self._embedding is not None:
-            inputs = {"input_ids": position}
-        else:
-            rows = torch.zeros(1, 1, self.hidden, dtype=self.dtype, device=self.device)
-            inputs = {"inputs_embeds": rows}
-        try:
-            self._decoder(**inputs, past_key_values=cache, position_ids=position, use_cache=True)
-        except ValueError as error:
-            raise CheckpointError(f"the model's attention cannot be run here: {error}") from error
-        shapes = []
-        for layer in cache.layers:
-            _, key_heads, _, key_size = layer.keys.shape
-            _, value_heads, _, value_size = layer.values.shape
-            shapes.append(((key_heads, key_size), (value_heads, value_size)))
-        return make_layout(shapes, self.dtype)
+    def _probe_layout(self, packs: bool) -> KvLayout:
+        """Run one row through, to see what each layer puts into its cache."""
+        cache = ProbeCache()
+        if len(self.span):
+            ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+            if self._part != "head":
+                generator = torch.Generator().manual_seed(0)
+                rows = torch.randn(1, self.hidden, generator=generator)  # zeros would look alike
+                ids = self._enter(rows.to(self.dtype))
+            self._decoder(input_ids=ids, **self._arguments_with(cache, [0], packs))
+            if not cache.shapes:
+                raise ValueError("they keep nothing of a text in the library's cache")
+        if packs and cache.attended != cache.shapes.keys():
+            raise ValueError("not all of its attention goes through the library's interface")
+        nothing = ((0, 0), (0, 0))
+        layers = range(self.span.first, self.span.last)
+        foreign = cache.shapes.keys() - set(layers)
+        if foreign:
+            raise ValueError(f"its layers keep what belongs to layer {min(foreign)}")
+        return make_layout([cache.shapes.get(layer, nothing) for layer in layers], self.dtype)

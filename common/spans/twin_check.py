@@ -20,7 +20,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from common.errors import CheckpointError, in_one_line
 from common.spans.attention import Segment
 from common.spans.cut import Cut
+from common.spans.passage import choose_arguments
 from common.spans.span_model import SpanModel
 from common.spans.twin_config import Kind, keep_layers, kind_of, layers_name, narrow, pick_layers
 from common.weights.checkpoint import VOLATILE_KEYS, Checkpoint
@@ -40,7 +41,8 @@ from common.weights.loading import find_decoder, load_span
 SOURCES = [Path(__file__).resolve().parents[1] / name for name in ("spans", "weights")]
 TOLERANCE = 1e-4  # of the largest logit, in float32: 50 times what another order of adding makes
 DEPTHS = (4, 6, 8, 12, 16, 24)  # layers tried until every kind is there
-PROMPT, LENGTH, FIRST_PIECE = 12, 16, 7  # tokens
+PROMPT, LENGTH, OTHER = 12, 16, 6  # tokens
+PIECES = ([PROMPT] + [1] * (LENGTH - PROMPT), [7, LENGTH - 7])  # a text is run in
 SEED = 20
 
 
@@ -49,10 +51,14 @@ class Verdict:
     """Why models of a configuration are refused, or None if they are computed right."""
 
     refusal: str | None
+    packs: bool = True  # whether sessions may go through together
 
 
-def check_twin(config: Any, cache_directory: Path | None = None) -> None:
-    """Raise CheckpointError unless a small twin of the configured model survives being cut."""
+def check_twin(config: Any, cache_directory: Path | None = None) -> bool:
+    """Whether sessions of the configured model may go through its parts together.
+
+    Raises CheckpointError unless a small twin of it survives being cut.
+    """
     path = (cache_directory or _cache_directory()) / f"{_digest(config)}.json"
     verdict = _read_verdict(path)
     if verdict is None:
@@ -61,21 +67,58 @@ def check_twin(config: Any, cache_directory: Path | None = None) -> None:
             _write_verdict(path, verdict)
     if verdict.refusal is not None:
         raise CheckpointError(verdict.refusal)
+    return verdict.packs
 
 
-def largest_difference(config: Any, directory: Path) -> float:
-    """The largest difference of logits, cut against whole, as a share of the largest logit.
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A cut model beside the whole one."""
 
-    `directory` is empty and takes the twin. Raises whatever cutting or running it raises.
+    same_bits: bool  # of all logits, run in the same pieces
+    difference: float  # the largest of logits, in whatever pieces, as a share of the largest logit
+    packs_sessions: bool
+
+    @property
+    def is_right(self) -> bool:
+        return self.difference <= TOLERANCE  # false for NaN
+
+
+def compare(whole: Any, directory: Path, cut: Cut) -> Comparison:
+    """Run a model that was saved in `directory` whole, and cut in all ways that sessions are run.
+
+    If it comes out differently where sessions go through together, they go one at a time.
+
+    Raises whatever cutting or running it raises.
     """
-    whole = _write_twin(config, directory)
-    count = whole.config.num_hidden_layers
-    ids = torch.randint(1, whole.config.vocab_size, (LENGTH,), generator=_generator())
-    wanted = _run_whole(whole, ids)
+    vocabulary = whole.config.get_text_config().vocab_size
+    ids = torch.randint(1, vocabulary, (LENGTH,), generator=_generator())
+    wanted = [_run_whole(whole, ids, pieces) for pieces in PIECES]
+    comparison = _compare_with(wanted, ids, directory, cut, count_layers(whole), packs=True)
+    if comparison.packs_sessions and not comparison.is_right:
+        return _compare_with(wanted, ids, directory, cut, count_layers(whole), packs=False)
+    return comparison
+
+
+def _compare_with(
+    wanted: Sequence[Tensor], ids: Tensor, directory: Path, cut: Cut, count: int, packs: bool
+) -> Comparison:
     checkpoint = Checkpoint(directory)
-    parts = _Parts(checkpoint, _twin_cut(count), count)
+    parts = _Parts(checkpoint, cut, count, packs)
     checkpoint.close()
-    return max(_difference(got, wanted) for got in parts.run_in_all_ways(ids))
+    got = [parts.run(ids, pieces) for pieces in PIECES]
+    beside = parts.run_beside_another(ids)
+    differences = [_difference(logits, wanted[0]) for logits in got]
+    differences.append(_difference(beside, torch.cat([wanted[0][:PROMPT], wanted[0][-1:]])))
+    return Comparison(
+        same_bits=all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True)),
+        difference=max(differences, key=lambda d: (d != d, d)),  # NaN is the largest
+        packs_sessions=packs and parts.packs_sessions,
+    )
+
+
+def count_layers(model: Any) -> int:
+    count: int = model.config.get_text_config().num_hidden_layers
+    return count
 
 
 def _judge(config: Any) -> tuple[Verdict, bool]:
@@ -83,21 +126,31 @@ def _judge(config: Any) -> tuple[Verdict, bool]:
     kind = config.model_type
     try:
         with tempfile.TemporaryDirectory(prefix="midspan-twin-") as name, _own_randomness():
-            difference = largest_difference(config, Path(name))
-    except CheckpointError as error:
-        message = str(error).replace(name, f"a small {kind} model of its configuration")
-        return Verdict(message), True
+            whole = write_twin(config, Path(name))
+            comparison = compare(whole, Path(name), _twin_cut(count_layers(whole)))
     except (OSError, MemoryError) as error:
         return Verdict(f"{kind} models cannot be checked here: {in_one_line(error)}"), False
     except Exception as error:  # whatever a foreign model's code raises, it cannot be cut
-        words = f"{type(error).__name__}: {in_one_line(error)}"
-        return Verdict(f"{kind} models cannot be cut: a small one fails with {words}"), True
-    if difference <= TOLERANCE:  # false for NaN
-        return Verdict(None), True
-    return Verdict(
+        return Verdict(explain_error(error, kind, name)), True
+    return Verdict(explain_difference(comparison, kind), comparison.packs_sessions), True
+
+
+def explain_error(error: Exception, kind: str, directory: str) -> str:
+    """Why a model is refused whose twin, written to `directory`, could not be cut or run."""
+    if isinstance(error, CheckpointError):
+        return str(error).replace(directory, f"a small {kind} model of its configuration")
+    words = f"{type(error).__name__}: {in_one_line(error)}"
+    return f"{kind} models cannot be cut: a small one fails with {words}"
+
+
+def explain_difference(comparison: Comparison, kind: str) -> str | None:
+    """Why a model is refused whose twin comes out like this; None if it is not."""
+    if comparison.is_right:
+        return None
+    return (
         f"{kind} models would be computed wrongly: cut in three, a small one has logits that "
-        f"differ by {difference:.1e} of the largest; {TOLERANCE:.0e} is allowed"
-    ), True
+        f"differ by {comparison.difference:.1e} of the largest; {TOLERANCE:.0e} is allowed"
+    )
 
 
 @contextlib.contextmanager
@@ -111,7 +164,7 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(SEED)
 
 
-def _write_twin(config: Any, directory: Path) -> Any:
+def write_twin(config: Any, directory: Path) -> Any:
     """Save a twin of random weights, and return it. Raises CheckpointError if there is none."""
     values, name = narrow(config), layers_name(config)
     kinds = _kinds(_configure(config, values, directory))
@@ -165,33 +218,34 @@ def _twin_cut(count: int) -> Cut:
 
 
 @torch.inference_mode()
-def _run_whole(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits after each token, (T, vocabulary): the prompt in one step, then one by one."""
+def _run_whole(model: nn.Module, ids: Tensor, pieces: Sequence[int]) -> Tensor:
+    """Logits after each token, (T, vocabulary)."""
     cache = DynamicCache(config=model.config)
-    steps = [ids[:PROMPT], *torch.split(ids[PROMPT:], 1)]
-    return torch.cat([model(step[None], past_key_values=cache).logits[0] for step in steps])
+    logits, start = [], 0
+    for piece in torch.split(ids, list(pieces)):
+        given = choose_arguments(model, len(piece), start)
+        output = model(input_ids=piece[None], past_key_values=cache, use_cache=True, **given)
+        logits.append(output.logits[0])
+        start += len(piece)
+    return torch.cat(logits)
 
 
 class _Parts:
     """Head, middle and tail of a twin."""
 
-    def __init__(self, checkpoint: Checkpoint, cut: Cut, count: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, cut: Cut, count: int, packs: bool) -> None:
         self._parts: list[SpanModel] = [
-            load_span(checkpoint, cut.head(), part="head"),
-            load_span(checkpoint, cut.middle),
-            load_span(checkpoint, cut.tail(count), part="tail"),
+            load_span(checkpoint, cut.head(), part="head", packs=packs),
+            load_span(checkpoint, cut.middle, packs=packs),
+            load_span(checkpoint, cut.tail(count), part="tail", packs=packs),
         ]
 
-    def run_in_all_ways(self, ids: Tensor) -> list[Tensor]:
-        """Logits after each token: with a prompt and single tokens, in two pieces, in a batch."""
-        one_by_one = [PROMPT] + [1] * (LENGTH - PROMPT)
-        return [
-            self._run(ids, one_by_one),
-            self._run(ids, [FIRST_PIECE, LENGTH - FIRST_PIECE]),
-            self._run_beside_another(ids),
-        ]
+    @property
+    def packs_sessions(self) -> bool:
+        return all(part.packs_sessions for part in self._parts)
 
-    def _run(self, ids: Tensor, pieces: Sequence[int]) -> Tensor:
+    def run(self, ids: Tensor, pieces: Sequence[int]) -> Tensor:
+        """Logits after each token, (T, vocabulary)."""
         head, middle, tail = self._parts
         caches = [part.new_kv() for part in self._parts]
         logits, start = [], 0
@@ -202,16 +256,23 @@ class _Parts:
             start += len(piece)
         return torch.cat(logits)
 
-    def _run_beside_another(self, ids: Tensor) -> Tensor:
-        """The middle computes the end of the text in one batch with the beginning of another."""
+    def run_beside_another(self, ids: Tensor) -> Tensor:
+        """The end of the text in one batch with another's beginning: its prompt's logits, its last.
+
+        All parts compute both sessions in one batch.
+        """
         head, middle, tail = self._parts
-        rows = head.embed_and_run(ids, [Segment(head.new_kv(), 0, LENGTH)])
-        ours, other = middle.new_kv(), middle.new_kv()
-        early = middle.run(rows[:PROMPT], [Segment(ours, 0, PROMPT)])
-        both = torch.cat([rows[3:9], rows[PROMPT:]])
-        segments = [Segment(other, 0, 6), Segment(ours, PROMPT, LENGTH - PROMPT)]
-        rows = torch.cat([early, middle.run(both, segments)[6:]])
-        return tail.logits(rows, Segment(tail.new_kv(), 0, LENGTH), last=LENGTH)
+        ours, other = ([part.new_kv() for part in self._parts] for _ in range(2))
+        first = [Segment(kv, 0, PROMPT) for kv in ours]
+        rows = middle.run(head.embed_and_run(ids[:PROMPT], [first[0]]), [first[1]])
+        early = tail.logits(rows, first[2], last=PROMPT)
+        both = [
+            [Segment(o, 0, OTHER), Segment(kv, PROMPT, LENGTH - PROMPT)]
+            for o, kv in zip(other, ours, strict=True)
+        ]
+        rows = head.embed_and_run(torch.cat([ids[3 : 3 + OTHER], ids[PROMPT:]]), both[0])
+        last = tail.last_logits(middle.run(rows, both[1]), both[2])
+        return torch.cat([early, last[1:]])
 
 
 def _difference(got: Tensor, want: Tensor) -> float:
@@ -238,10 +299,12 @@ def _digest(config: Any) -> str:
 
 def _read_verdict(path: Path) -> Verdict | None:
     try:
-        refusal = json.loads(path.read_text(encoding="utf-8"))["refusal"]
+        values = json.loads(path.read_text(encoding="utf-8"))
+        refusal, packs = values["refusal"], values["packs"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Verdict(refusal) if refusal is None or isinstance(refusal, str) else None
+    is_sound = (refusal is None or isinstance(refusal, str)) and isinstance(packs, bool)
+    return Verdict(refusal, packs) if is_sound else None
 
 
 def _write_verdict(path: Path, verdict: Verdict) -> None:
@@ -249,5 +312,5 @@ def _write_verdict(path: Path, verdict: Verdict) -> None:
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps({"refusal": verdict.refusal}), encoding="utf-8")
+        partial.write_text(json.dumps(asdict(verdict)), encoding="utf-8")
         partial.replace(path)

@@ -46,7 +46,8 @@ LIMITS = [
         (r"(_size|_dim|_inner|_rank|_width)$|^dim_", WIDTH),
     )
 ]
-UNTOUCHED = {"rope_parameters", "rope_scaling", "id2label", "label2id"}
+UNTOUCHED = {"rope_parameters", "rope_scaling", "id2label", "label2id", "per_layer_config"}
+EXCEPTIONS = "per_layer_config"  # what single layers have otherwise, by index
 LAYER_INDICES = re.compile(r"(layers|layer_ids|idxs|indices|layer_idx)$")
 # says where a layer is, or of how many, not what it is
 INDEX_NAME = re.compile(r"(^|_)(idx|id|index|number|layers)$")
@@ -80,6 +81,10 @@ def narrow(config: Any) -> Values:
     if values.get("head_dim") == old.head_size:
         exact["head_dim"] = new.head_size
     small = _limit_all(values, exact, old, new)
+    if isinstance(values.get(EXCEPTIONS), dict):
+        small[EXCEPTIONS] = _narrow_exceptions(values, small)
+    for rope in _ropes(small):
+        _shorten_factors(rope, new.head_size)
     if "qk_rope_head_dim" in small and "qk_nope_head_dim" in small:
         _agree_on_split_heads(values, small)
     return small
@@ -95,6 +100,9 @@ def keep_layers(values: Values, name: str, kept: Sequence[int]) -> Values:
     """The same configuration with these layers only, by its lists of and about layers."""
     count = values[name]
     cut = {key: _keep_in(key, value, kept, count) for key, value in values.items()}
+    if isinstance(values.get(EXCEPTIONS), dict):
+        given = {int(index): value for index, value in values[EXCEPTIONS].items()}
+        cut[EXCEPTIONS] = {new: given[old] for new, old in enumerate(kept) if old in given}
     if "attention_types" in cut and "attention_layers" in cut:  # GPT-Neo says it twice
         cut["attention_types"] = [[cut["attention_layers"], 1]]
     return cut | {name: len(kept)}
@@ -147,15 +155,23 @@ def _switches(module: nn.Module) -> Kind:
 
 
 def _read_sizes(config: Any) -> Sizes:
-    heads = getattr(config, "num_attention_heads", None)
-    hidden = getattr(config, "hidden_size", None)
+    heads = _read(config, "num_attention_heads")
+    hidden = _read(config, "hidden_size")
     if not _is_count(heads) or not _is_count(hidden):
         raise CheckpointError(
             f"{config.model_type} models cannot be checked: their configuration gives no single "
             f"number of attention heads or no width, but {heads!r} and {hidden!r}"
         )
-    head_size = getattr(config, "head_dim", None)
+    head_size = _read(config, "head_dim")
     return Sizes(heads, hidden, head_size if _is_count(head_size) else hidden // heads)
+
+
+def _read(config: Any, name: str) -> Any:
+    """A value of a configuration, also where layers may have values of their own."""
+    values = config.to_dict()
+    if values.get(EXCEPTIONS):  # then the attribute is refused, for it is not that of all layers
+        return values.get(config.attribute_map.get(name, name))
+    return getattr(config, name, None)
 
 
 def _is_count(value: Any) -> TypeGuard[int]:
@@ -179,6 +195,36 @@ def _rotates_pairs(size: int, values: Values) -> bool:
     parts = [places.get(name) for places in (values, rope) for name in ROTATED_PARTS]
     rotated = [int(size * part) for part in parts if isinstance(part, float)]
     return all(count >= 2 and count % 2 == 0 for count in rotated)
+
+
+def _narrow_exceptions(values: Values, small: Values) -> Values:
+    """What single layers have of their own: the same as the others' or, if it is not, twice that.
+
+    Those that the narrow model would have alike keep on being unlike.
+    """
+    narrowed = {}
+    for index, own in values[EXCEPTIONS].items():
+        narrowed[index] = {
+            name: small[name] * (1 if value == values[name] else 2)
+            for name, value in own.items()
+            if _is_count(value) and _is_count(small.get(name))
+        }
+    return narrowed
+
+
+def _ropes(values: Values) -> list[Values]:
+    """Rope parameters of a configuration: of all layers, or by their type."""
+    ropes = [values.get(name) for name in ("rope_parameters", "rope_scaling")]
+    found = [rope for rope in ropes if isinstance(rope, dict)]
+    return found + [part for rope in found for part in rope.values() if isinstance(part, dict)]
+
+
+def _shorten_factors(rope: Values, head_size: int) -> None:
+    """A factor for each rotated pair, of a narrower head."""
+    for name in ("short_factor", "long_factor"):
+        if isinstance(rope.get(name), list):
+            part = rope.get("partial_rotary_factor") or 1.0
+            rope[name] = rope[name][: int(head_size * part) // 2]
 
 
 def _limit_all(values: Values, exact: dict[str, int], old: Sizes, new: Sizes) -> Values:

@@ -130,13 +130,21 @@ class Checkpoint:
         at = 0
         for name in new:
             tensor = block[at : at + sizes[name]].view(dtype).view(shapes[name])
-            try:
-                tensor.copy_(self._open(self._file_of[name]).get_tensor(name))
-            except SafetensorError as error:
-                raise CheckpointError(f"{self.directory}: {name}: {error}") from error
+            tensor.copy_(self._get(name))
             self._cache[name, dtype] = tensor
             at += _round_up(sizes[name])
         return {name: self._cache[name, dtype] for name in tensor_names}
+
+    def read_once(self, tensor_name: str, dtype: torch.dtype) -> Tensor:
+        """A tensor that is not shared: it is put together with others, or taken apart."""
+        return self._get(tensor_name).to(dtype)
+
+    def _get(self, tensor_name: str) -> Tensor:
+        try:
+            tensor: Tensor = self._open(self._file_of[tensor_name]).get_tensor(tensor_name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.directory}: {tensor_name}: {error}") from error
+        return tensor
 
     def shape(self, tensor_name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it."""

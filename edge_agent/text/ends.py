@@ -105,18 +105,19 @@ def load_ends(
     parsed = parse_cut(span, num_layers)
     route = pick_route(report, fingerprint, parsed.middle) if report is not None else []
     torch_dtype = parse_dtype(dtype)
-    check_twin(config)
+    packs = check_twin(config)
+    head = load_span(checkpoint, parsed.head(), torch_dtype, part="head", packs=packs)
     ends = ModelEnds(
         name=checkpoint.name,
         directory=checkpoint.directory,
         fingerprint=fingerprint,
         cut=parsed,
-        hidden=config.hidden_size,
+        hidden=head.hidden,
         context=context_length(config),
         vocabulary=config.vocab_size,
         eos_ids=_read_eos_ids(checkpoint, config.eos_token_id),
-        head=load_span(checkpoint, parsed.head(), torch_dtype, part="head"),
-        tail=load_span(checkpoint, parsed.tail(num_layers), torch_dtype, part="tail"),
+        head=head,
+        tail=load_span(checkpoint, parsed.tail(num_layers), torch_dtype, part="tail", packs=packs),
         route=route,
     )
     checkpoint.close()

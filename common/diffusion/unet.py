@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from common.errors import CheckpointError
 from common.weights.checkpoint import Checkpoint
 from common.weights.model_files import read_json
+from common.weights.shapes import build_without_values
 
 WHOLE, INNER, OUTER = "unet", "inner", "outer"
 STEM = "diffusion_pytorch_model"
@@ -78,8 +79,7 @@ def build_unet(config: dict[str, Any], part: str) -> Any:
     from diffusers import UNet2DConditionModel
 
     check_shape(config)
-    with torch.device("meta"):
-        unet: Any = UNet2DConditionModel.from_config(config)
+    unet: Any = build_without_values(lambda: UNet2DConditionModel.from_config(config))
     if part == INNER:
         for name in ("conv_in", "conv_norm_out", "conv_act", "conv_out"):
             setattr(unet, name, None)

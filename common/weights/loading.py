@@ -27,6 +27,7 @@ from common.spans.passage import make_part, outside, rehearse, takes
 from common.spans.span_model import SpanModel
 from common.weights.buffers import fill_buffers
 from common.weights.checkpoint import Checkpoint
+from common.weights.shapes import build_without_values
 from common.weights.tensors import WeightMap
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -183,8 +184,9 @@ def _taker_of_tokens(causal_lm: Any, owner: nn.Module) -> nn.Module:
 
 def _build_on_meta(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Any:
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        return build_without_values(
+            lambda: AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        )
     except (ValueError, KeyError, ImportError, TypeError) as error:
         raise CheckpointError(
             f"{checkpoint.directory}: no causal language model can be built for model type "

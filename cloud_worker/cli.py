@@ -94,7 +94,8 @@ def worker(
     pool_pair = read_pair(pool_secret) if pool_secret else None
     logs.set_up()
     page = open_page(metrics)
-    set_up_torch(threads)
+    text_model, image_model = models.find_text_model(), models.find_image_model()
+    set_up_torch(threads, images=image_model is not None)
     from cloud_worker.loop.worker import Worker, WorkerSettings
     from cloud_worker.serving import ServingSettings, load_services
     from cloud_worker.state.redis_store import RedisKvStore
@@ -111,10 +112,10 @@ def worker(
         pool_pair,
     )
     makers = load_services(
-        models.find_text_model(),
+        text_model,
         models.span_text,
         calibration,
-        models.find_image_model(),
+        image_model,
         models.image_parts,
         store,
         settings,

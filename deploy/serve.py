@@ -173,7 +173,7 @@ def serve(
     listener = bind(address.host, address.port)
     share = max(1, (os.cpu_count() or 1) // (1 + most * with_pool))
     with waiting("loading libraries"):
-        set_up_torch(threads or share)
+        set_up_torch(threads or share, images=images is not None)
         from edge_agent.server.app import make_app
         from edge_agent.server.opening import Bounds, PoolAccess, open_services
         from edge_agent.text.ends import load_ends

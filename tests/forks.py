@@ -29,6 +29,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from common.console.libraries import import_diffusers, import_libraries
 from deploy import child
 from deploy.child import midspan_command
 
@@ -256,6 +257,8 @@ def become(request: dict[str, Any], fds: Sequence[int]) -> None:
 
 
 if __name__ == "__main__":
+    import_libraries()  # as commands do
+    import_diffusers()
     for name in PRELOADED:
         __import__(name)
     assert threading.active_count() == 1

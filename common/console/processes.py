@@ -13,6 +13,8 @@ import signal
 import threading
 import time
 
+from common.console.libraries import import_diffusers, import_libraries
+
 LIFELINE = "MIDSPAN_LIFELINE_FD"
 ORPHAN_LIMIT_S = 15.0  # to drain in
 
@@ -23,9 +25,12 @@ def freeze_loaded_objects() -> None:
     gc.freeze()
 
 
-def set_up_torch(threads: int | None) -> None:
-    """Pin torch's threads (default: all cores) and keep transformers from talking."""
+def set_up_torch(threads: int | None, images: bool = False) -> None:
+    """Import libraries, pin torch's threads (default: all cores) and keep transformers silent."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import_libraries()
+    if images:
+        import_diffusers()
     import torch
     import transformers
 

@@ -115,7 +115,7 @@ def image(
     try:
         client.status()  # a broker that is not there is better known before models are loaded
         with waiting(f"loading {directory.resolve().name}", is_shown=not as_json):
-            set_up_torch(threads or os.cpu_count())
+            set_up_torch(threads or os.cpu_count(), images=True)
             maker = ImageMaker(
                 directory, client, picture.cut, dtype, device, timeout_s, pool_public
             )

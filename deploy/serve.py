@@ -28,7 +28,7 @@ from common.console.options import (
     threads_option,
     workers_option,
 )
-from common.console.processes import freeze_loaded_objects, set_up_torch
+from common.console.processes import freeze_loaded_objects, handle_signals, set_up_torch
 from common.console.waiting import waiting
 from common.errors import BrokerUnavailable, SettingsError
 from common.security.keys import is_public, read_public
@@ -178,9 +178,7 @@ def serve(
         from edge_agent.server.opening import Bounds, PoolAccess, open_services
         from edge_agent.text.ends import load_ends
 
-    for number in ENDING:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
-            signal.signal(number, end)
+    handle_signals(ENDING, end)
     with waiting(f"loading {directory.resolve().name}"):
         ends = load_ends(directory, span_text, dtype, asked.result() if asked else None)
     with contextlib.ExitStack() as stack:

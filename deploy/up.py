@@ -20,6 +20,7 @@ from common.console.options import (
     span_option,
     workers_option,
 )
+from common.console.processes import handle_signals
 from common.settings import REDIS_PORT, REDIS_URL, parse_endpoint
 from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
 
@@ -85,9 +86,7 @@ def up(
         if is_first and not started.is_set():
             raise KeyboardInterrupt  # large models take minutes
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
-            signal.signal(number, end)
+    handle_signals((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), end)
     if model is None and image_model is None:
         model, image_model = DEMO_TEXT_MODEL, DEMO_IMAGE_MODEL
     settings = PoolSettings(

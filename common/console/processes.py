@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterable
 
 from common.console.libraries import import_diffusers, import_libraries
 
@@ -37,6 +38,13 @@ def set_up_torch(threads: int | None, images: bool = False) -> None:
     torch.set_num_threads(threads or os.cpu_count() or 1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def handle_signals(numbers: Iterable[signal.Signals], handler: Callable[..., None]) -> None:
+    """Have these signals handled, but for those that are ignored, as nohup wants it."""
+    for number in numbers:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def take_lifeline() -> int | None:

@@ -11,6 +11,7 @@ import click
 
 from common.console.option_types import FiniteRange, WorkerRange
 from common.console.options import workers_option
+from common.console.processes import handle_signals
 from common.security.keys import load_client_keys
 from deploy.scaling.policy import ScalingPolicy, ScalingSettings
 from edge_agent.commands.connection_options import Connection, connection_options
@@ -62,9 +63,7 @@ def autoscale(
 
     settings = ScalingSettings(*worker_range, cool_down_s, idle_s)
     stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
-            signal.signal(number, lambda *_: stopped.set())
+    handle_signals((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), lambda *_: stopped.set())
     keys = load_client_keys(connection.key, connection.broker_key)
     with contextlib.ExitStack() as stack:
         # of each broker of its own: every one knows only what goes through it

@@ -59,8 +59,19 @@ def run(*parts: str) -> list[str]:
 
 def test_a_text_worker_has_no_compiler_and_a_model_compiles_where_it_was_left_out() -> None:
     seen = f"print([name for name in {UNUSED} if name in sys.modules])"
-    lines = run(SERVE_TEXT, seen, COMPILE, seen)
-    assert lines == ["[]", "TorchInGraphFunctionVariable", str([*UNUSED])]
+    lines = run(SERVE_TEXT, seen, LIST, COMPILE, seen)
+    assert lines == ["[]", "True True True", "TorchInGraphFunctionVariable", str([*UNUSED])]
+
+
+LIST = """
+import transformers.models
+from transformers.utils.import_utils import define_import_structure
+listed = define_import_structure.__wrapped__(transformers.models.__file__)
+want = {
+    name for modules in listed.values() for names in modules.values() for name in names
+}
+print(want <= set(transformers.models.__all__), "LlamaModel" in want, "AutoConfig" in want)
+"""
 
 
 LIGHTLY = """

@@ -4,7 +4,8 @@ The two model libraries bring in torch's compiler (with sympy), for a few decora
 compiler reads, and torch's distributed tensors, for models that are spread over processes: two
 seconds and a hundred megabytes of every process that is to compute a few layers. So while they are
 imported here the compiler's decorators wait until the function is called, which is torch's own way
-within torch, and transformers hears that what it would import for others is not installed.
+within torch, and transformers hears that what it would import for others is not installed. It also
+lists the files of all its models twice, which is half a second.
 
 Nothing is taken away for good. Whoever compiles something later gets the compiler, and whatever
 else a new release of a library wants of it while it is imported makes it be imported, as it used
@@ -20,6 +21,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -35,7 +37,8 @@ def import_libraries() -> None:
     with lightly():
         import transformers.utils
 
-        with answering_no(transformers.utils, transformers.utils.import_utils):
+        asked = transformers.utils.import_utils
+        with answering_no(transformers.utils, asked), listing_once(asked):
             import transformers.generation.utils
             import transformers.modeling_utils
 
@@ -48,8 +51,8 @@ def import_diffusers() -> None:
 
 @contextlib.contextmanager
 def lightly() -> Iterator[None]:
-    """Import what can be imported so; the rest is imported as ever by whoever needs it."""
-    with contextlib.suppress(ImportError), uncollected(), without_compiler():
+    """Import what can be; what another release has elsewhere is imported by whoever needs it."""
+    with contextlib.suppress(ImportError, AttributeError), uncollected(), without_compiler():
         yield
 
 
@@ -182,3 +185,30 @@ def answering_no(*modules: ModuleType) -> Iterator[None]:
     finally:
         for module, name, answer in found:
             setattr(module, name, answer)
+
+
+@contextlib.contextmanager
+def listing_once(import_utils: Any) -> Iterator[None]:
+    """Have the package of all models know what the import of transformers has listed already."""
+    usual = import_utils.define_import_structure
+    models = Path(import_utils.__file__).parent.parent / "models"
+
+    def define(path: str, prefix: str | None = None) -> dict[Any, dict[str, Any]]:
+        if prefix is not None or Path(path) != models / "__init__.py":
+            found: dict[Any, dict[str, Any]] = usual(path, prefix)
+            return found
+        known = usual(models, prefix="models")  # which it remembers
+        return {
+            needs: {
+                name.removeprefix("models."): objects
+                for name, objects in modules.items()
+                if name.startswith("models.")
+            }
+            for needs, modules in known.items()
+        }
+
+    import_utils.define_import_structure = define
+    try:
+        yield
+    finally:
+        import_utils.define_import_structure = usual

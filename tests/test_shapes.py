@@ -20,7 +20,7 @@ def describe(module: nn.Module) -> dict[str, object]:
     tensors = dict(module.named_parameters(remove_duplicate=False))
     tensors |= dict(module.named_buffers(remove_duplicate=False))
     return {
-        name: (type(each), each.shape, each.dtype, each.device, each.requires_grad)
+        name: (type(each), each.shape, each.dtype, each.requires_grad)
         for name, each in tensors.items()
     }
 
@@ -37,7 +37,9 @@ def test_a_language_model_has_the_shapes_that_it_has_on_the_meta_device(name: st
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         return model
 
-    assert describe(build_without_values(build)) == describe(build_on_meta(build))
+    model = build_without_values(build)
+    assert describe(model) == describe(build_on_meta(build))
+    assert all(each.is_meta for each in (*model.parameters(), *model.buffers()))
 
 
 def test_a_unet_has_the_shapes_that_it_has_on_the_meta_device() -> None:

@@ -350,11 +350,12 @@ def test_a_model_that_was_calibrated_anew_does_not_fit(tmp_path: Path) -> None:
 
 
 def test_a_request_says_all_that_the_server_could_decide_otherwise() -> None:
-    drawing = SamplingSettings(0.5, 3, 0.9, 1.2, seed=4)
+    drawing = SamplingSettings(0.5, 3, 0.9, 0.1, 0.8, 1.2, 0.3, 0.4, seed=4)
     assert make_request(Question("Once", 5, drawing, ("a", "b")), "tiny") == {
         "model": "tiny", "prompt": "Once", "max_tokens": 5, "temperature": 0.5, "top_k": 3,
-        "top_p": 0.9, "repetition_penalty": 1.2, "seed": 4, "stop": ["a", "b"], "stream": True,
-        "midspan": True,
+        "top_p": 0.9, "min_p": 0.1, "typical_p": 0.8, "repetition_penalty": 1.2,
+        "presence_penalty": 0.3, "frequency_penalty": 0.4, "seed": 4, "stop": ["a", "b"],
+        "stream": True, "midspan": True,
     }  # fmt: skip
 
 
@@ -365,6 +366,9 @@ def test_what_a_request_cannot_say_is_not_asked_of_a_serve() -> None:
         (SamplingSettings(2.1), False),
         (SamplingSettings(1.0, seed=-5), False),
         (SamplingSettings(1.0, top_p=1e-7), False),
+        (SamplingSettings(1.0, presence_penalty=2.0, frequency_penalty=-2.0), True),
+        (SamplingSettings(1.0, presence_penalty=2.1), False),
+        (SamplingSettings(1.0, frequency_penalty=-2.1), False),
     ):
         assert Question("hi", 1, drawing, ()).can_be_served() is can
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from common.errors import NonFiniteError, SettingsError
-from edge_agent.text.sampler import Sampler
+from edge_agent.text.sampler import Forward, Sampler, score, write
 from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.tokenizer import TextTokenizer
 
@@ -30,6 +32,18 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p() -> None:
     # softmax of the logits: 0.09, 0.66, 0.24, 0.01
     assert draw(SamplingSettings(temperature=1.0, top_p=0.6, seed=0)) == {1}
     assert draw(SamplingSettings(temperature=1.0, top_p=0.8, seed=0)) == {1, 2}
+
+
+def test_min_p_keeps_what_is_not_much_less_likely_than_the_likeliest() -> None:
+    assert draw(SamplingSettings(temperature=1.0, min_p=0.5, seed=0)) == {1}
+    assert draw(SamplingSettings(temperature=1.0, min_p=0.3, seed=0)) == {1, 2}  # 0.24 / 0.66
+
+
+def test_typical_p_keeps_what_surprises_as_much_as_is_to_be_expected() -> None:
+    """1.5 nats are: 0.15 has 1.9, and 0.4, though the likeliest, 0.9."""
+    logits = torch.tensor([0.4, 0.15, 0.15, 0.15, 0.15]).log()
+    sampler = Sampler(SamplingSettings(temperature=1.0, typical_p=0.5, seed=0))
+    assert {sampler.pick(logits, [0]) for _ in range(200)} == {1, 2, 3, 4}
 
 
 def test_a_repetition_penalty_makes_a_seen_token_less_likely() -> None:
@@ -82,6 +96,10 @@ def test_nan_logits_are_refused() -> None:
         {"top_k": -1},
         {"top_p": 0.0},
         {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"typical_p": 0.0},
+        {"typical_p": float("nan")},
         {"repetition_penalty": 0.0},
     ],
 )
@@ -102,3 +120,58 @@ def test_settings_that_leave_no_token_are_named() -> None:
         Sampler(none).pick(LOGITS, [0])
     with pytest.raises(SettingsError, match="leave no token"):
         Sampler(SamplingSettings(temperature=1e-4)).pick(LOGITS * 1e36, [0])
+
+
+def forward_of(model: torch.nn.Module) -> Forward:
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            logits: torch.Tensor = model(ids).logits
+            return logits
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"min_p": 0.1}, {"typical_p": 0.7}, {"top_k": 5, "top_p": 0.9}, {"repetition_penalty": 1.3}],
+)
+def test_the_library_writes_what_generate_writes_from_any_function(
+    whole_model: torch.nn.Module, demo_directory: Path, options: dict[str, float]
+) -> None:
+    """Both are left one token to draw, by a temperature that makes the likeliest certain."""
+    ids = TextTokenizer(demo_directory).encode("Once upon a time, there was a fox.")
+    cold = {"temperature": 1e-3, **options}
+    want = whole_model.generate(
+        torch.tensor([ids]), max_new_tokens=24, do_sample=True, top_k=options.get("top_k", 0),
+        **{name: value for name, value in cold.items() if name != "top_k"},
+    )[0].tolist()  # fmt: skip
+    tokens = write(forward_of(whole_model), ids, 24, SamplingSettings(**cold))  # type: ignore[arg-type]
+    assert ids + list(tokens) == want
+
+
+def test_the_library_stops_at_the_end_of_a_text() -> None:
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(ids + 1, 10).float()
+
+    assert list(write(forward, [1], 20, eos_ids={4})) == [2, 3, 4]
+    assert list(write(forward, [1], 2)) == [2, 3]
+
+
+def test_continuations_of_several_lengths_score_in_one_batch_what_each_does_alone(
+    whole_model: torch.nn.Module, demo_directory: Path
+) -> None:
+    tokenizer, calls = TextTokenizer(demo_directory), []
+    prompt = tokenizer.encode("Once upon a time, there was a")
+    options = [tokenizer.tokenize(o, False) for o in (" fox.", " big, kind elephant.", " of")]
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        calls.append(len(ids))
+        return forward_of(whole_model)(ids)
+
+    scores = score(forward, prompt, [*options, []])
+    assert calls == [4]
+    for option, got in zip(options, scores[:-1], strict=True):
+        logprobs = forward_of(whole_model)(torch.tensor([prompt + option])).log_softmax(-1)[0]
+        want = sum(float(logprobs[len(prompt) - 1 + at, token]) for at, token in enumerate(option))
+        assert got == pytest.approx(want, abs=1e-4)
+    assert scores[-1] == 0.0

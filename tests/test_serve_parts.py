@@ -27,6 +27,8 @@ from edge_agent.text.ends import ModelEnds
 from edge_agent.text.sampling import SamplingDefaults, SamplingSettings, read_defaults
 from edge_agent.text.tokenizer import TextStream, TextTokenizer
 
+NOTHING_SAID = Sampling(None, None, None, None, None, None, 0.0, 0.0, None)
+
 
 @given(
     texts=st.lists(st.text("abc", max_size=3), max_size=12),
@@ -120,7 +122,8 @@ def test_the_bytes_of_sentencepieces_tokens_are_read_from_their_names(tmp_path: 
         (None, SamplingDefaults()),
         ("{}", SamplingDefaults()),
         ('{"temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.1}',
-         SamplingDefaults(0.6, 20, 0.9, 1.1)),
+         SamplingDefaults(0.6, 20, 0.9, repetition_penalty=1.1)),
+        ('{"min_p": 0.05, "typical_p": 0.9}', SamplingDefaults(min_p=0.05, typical_p=0.9)),
         ('{"temperature": 0.6, "do_sample": false}', SamplingDefaults(0.6, draws=False)),
         ('{"temperature": null, "do_sample": true}', SamplingDefaults(draws=True)),
     ],
@@ -156,25 +159,27 @@ def test_a_temperature_that_nobody_gave(
     defaults: SamplingDefaults, of_a_request: float, of_a_command: float
 ) -> None:
     assert choose_settings(Sampled(), defaults, choice=0).temperature == of_a_request
-    options = Sampling(None, None, None, None, None)
+    options = NOTHING_SAID
     assert options.read_settings(defaults).temperature == of_a_command
 
 
 def test_options_override_the_checkpoint() -> None:
-    defaults = SamplingDefaults(0.6, 20, 0.9, 1.1, draws=True)
-    given = Sampling(0.0, 0, 1.0, 1.0, 5).read_settings(defaults)
+    defaults = SamplingDefaults(0.6, 20, 0.9, 0.1, 0.8, 1.1, draws=True)
+    given = Sampling(0.0, 0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 5).read_settings(defaults)
     assert given == SamplingSettings(seed=5)
-    assert Sampling(None, None, None, None, None).read_settings(defaults) == SamplingSettings(
-        0.6, 20, 0.9, 1.1
-    )
+    assert NOTHING_SAID.read_settings(defaults) == SamplingSettings(0.6, 20, 0.9, 0.1, 0.8, 1.1)
 
 
 def test_a_request_overrides_the_checkpoint() -> None:
-    defaults = SamplingDefaults(0.6, 20, 0.9, 1.1)
-    request = Sampled(temperature=0.0, top_k=0, top_p=0.0, repetition_penalty=1.0, seed=-1)
+    defaults = SamplingDefaults(0.6, 20, 0.9, 0.1, 0.8, 1.1)
+    request = Sampled(
+        temperature=0.0, top_k=0, top_p=0.0, min_p=0.0, typical_p=1.0, repetition_penalty=1.0,
+        seed=-1,
+    )  # fmt: skip
     settings = choose_settings(request, defaults, choice=2)
     assert (settings.temperature, settings.top_k, settings.repetition_penalty) == (0.0, 0, 1.0)
     assert 0 < settings.top_p < 1e-3
+    assert (settings.min_p, settings.typical_p) == (0.0, 1.0)
     assert settings.seed == 1
 
 

@@ -22,6 +22,7 @@ from edge_agent.text.sampling import SamplingSettings
 
 # what a request may say, where that is less than a command may
 MOST_SERVED_TEMPERATURE, LEAST_SERVED_TOP_P = 2.0, 1e-6
+MOST_SERVED_PENALTY = 2.0  # of presence or frequency
 MOST_SERVED_CHARS = 1 << 20
 
 
@@ -49,6 +50,8 @@ class Question:
         return (
             drawing.temperature <= MOST_SERVED_TEMPERATURE
             and drawing.top_p >= LEAST_SERVED_TOP_P
+            and abs(drawing.presence_penalty) <= MOST_SERVED_PENALTY
+            and abs(drawing.frequency_penalty) <= MOST_SERVED_PENALTY
             and (drawing.seed is None or drawing.seed >= 0)  # negative ones are counted otherwise
             and len(self.prompt) <= MOST_SERVED_CHARS
         )

@@ -20,7 +20,11 @@ class Sampling:
     temperature: float | None
     top_k: int | None
     top_p: float | None
+    min_p: float | None
+    typical_p: float | None
     repetition_penalty: float | None
+    presence_penalty: float
+    frequency_penalty: float
     seed: int | None
 
     def read_settings(self, defaults: SamplingDefaults) -> SamplingSettings:
@@ -29,7 +33,11 @@ class Sampling:
             either(self.temperature, defaults.command_temperature),
             either(self.top_k, defaults.top_k),
             either(self.top_p, defaults.top_p),
+            either(self.min_p, defaults.min_p),
+            either(self.typical_p, defaults.typical_p),
             either(self.repetition_penalty, defaults.repetition_penalty),
+            self.presence_penalty,
+            self.frequency_penalty,
             seed=self.seed,
         )
 
@@ -38,15 +46,21 @@ class Sampling:
         drawing = {
             "--top-k": self.top_k not in (None, 0),
             "--top-p": self.top_p not in (None, 1),
+            "--min-p": self.min_p not in (None, 0),
+            "--typical-p": self.typical_p not in (None, 1),
             "--seed": self.seed is not None,
         }
         idle = [option for option, is_given in drawing.items() if is_given]
         if settings.temperature == 0 and idle:
             click.echo(
-                f"warning: {' and '.join(idle)} {'does' if len(idle) == 1 else 'do'} nothing at "
+                f"warning: {_join(idle)} {'does' if len(idle) == 1 else 'do'} nothing at "
                 "temperature 0, which always takes the likeliest token; give -t 0.7, say",
                 err=True,
             )
+
+
+def _join(names: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 sampling_options = group_options(
@@ -63,9 +77,34 @@ sampling_options = group_options(
         "--top-p", type=float, help=f"Of the likeliest tokens; 1 is all.  {CHECKPOINTS.format('1')}"
     ),
     click.option(
+        "--min-p",
+        type=float,
+        help=f"Of the likeliest token's probability; 0 is all.  {CHECKPOINTS.format('0')}",
+    ),
+    click.option(
+        "--typical-p",
+        type=float,
+        help="Of the tokens that surprise as much as is usual here; 1 is all.  "
+        f"{CHECKPOINTS.format('1')}",
+    ),
+    click.option(
         "--repetition-penalty",
         type=float,
         help=f"For tokens that the text has; 1 is none.  {CHECKPOINTS.format('1')}",
+    ),
+    click.option(
+        "--presence-penalty",
+        type=float,
+        default=0.0,
+        show_default=True,
+        help="Taken from the logits of tokens that the answer has.",
+    ),
+    click.option(
+        "--frequency-penalty",
+        type=float,
+        default=0.0,
+        show_default=True,
+        help="Likewise, as often as it has them.",
     ),
     click.option("--seed", type=SEED, help="Makes it repeatable."),
 )

@@ -16,6 +16,8 @@ def choose_settings(request: Sampled, defaults: SamplingDefaults, choice: int) -
         temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
         top_k=either(request.top_k, defaults.top_k),
         top_p=max(LEAST_TOP_P, either(request.top_p, defaults.top_p)),
+        min_p=either(request.min_p, defaults.min_p),
+        typical_p=either(request.typical_p, defaults.typical_p),
         repetition_penalty=either(request.repetition_penalty, defaults.repetition_penalty),
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,

@@ -144,6 +144,8 @@ class Sampled(Body):
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, ge=0, le=1)
     top_k: int | None = Field(default=None, ge=0, description="Not OpenAI's: 0 is all.")
+    min_p: float | None = Field(default=None, ge=0, le=1, description="Not OpenAI's: 0 is all.")
+    typical_p: float | None = Field(default=None, gt=0, le=1, description="Not OpenAI's: 1 is all.")
     repetition_penalty: float | None = Field(
         default=None, ge=1 / MAX_PENALTY, le=MAX_PENALTY, description="Not OpenAI's."
     )

@@ -1,23 +1,34 @@
-"""Pick the next token from logits, with transformers' own logits processors."""
+"""Pick the next token from logits, with transformers' own logits processors.
+
+A library by itself: `write` and `score` want a function from token ids to logits, whatever that
+computes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from common.errors import NonFiniteError, SettingsError
-from edge_agent.text.ends import Scores
 from edge_agent.text.sampling import BAN, SamplingSettings
+
+if TYPE_CHECKING:
+    from edge_agent.text.ends import Scores
+
+Forward: TypeAlias = Callable[[Tensor], Tensor]  # ids (B, T) to logits (B, T, vocabulary)
 
 
 class Sampler:
@@ -49,6 +60,10 @@ class Sampler:
                 self._processors.append(TopKLogitsWarper(settings.top_k))
             if settings.top_p < 1:
                 self._processors.append(TopPLogitsWarper(settings.top_p))
+            if settings.min_p:
+                self._processors.append(MinPLogitsWarper(settings.min_p))
+            if settings.typical_p < 1:
+                self._processors.append(TypicalLogitsWarper(settings.typical_p))
 
     def choose(self, scores: Scores, token_ids: list[int]) -> int:
         """The next token after `token_ids`. Raises NonFiniteError."""
@@ -101,3 +116,47 @@ class UsePenalty(LogitsProcessor):  # type: ignore[misc]
         """`scores` (1, vocabulary) after `input_ids` (1, T)."""
         ids, counts = torch.unique(input_ids[0, self._prompt_tokens :], return_counts=True)
         return scores.index_add(1, ids, -(self._presence + self._frequency * counts.float())[None])
+
+
+def write(
+    forward: Forward,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    settings: SamplingSettings | None = None,
+    eos_ids: Collection[int] = (),
+) -> Iterator[int]:
+    """The tokens that follow on a prompt, one of `eos_ids` at most, as the last.
+
+    `forward` is given all tokens so far each time. Raises NonFiniteError, SettingsError for a bias
+    of a token that there is not.
+    """
+    sampler, token_ids = Sampler(settings or SamplingSettings(), len(prompt_ids)), list(prompt_ids)
+    for _ in range(max_new_tokens):
+        token = sampler.pick(forward(torch.tensor([token_ids]))[0, -1], token_ids)
+        token_ids.append(token)
+        yield token
+        if token in eos_ids:
+            return
+
+
+def score(
+    forward: Forward, prompt_ids: Sequence[int], continuations: Sequence[Sequence[int]]
+) -> list[float]:
+    """The log-probability of each continuation of a prompt, in nats; all of them in one batch.
+
+    Shorter ones are filled up behind, where a causal model does not look. Raises SettingsError for
+    an empty prompt.
+    """
+    if not prompt_ids:
+        raise SettingsError("the prompt has no tokens; a score needs one at least")
+    longest = max((len(each) for each in continuations), default=0)
+    if longest == 0:
+        return [0.0] * len(continuations)
+    filled = [[*prompt_ids, *each, *[0] * (longest - len(each))] for each in continuations]
+    first = len(prompt_ids) - 1  # whose logits are of the first token after the prompt
+    logits = forward(torch.tensor(filled))[:, first : first + longest].float()
+    wanted = torch.tensor([ids[first + 1 :] for ids in filled])
+    logprobs = torch.log_softmax(logits, dim=-1).gather(2, wanted[..., None])[..., 0]
+    return [
+        float(row[: len(each)].sum()) for row, each in zip(logprobs, continuations, strict=True)
+    ]

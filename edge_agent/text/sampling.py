@@ -27,6 +27,8 @@ class SamplingSettings:
     temperature: float = 0.0
     top_k: int = 0  # 0: all
     top_p: float = 1.0
+    min_p: float = 0.0  # of the likeliest token's probability; 0: all
+    typical_p: float = 1.0  # of the tokens that surprise about as much as is to be expected; 1: all
     repetition_penalty: float = 1.0  # divides the logits of all tokens in the text, as CTRL's
     presence_penalty: float = 0.0  # taken from the logits of tokens that were generated
     frequency_penalty: float = 0.0  # likewise, as often as they were
@@ -43,6 +45,10 @@ class SamplingSettings:
             raise SettingsError(f"top-k is {self.top_k}; expected 0 (all) or more")
         if not 0 < self.top_p <= 1:
             raise SettingsError(f"top-p is {self.top_p}; expected more than 0, at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise SettingsError(f"min-p is {self.min_p}; expected 0 (all) to 1")
+        if not 0 < self.typical_p <= 1:
+            raise SettingsError(f"typical-p is {self.typical_p}; expected more than 0, at most 1")
         if not 1 / MAX_PENALTY <= self.repetition_penalty <= MAX_PENALTY:
             raise SettingsError(
                 f"repetition penalty is {self.repetition_penalty}; expected more than 0, "
@@ -79,6 +85,8 @@ class SamplingDefaults:
     temperature: float | None = None
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
     draws: bool | None = None
 
@@ -107,8 +115,8 @@ def read_defaults(directory: Path) -> SamplingDefaults:
     defaults = SamplingDefaults(**given, draws=draws)
     try:
         SamplingSettings(
-            defaults.openai_temperature, defaults.top_k, defaults.top_p,
-            defaults.repetition_penalty,
+            defaults.openai_temperature, defaults.top_k, defaults.top_p, defaults.min_p,
+            defaults.typical_p, defaults.repetition_penalty,
         )  # fmt: skip
     except SettingsError as error:
         raise CheckpointError(f"{path}: {error}") from error

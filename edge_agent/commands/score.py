@@ -1,0 +1,173 @@
+"""`midspan score`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from common.console.options import dtype_option, model_option, span_option, threads_option
+from common.console.processes import set_up_torch
+from common.console.tables import format_table
+from common.console.waiting import waiting
+from common.errors import SettingsError
+from common.security.keys import read_public
+from common.weights.demo_model import find_model
+from common.weights.model_files import read_model_config
+from edge_agent.commands.codec_options import CodecChoice, codec_options
+from edge_agent.commands.connection_options import SERVED, Connection, connection_options
+from edge_agent.commands.prompts import check_text, read_prompt
+from edge_agent.commands.run_options import encrypt_option, timeout_option
+
+if TYPE_CHECKING:
+    from edge_agent.engine.engine import Engine
+    from edge_agent.text.tokenizer import TextTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A continuation of a prompt, and how likely it is there."""
+
+    option: str
+    logprob: float  # nats, of all its tokens
+    tokens: int
+
+    @property
+    def per_token(self) -> float:
+        return self.logprob / self.tokens
+
+
+@click.command()
+@click.argument("prompt")
+@click.option(
+    "--option",
+    "options",
+    multiple=True,
+    required=True,
+    help="A continuation, with the space that it begins with; repeatable.",
+)
+@model_option
+@span_option(SERVED)
+@connection_options
+@encrypt_option
+@codec_options
+@dtype_option
+@threads_option
+@timeout_option(60.0)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON, one object: options, best, nats_ahead."
+)
+def score(
+    prompt: str,
+    options: tuple[str, ...],
+    model_name: str | None,
+    span_text: str | None,
+    connection: Connection,
+    pool_key: str | None,
+    codecs: CodecChoice,
+    dtype: str,
+    threads: int | None,
+    timeout_s: float,
+    as_json: bool,
+) -> None:
+    """Say which continuation of PROMPT is likeliest, and by how much; - reads it from stdin.
+
+    The likelihood is that of all tokens of a continuation, so that longer ones are less likely; the
+    table has the mean of a token beside it.
+    """
+    prompt = read_prompt(prompt)
+    check_options(options)
+    codecs.split()  # complains now, if ever
+    pool_public = read_public(pool_key) if pool_key else None
+    directory = find_model(model_name)
+    read_model_config(directory)
+    client = connection.connect(timeout_s)
+    report = client.status()
+    client.close()
+    with waiting(f"loading {directory.resolve().name}"):
+        set_up_torch(threads or os.cpu_count())
+        from edge_agent.engine.engine import Engine
+        from edge_agent.text.ends import load_ends
+        from edge_agent.text.tokenizer import TextTokenizer
+
+        ends = load_ends(directory, span_text, dtype, report)
+    with Engine(
+        ends,
+        connection.endpoints(),
+        codecs.read_settings(step_deadline_s=timeout_s),
+        keys=connection.keys(),
+        timeout_s=timeout_s,
+        calibration=codecs.find_calibration(ends),
+        pool_key=pool_public,
+    ) as engine:
+        scored = score_options(engine, TextTokenizer(directory), prompt, options)
+    click.echo(
+        json.dumps(to_json(scored), ensure_ascii=False) if as_json else format_scores(scored)
+    )
+
+
+def check_options(options: Sequence[str]) -> None:
+    """Raises SettingsError for a continuation that is none."""
+    for option in options:
+        check_text("--option", option)
+        if not option:
+            raise SettingsError("--option is empty; expected a continuation of the prompt")
+        if options.count(option) > 1:
+            raise SettingsError(f"--option {option!r} is given twice")
+
+
+def score_options(
+    engine: Engine, tokenizer: TextTokenizer, prompt: str, options: Sequence[str]
+) -> list[Scored]:
+    """All options at once, as given. Raises SettingsError for one that adds no token."""
+    start = len(tokenizer.encode(prompt))
+    texts = [tokenizer.encode(prompt + option) for option in options]
+    for option, ids in zip(options, texts, strict=True):
+        if len(ids) <= start:
+            raise SettingsError(f"--option {option!r} adds no token to the prompt")
+    streams = [engine.submit(ids, 0, top_logprobs=0, score_prompt=True) for ids in texts]
+    scored = []
+    for option, ids, stream in zip(options, texts, streams, strict=True):
+        list(stream)  # until it is over
+        own = [each.logprob for each in stream.prompt_logprobs[start - 1 :]]  # none of the first
+        scored.append(Scored(option, math.fsum(own), len(ids) - start))
+    return scored
+
+
+def to_json(scored: Sequence[Scored]) -> dict[str, Any]:
+    """What --json prints."""
+    best = max(scored, key=lambda one: one.logprob)
+    return {
+        "options": [
+            {"option": one.option, "logprob": one.logprob, "tokens": one.tokens} for one in scored
+        ],
+        "best": best.option,
+        "nats_ahead": count_ahead(scored),
+    }
+
+
+def count_ahead(scored: Sequence[Scored]) -> float | None:
+    """How much likelier the likeliest is than the next, in nats; None if there is no other."""
+    logprobs = sorted((one.logprob for one in scored), reverse=True)
+    return logprobs[0] - logprobs[1] if len(logprobs) > 1 else None
+
+
+def format_scores(scored: Sequence[Scored]) -> str:
+    """The likeliest first; and by how much."""
+    ranked = sorted(scored, key=lambda one: -one.logprob)
+    rows = [
+        (one.option.strip() or repr(one.option), f"{one.logprob:.3f}", f"{one.per_token:.3f}",
+         f"{one.tokens}")
+        for one in ranked
+    ]  # fmt: skip
+    table = format_table(("continuation", "nats", "a token", "tokens"), rows)
+    ahead = count_ahead(scored)
+    if ahead is None:
+        return table
+    factor = f"{math.exp(ahead):,.3g}" if ahead < 300 else "e300 and more"
+    return f"{table}\n\n{rows[0][0]!r} is {factor} times likelier than {rows[1][0]!r}"

@@ -17,18 +17,15 @@ import multiprocessing
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
 import transformers
-from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from common.errors import CheckpointError
 from common.spans.cut import Cut
 from common.spans.twin_check import (
     Comparison,
@@ -36,22 +33,14 @@ from common.spans.twin_check import (
     count_layers,
     explain_difference,
     explain_error,
-    write_twin,
 )
+from common.weights.loading import WITH_TEXT_PARTS
+from evaluation.small_models import write_small
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 PATIENCE_S = 60.0  # for one family
 SEED = 3
 MAX_WORDS = 160
-LAYERS = 4  # at least
-# where the library's example lacks a kind of layer that its models have
-WITH_CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4}
-EXAMPLES = {"lfm2": WITH_CONVOLUTIONS, "lfm2_moe": WITH_CONVOLUTIONS}
-# what examples of the library leave to the checkpoint
-LEFT_OUT = {
-    "head_dim": 16, "num_key_value_heads": 2, "n_routed_experts": 8, "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-}  # fmt: skip
 EQUAL, CLOSE, REFUSED = "equal", "close", "refused"
 DIFFERENT, CRASHED, NOT_TINY = "different", "crashed", "not tried"
 INTRODUCTION = """\
@@ -70,6 +59,7 @@ and single tokens, the prompt in two pieces, and two sessions in one batch.
 | close | the largest difference follows, as a share of the largest logit |
 | refused | midspan says these words instead of loading such a model |
 | not tried | no small model of this family could be made, for this reason |
+| its texts | of texts and pictures, it is compared where a text has no pictures |
 | one session at a time | in a batch, sessions of such a model are computed one after another |
 
 A family is one thing, a checkpoint another: before a model is loaded, a small twin of its own
@@ -93,8 +83,11 @@ class Finding:
 
 
 def list_families() -> list[str]:
-    """Causal language models of the installed transformers, by the name of their type."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    """Language models of the installed transformers, by the name of their type.
+
+    Of those of texts and pictures, the ones that the library runs as language models, and ours.
+    """
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *WITH_TEXT_PARTS})
 
 
 def try_family(family: str) -> Finding:
@@ -130,7 +123,7 @@ def examine(family: str) -> Finding:
     with tempfile.TemporaryDirectory(prefix="midspan-family-") as name:
         directory = Path(name)
         try:
-            whole = write_twin(configure(family), directory)
+            whole = write_small(family, directory)
         except Exception as error:  # whatever a foreign class raises
             return Finding(family, NOT_TINY, _short(f"{type(error).__name__}: {error}"))
         cuts = (Cut(1, count_layers(whole) - 1), Cut(0, count_layers(whole)))
@@ -139,26 +132,10 @@ def examine(family: str) -> Finding:
         except Exception as error:  # the same
             words = explain_error(error, whole.config.model_type, name)
             return Finding(family, REFUSED, _short(words))
-    return _judge(whole.config.model_type, family, found)
-
-
-def configure(family: str) -> Any:
-    """The library's example of a family, with what some examples leave out.
-
-    Raises CheckpointError where there is none of a decoder.
-    """
-    config = AutoConfig.for_model(family, **EXAMPLES.get(family, {}))
-    if getattr(config.get_text_config(), "num_hidden_layers", LAYERS) < LAYERS:
-        config = AutoConfig.for_model(family, num_hidden_layers=LAYERS)
-    if getattr(config, "is_encoder_decoder", False):
-        raise CheckpointError("it has an encoder that its decoder needs")
-    if hasattr(config, "is_decoder"):
-        config.is_decoder = True  # encoders that may be decoders
-    text = config.get_text_config()
-    for name, value in LEFT_OUT.items():
-        if name in text.__dict__ and text.__dict__[name] is None:
-            setattr(text, name, value)
-    return text
+    finding = _judge(whole.config.model_type, family, found)
+    if finding.is_right and whole.config.get_text_config() is not whole.config:
+        return replace(finding, words=", ".join(filter(None, ["its texts", finding.words])))
+    return finding
 
 
 def _judge(kind: str, family: str, found: Sequence[Comparison]) -> Finding:

@@ -23,8 +23,8 @@ from evaluation.families import (
     try_family,
 )
 
-# a plain one, one that adds outside its layers, experts, sinks, one that is refused
-FEW = ["llama", "bloom", "mixtral", "gpt_oss", "qwen3_next"]
+# a plain one, one that adds outside its layers, experts, sinks, one with pictures, one refused
+FEW = ["llama", "bloom", "mixtral", "gpt_oss", "mistral3", "qwen3_next"]
 
 
 @pytest.fixture(autouse=True)

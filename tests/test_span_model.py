@@ -39,7 +39,7 @@ from common.spans.attention import Segment
 from common.spans.cut import Span
 from common.spans.span_model import SpanModel
 from common.weights.checkpoint import Checkpoint
-from common.weights.loading import load_span, read_config
+from common.weights.loading import context_length, load_span, read_config
 
 SIZE = {
     "vocab_size": 99,
@@ -217,6 +217,24 @@ def test_a_sharded_checkpoint_opens_only_the_shards_of_the_span(tmp_path: Path) 
     assert set(checkpoint.opened_files) == {index[name] for name in middle.bytes_read}
 
 
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "mixtral"])
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "40KB"}], ids=["one", "sharded"])
+def test_a_directory_of_the_base_model_alone_is_read_as_the_library_reads_it(
+    name: str, options: dict[str, str], ids: torch.Tensor, tmp_path: Path
+) -> None:
+    """Without an LM head, and without the prefix that a causal model's names have."""
+    config = CONFIGS[name].__class__(**CONFIGS[name].to_dict() | {"tie_word_embeddings": True})
+    model = save_random_model(config, tmp_path / "causal")
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).base_model
+    base.save_pretrained(tmp_path / "base", **options)
+    assert not any(
+        stored.startswith(("model.", "transformer."))
+        for stored in Checkpoint(tmp_path / "base").tensor_names
+    )
+    got = Cut(tmp_path / "base").run(ids, 0, PROMPT)
+    assert torch.equal(got, run_whole(model, config, ids)[0])
+
+
 def test_sharded_and_single_files_have_the_same_fingerprint(tmp_path: Path) -> None:
     single = save_random_model(CONFIGS["llama"], tmp_path / "single")
     sharded = save_random_model(CONFIGS["llama"], tmp_path / "sharded", max_shard_size="40KB")
@@ -273,6 +291,37 @@ def test_a_model_that_cannot_be_cut_is_refused_with_the_reason(
     checkpoint = Checkpoint(save_random_model(config, tmp_path))
     with pytest.raises(CheckpointError, match=words):
         load_span(checkpoint, Span(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("rope", "length"),
+    [
+        (DYNAMIC, 64),
+        (
+            {
+                "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4,
+                "long_factor": [4.0] * 4, "original_max_position_embeddings": 32,
+            },
+            32,
+        ),
+    ],
+    ids=["dynamic", "longrope"],
+)  # fmt: skip
+def test_a_text_ends_where_its_rotary_frequencies_would_change(
+    rope: dict[str, object], length: int, tmp_path: Path
+) -> None:
+    config = LlamaConfig(**GATED, rope_parameters=rope)
+    directory = save_random_model(config, tmp_path)
+    assert context_length(read_config(Checkpoint(directory))) == length
+    text = torch.randint(2, 99, (length,), generator=torch.Generator().manual_seed(5))
+    cut = Cut(directory)
+    cut.run(text, 0, 7)
+    cut.run(text, 7, length - 1)
+    got = cut.run(text, length - 1, length)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        want = model(text[None], logits_to_keep=1).logits[0, -1]
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)  # logits of size 1, in float32
 
 
 def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:

@@ -266,7 +266,7 @@ def test_a_full_disk_refuses_this_start_and_is_not_remembered(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(twin_check, "_save_random", fail)
+        patch.setattr(twin_check, "save_random", fail)
         with pytest.raises(CheckpointError, match=r"cannot be checked here: .*No space left"):
             check_twin(LLAMA, tmp_path)
     check_twin(LLAMA, tmp_path)

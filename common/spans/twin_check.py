@@ -172,7 +172,7 @@ def write_twin(config: Any, directory: Path) -> Any:
         kept = keep_layers(values, name, pick_layers(kinds, depth))
         small = _configure(config, kept, directory)
         if set(kinds) <= set(_kinds(small)):
-            return _save_random(small, directory)
+            return save_random(_build(small), directory)
     raise CheckpointError(
         f"{config.model_type} models cannot be checked: this one has {len(set(kinds))} kinds of "
         f"layers, which do not all appear in a model of {DEPTHS[-1]} layers"
@@ -201,9 +201,8 @@ def _build(config: Any) -> Any:
 
 
 @torch.no_grad()
-def _save_random(config: Any, directory: Path) -> Any:
+def save_random(model: Any, directory: Path) -> Any:
     """Everything that a checkpoint holds gets values of its own, persistent buffers too."""
-    model = _build(config)
     for tensor in model.state_dict().values():
         if tensor.is_floating_point():
             tensor.add_(torch.randn_like(tensor) * 0.1)

@@ -33,6 +33,12 @@ from common.weights.tensors import WeightMap
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Part = Literal["head", "middle", "tail"]
 LAYER_COUNTS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers"}
+# models of texts and pictures whose text, without any picture, is that of their language model
+WITH_TEXT_PARTS = {
+    "aria", "deepseek_vl", "fuyu", "gemma3", "got_ocr2", "idefics3", "internvl", "lighton_ocr",
+    "llama4", "llava", "llava_next", "llava_next_video", "llava_onevision", "mistral3", "ovis2",
+    "smolvlm", "vipllava",
+}  # fmt: skip
 KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 CHANGING_ROPES = ("longrope", "dynamic")
 MAX_LAYERS = 1024  # eight times what the deepest models have
@@ -69,15 +75,16 @@ def read_config(checkpoint: Checkpoint) -> Any:
             f"{checkpoint.directory}: transformers cannot read model type {kind!r}: "
             f"{in_one_line(error)}"
         ) from error
-    if getattr(config, "is_encoder_decoder", False) or not hasattr(config, "num_hidden_layers"):
-        raise CheckpointError(
-            f"{checkpoint.directory} holds a {config.model_type} model; "
-            "midspan cuts decoder-only language models"
-        )
     if getattr(config, "quantization_config", None):
         raise CheckpointError(
             f"{checkpoint.directory} holds quantized weights; midspan reads plain ones, for a "
             "weight without its scale is another number"
+        )
+    config = _find_text_part(config)
+    if getattr(config, "is_encoder_decoder", False) or not hasattr(config, "num_hidden_layers"):
+        raise CheckpointError(
+            f"{checkpoint.directory} holds a {config.model_type} model; "
+            "midspan cuts decoder-only language models"
         )
     _refuse_unknown_layers(checkpoint, config)
     if getattr(config, "hidden_size_per_layer_input", None):
@@ -86,6 +93,17 @@ def read_config(checkpoint: Checkpoint) -> Any:
             "of the tokens cannot be cut, for the workers have no tokens"
         )
     return config
+
+
+def _find_text_part(config: Any) -> Any:
+    """Of a model of texts and pictures its language model, where that is one by itself."""
+    if config.model_type not in WITH_TEXT_PARTS:
+        return config
+    text = config.get_text_config()
+    text.tie_word_embeddings = bool(
+        getattr(config, "tie_word_embeddings", False) or getattr(text, "tie_word_embeddings", False)
+    )
+    return text
 
 
 def _check_layer_counts(checkpoint: Checkpoint, values: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ the names alone; then only those tensors are read that the part's parameters are
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,8 @@ from transformers.core_model_loading import (
 
 from common.errors import CheckpointError, in_one_line
 from common.weights.checkpoint import Checkpoint
+
+TEXT_PART = re.compile(r"(model\.)?(language_model|text_model)\.(model\.)?")
 
 
 @dataclass(slots=True)
@@ -167,17 +170,29 @@ def _find_origins(stored_names: Iterable[str], causal_lm: Any) -> dict[str, Orig
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     known, base = causal_lm.state_dict(), causal_lm.base_model_prefix
+    main = causal_lm.get_input_embeddings()
+    prefix = next(n for n, m in causal_lm.named_modules() if m is main).rpartition(".")[0]
     origins: dict[str, Origin] = {}
     for stored in sorted(stored_names, key=dot_natural_key):
-        target, pattern = rename_source_key(stored, renamings, converters, base, known)
-        if target not in known and stored in known:
-            target, pattern = rename_source_key(stored, [], [], base, known)
+        name = _within_text_part(stored, prefix)
+        target, pattern = rename_source_key(name, renamings, converters, base, known)
+        if target not in known and name in known:
+            target, pattern = rename_source_key(name, [], [], base, known)
         if target not in known:
             continue
         converter = by_pattern[pattern] if pattern is not None else None
         origin = origins.setdefault(target, Origin(target, converter))
         origin.stored.append((pattern or stored, stored))
     return {name: origin for origin in origins.values() for name in origin.targets()}
+
+
+def _within_text_part(stored: str, prefix: str) -> str:
+    """What a tensor would be called if the model had no pictures; others keep their names."""
+    match = TEXT_PART.match(stored)
+    if match is None:
+        return stored
+    rest = stored[match.end() :]
+    return rest if rest.startswith("lm_head.") else f"{prefix}.{rest}"
 
 
 def _tied_names(causal_lm: Any) -> dict[str, str]:

@@ -28,7 +28,7 @@ model_option = click.option(
     "model_name",
     help="Language model: a Hugging Face directory.  [default: the demo model]",
 )
-SPAN_HELP = "Layers that the pool computes, as a-b."
+SPAN_HELP = "Layers that the pool computes, as a-b; 2:-2 leaves two on each side."
 image_model_option = click.option("--image-model", help=IMAGE_MODEL_HELP)
 calibration_option = click.option(
     "--calibration",

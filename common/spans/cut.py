@@ -77,11 +77,22 @@ def parse_cut(text: str | None, num_layers: int) -> Cut:
 
 
 def parse_span(text: str | None, num_layers: int) -> Span:
-    """As `read_span`, with 0 <= a < b <= num_layers; None gives the default middle."""
+    """As `read_span`, with 0 <= a < b <= num_layers; None gives the default middle.
+
+    In `a:b` numbers below 0 count from the end, as in Python: 2:-2 leaves two layers on each side.
+    """
     if text is None:
         return default_cut(num_layers).middle
-    span = read_span(text)
-    check_middle(span, num_layers, what=f"span {span}")
+    match = re.fullmatch(r"\s*(-?\d{1,9})\s*:\s*(-?\d{1,9})\s*", text)
+    if match is None:
+        span = read_span(text)
+    else:
+        first, last = (
+            number + num_layers if number < 0 else number for number in map(int, match.groups())
+        )
+        span = Span(first, last)
+    said = str(span) if match is None or "-" not in text else f"{text.strip()} ({span})"
+    check_middle(span, num_layers, what=f"span {said}")
     return span
 
 
@@ -89,7 +100,10 @@ def read_span(text: str) -> Span:
     """Read `a-b`, or `a:b`, for a model of any depth. Raises SettingsError."""
     match = re.fullmatch(r"\s*(\d{1,9})\s*[-:]\s*(\d{1,9})\s*", text)
     if match is None:
-        raise SettingsError(f"span {text!r} is not of the form a-b, for example 2-6")
+        raise SettingsError(
+            f"span {text!r} is not of the form a-b, for example 2-6, or a:b, where -2 is the last "
+            "but one"
+        )
     return Span(int(match[1]), int(match[2]))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.errors import SettingsError
 from common.security.keys import ClientKeys
-from common.spans.cut import check_middle, read_span
+from common.spans.cut import Span, parse_span, read_span
 from common.weights.model_files import read_model_config
 from edge_agent.commands.codec_options import CodecChoice
 from edge_agent.commands.connection_options import Connection
@@ -78,15 +78,22 @@ class Means:
         """
         self.connection.check(self.timeout_s)
         self.codecs.split()
+        read_model_config(self.directory)
+        self.read_span()
+
+    def read_span(self) -> Span | None:
+        """What is asked for. Raises SettingsError, CheckpointError."""
+        if self.span_text is None:
+            return None
         layers = read_model_config(self.directory).get("num_hidden_layers")
-        if self.span_text is not None:
-            span = read_span(self.span_text)
-            if type(layers) is int:
-                check_middle(span, layers, what=f"span {span}")
+        return (
+            parse_span(self.span_text, layers) if type(layers) is int else read_span(self.span_text)
+        )
 
     def fit(self, announcement: Announcement) -> bool:
         """Whether a running serve would answer as an engine with these would."""
-        if self.span_text is not None and str(read_span(self.span_text)) != announcement.span:
+        span = self.read_span()
+        if span is not None and str(span) != announcement.span:
             return False
         if describe_source(self.directory, self.dtype, self.codecs) != announcement.source:
             return False

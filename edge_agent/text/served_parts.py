@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from common.errors import SettingsError
-from common.spans.cut import Span, find_route, find_routes, parse_span
+from common.spans.cut import Span, check_middle, find_route, find_routes, read_span
 
 
 def pick_part(report: Mapping[str, Any], fingerprint: str, num_layers: int) -> str | None:
@@ -47,6 +47,8 @@ def _count_spans(report: Mapping[str, Any], fingerprint: str, num_layers: int) -
 
 def _read_span(part: str, num_layers: int) -> Span | None:
     try:
-        return parse_span(part, num_layers)
+        span = read_span(part)
+        check_middle(span, num_layers, what=part)
     except SettingsError:
         return None
+    return span

@@ -24,6 +24,7 @@ COMMANDS = {
     "calibrate": ("evaluation.calibrate:calibrate", "Measure what calibrated codecs need to know."),
     "chat": ("edge_agent.commands.chat:chat", "Talk with a model."),
     "chaos": ("chaos.command:chaos", "Break a pool on purpose and compare every token."),
+    "check": ("evaluation.check:check", "Say whether a model can be cut, and what it needs."),
     "completion": ("deploy.completion:completion", "Print what a shell needs to complete this."),
     "demo": ("deploy.demo:demo", "See it all work in a minute."),
     "eval": ("evaluation.command:evaluate", "Measure quality against bytes."),

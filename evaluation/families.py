@@ -63,7 +63,7 @@ and single tokens, the prompt in two pieces, and two sessions in one batch.
 | one session at a time | in a batch, sessions of such a model are computed one after another |
 
 A family is one thing, a checkpoint another: before a model is loaded, a small twin of its own
-configuration is tried in the same way.
+configuration is tried in the same way. `midspan check` says what became of that.
 
 """
 TABLE = "| family | | |\n|---|---|---|\n"

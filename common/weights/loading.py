@@ -166,7 +166,7 @@ def load_span(
     Raises CheckpointError when the model's kind cannot be cut or a tensor is missing.
     """
     config = copy.deepcopy(read_config(checkpoint))
-    causal_lm = _build_on_meta(checkpoint, config, dtype)
+    causal_lm = build_on_meta(checkpoint, config, dtype)
     owner, layers_name = find_decoder(causal_lm, config.num_hidden_layers)
     layers = getattr(owner, layers_name)
     if causal_lm.get_input_embeddings() is None:
@@ -200,7 +200,8 @@ def _taker_of_tokens(causal_lm: Any, owner: nn.Module) -> nn.Module:
     return found
 
 
-def _build_on_meta(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Any:
+def build_on_meta(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Any:
+    """The whole model without values. Raises CheckpointError where the library has none."""
     try:
         return build_without_values(
             lambda: AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)

@@ -71,6 +71,14 @@ class WeightMap:
         self._fill_buffers(kept, prefix, device, bytes_read)
         return bytes_read
 
+    def check(self, model: nn.Module) -> None:
+        """Raise CheckpointError for a parameter that is not there, or has another shape."""
+        for name, _ in model.named_parameters(remove_duplicate=False):
+            origin = self._find(name)
+            if origin.converter is None:
+                stored = origin.stored[-1][1]
+                self._check_shape(stored, self._checkpoint.shape(stored), model, name)
+
     def _find(self, name: str) -> Origin:
         for candidate in (name, self._tied.get(name)):
             if candidate in self._origins:

@@ -1,0 +1,108 @@
+"""What the parts of a cut model need, from the configuration and the tensors' headers alone.
+
+The model is built on the meta device; one row goes through its layers there, so that each says
+what it keeps of a token. What follows a layer's attention may look at values, which a tensor on the
+meta device has none of, and fails; by then the layer has said it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.spans.attention import ProbeCache
+from common.spans.cut import Cut, Span
+from common.spans.passage import outside, rehearse, weighted_modules
+from common.weights.buffers import fill_buffers
+from common.weights.checkpoint import Checkpoint
+from common.weights.loading import build_on_meta, find_decoder, read_config
+from common.weights.tensors import WeightMap
+
+
+@dataclass(frozen=True, slots=True)
+class PartNeeds:
+    """Bytes that a part of a model takes: of weights, and of KV for each token of each session."""
+
+    span: Span
+    weight_bytes: int
+    kv_bytes: int | None  # None if a layer has not said what it keeps
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What the two ends, on one device, and the middle of a model need."""
+
+    head: PartNeeds
+    middle: PartNeeds
+    tail: PartNeeds
+    boundary: int  # values of a row between them
+
+
+def measure_needs(checkpoint: Checkpoint, cut: Cut, dtype: torch.dtype) -> Needs:
+    """Raises CheckpointError for a model that cannot be cut, or lacks a tensor."""
+    config = read_config(checkpoint)
+    causal_lm = build_on_meta(checkpoint, config, dtype)
+    owner, name = find_decoder(causal_lm, config.num_hidden_layers)
+    layers = getattr(owner, name)
+    WeightMap(checkpoint, causal_lm).check(causal_lm)
+    fill_buffers(causal_lm, outside(causal_lm, layers), "cpu", leave_unknown=True)
+    rehearsal = rehearse(causal_lm, layers)
+    at_ends = [_bytes_within(causal_lm, layers, n) for n in (rehearsal.before, rehearsal.after)]
+    kept = _kept_by_layer(causal_lm, layers, dtype)
+
+    def needs(span: Span, more: int) -> PartNeeds:
+        inside = range(span.first, span.last)
+        stored = (tensor for i in inside for tensor in layers[i].state_dict().values())
+        weights = sum(tensor.numel() * tensor.itemsize for tensor in stored)
+        sizes = [kept.get(i) for i in inside]
+        kv = None if None in sizes else sum(size or 0 for size in sizes)
+        return PartNeeds(span, weights + more, kv)
+
+    return Needs(
+        needs(cut.head(), at_ends[0]),
+        needs(cut.middle, 0),
+        needs(cut.tail(len(layers)), at_ends[1]),
+        rehearsal.boundary.width,
+    )
+
+
+def _bytes_within(root: nn.Module, layers: nn.ModuleList, names: frozenset[str]) -> int:
+    """Of the parameters of these modules outside the layers; those that are shared count once."""
+    modules = [module for name, module in weighted_modules(root, layers) if name in names]
+    parameters = {id(p): p for module in modules for p in module.parameters()}
+    return sum(p.numel() * p.itemsize for p in parameters.values())
+
+
+@torch.inference_mode()
+def _kept_by_layer(causal_lm: Any, layers: nn.ModuleList, dtype: torch.dtype) -> dict[int, int]:
+    """Bytes that each layer puts into the cache for a token."""
+    cache = ProbeCache()
+    for layer in layers:
+        layer.forward = _goes_on(layer.forward)
+    causal_lm.to("meta")
+    try:
+        ids = torch.zeros(1, 1, dtype=torch.long, device="meta")
+        causal_lm(input_ids=ids, past_key_values=cache, use_cache=True)
+    except Exception:  # noqa: S110 - behind the last layer there is nothing to learn
+        pass
+    return {
+        index: sum(heads * size for heads, size in shapes) * dtype.itemsize
+        for index, shapes in cache.shapes.items()
+    }
+
+
+def _goes_on(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer that hands on what it was given when its own forward fails."""
+
+    def shielded(*args: Any, **kwargs: Any) -> Any:
+        states = args[0] if args else kwargs["hidden_states"]
+        try:
+            return forward(*args, **kwargs)
+        except Exception:  # whatever its code raises without values
+            return states
+
+    return shielded

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from common.console.options import dtype_option, span_option
-from common.console.tables import format_table
+from common.console.tables import format_bytes, format_table
 from evaluation.options import json_option
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def check(model: str | None, span_text: str | None, dtype: str, as_json: bool) -
     config = read_config(checkpoint)
     cut = parse_cut(span_text, config.num_hidden_layers)
     packs = check_twin(config)
-    needs = measure_needs(checkpoint, cut, parse_dtype(dtype))
+    needs = measure_needs(checkpoint, parse_dtype(dtype)).cut(cut)
     facts: dict[str, Any] = {
         "model": checkpoint.name,
         "family": config.model_type,
@@ -83,7 +83,7 @@ def describe(facts: dict[str, Any], needs: Needs) -> str:
     table = format_table(
         ["part", "layers", "weights", "KV of a token"],
         [
-            [name, str(part.span), _size(part.weight_bytes), _size(part.kv_bytes)]
+            [name, str(part.span), format_bytes(part.weight_bytes), format_bytes(part.kv_bytes)]
             for name, part in _parts(needs)
         ],
     )
@@ -97,8 +97,8 @@ def describe(facts: dict[str, Any], needs: Needs) -> str:
             table,
             "",
             f"The device has head and tail, a worker the middle, in {facts['dtype']}; KV is kept "
-            f"for each token of each session. A token of a prompt sends {_size(row)} up, one of an "
-            f"answer as many up and down (codec {CODEC}).",
+            f"for each token of each session. A token of a prompt sends {format_bytes(row)} up, "
+            f"one of an answer as many up and down (codec {CODEC}).",
             f"A text has at most {context:,} tokens." if context else "It names no longest text.",
         ]
     )
@@ -106,13 +106,3 @@ def describe(facts: dict[str, Any], needs: Needs) -> str:
 
 def _parts(needs: Needs) -> list[tuple[str, PartNeeds]]:
     return [("head", needs.head), ("middle", needs.middle), ("tail", needs.tail)]
-
-
-def _size(count: int | None) -> str:
-    """Bytes as people say them."""
-    if count is None:
-        return "not known"
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"

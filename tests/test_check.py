@@ -31,7 +31,7 @@ def check(*arguments: str) -> Result:
 def test_parts_need_what_loading_them_takes(name: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint(save_random_model(FAMILIES[name], tmp_path))
     cut = Cut(2, 4)
-    needs = measure_needs(checkpoint, cut, torch.float32)
+    needs = measure_needs(checkpoint, torch.float32).cut(cut)
     parts = [
         load_span(checkpoint, cut.head(), part="head"),
         load_span(checkpoint, cut.middle),
@@ -59,8 +59,8 @@ def test_the_same_as_json(demo_directory: Path) -> None:
 
 def test_half_the_precision_needs_half_the_memory(tmp_path: Path) -> None:
     checkpoint = Checkpoint(save_random_model(CONFIGS["llama"], tmp_path))
-    whole = measure_needs(checkpoint, Cut(2, 4), torch.float32)
-    half = measure_needs(checkpoint, Cut(2, 4), torch.bfloat16)
+    whole = measure_needs(checkpoint, torch.float32).cut(Cut(2, 4))
+    half = measure_needs(checkpoint, torch.bfloat16).cut(Cut(2, 4))
     assert (half.middle.weight_bytes * 2, (half.middle.kv_bytes or 0) * 2) == (
         whole.middle.weight_bytes,
         whole.middle.kv_bytes,
@@ -75,7 +75,7 @@ def test_weights_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     checkpoint = Checkpoint(directory)
     monkeypatch.setattr(Checkpoint, "_get", fail)
-    measure_needs(checkpoint, Cut(2, 4), torch.float32)
+    measure_needs(checkpoint, torch.float32).cut(Cut(2, 4))
 
 
 def test_a_model_that_cannot_be_cut_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ meta device has none of, and fails; by then the layer has said it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,7 +42,34 @@ class Needs:
     boundary: int  # values of a row between them
 
 
-def measure_needs(checkpoint: Checkpoint, cut: Cut, dtype: torch.dtype) -> Needs:
+@dataclass(frozen=True, slots=True)
+class ModelNeeds:
+    """What each layer of a model needs, and what lies before and behind all of them."""
+
+    weight_bytes: list[int]
+    kv_bytes: list[int | None]
+    before: int
+    behind: int
+    boundary: int
+
+    def of(self, span: Span) -> PartNeeds:
+        """Of some layers alone."""
+        kept = self.kv_bytes[span.first : span.last]
+        kv = None if None in kept else sum(size or 0 for size in kept)
+        return PartNeeds(span, sum(self.weight_bytes[span.first : span.last]), kv)
+
+    def cut(self, cut: Cut) -> Needs:
+        """Of the three parts."""
+        head, tail = self.of(cut.head()), self.of(cut.tail(len(self.weight_bytes)))
+        return Needs(
+            replace(head, weight_bytes=head.weight_bytes + self.before),
+            self.of(cut.middle),
+            replace(tail, weight_bytes=tail.weight_bytes + self.behind),
+            self.boundary,
+        )
+
+
+def measure_needs(checkpoint: Checkpoint, dtype: torch.dtype) -> ModelNeeds:
     """Raises CheckpointError for a model that cannot be cut, or lacks a tensor."""
     config = read_config(checkpoint)
     causal_lm = build_on_meta(checkpoint, config, dtype)
@@ -51,22 +78,16 @@ def measure_needs(checkpoint: Checkpoint, cut: Cut, dtype: torch.dtype) -> Needs
     WeightMap(checkpoint, causal_lm).check(causal_lm)
     fill_buffers(causal_lm, outside(causal_lm, layers), "cpu", leave_unknown=True)
     rehearsal = rehearse(causal_lm, layers)
-    at_ends = [_bytes_within(causal_lm, layers, n) for n in (rehearsal.before, rehearsal.after)]
+    before, behind = (
+        _bytes_within(causal_lm, layers, names) for names in (rehearsal.before, rehearsal.after)
+    )
+    stored = [
+        sum(tensor.numel() * tensor.itemsize for tensor in layer.state_dict().values())
+        for layer in layers
+    ]
     kept = _kept_by_layer(causal_lm, layers, dtype)
-
-    def needs(span: Span, more: int) -> PartNeeds:
-        inside = range(span.first, span.last)
-        stored = (tensor for i in inside for tensor in layers[i].state_dict().values())
-        weights = sum(tensor.numel() * tensor.itemsize for tensor in stored)
-        sizes = [kept.get(i) for i in inside]
-        kv = None if None in sizes else sum(size or 0 for size in sizes)
-        return PartNeeds(span, weights + more, kv)
-
-    return Needs(
-        needs(cut.head(), at_ends[0]),
-        needs(cut.middle, 0),
-        needs(cut.tail(len(layers)), at_ends[1]),
-        rehearsal.boundary.width,
+    return ModelNeeds(
+        stored, [kept.get(i) for i in range(len(layers))], before, behind, rehearsal.boundary.width
     )
 
 

@@ -39,7 +39,7 @@ from common.spans.attention import Segment
 from common.spans.cut import Span
 from common.spans.span_model import SpanModel
 from common.weights.checkpoint import Checkpoint
-from common.weights.loading import context_length, load_span, read_config
+from common.weights.loading import Part, context_length, load_span, read_config
 
 SIZE = {
     "vocab_size": 99,
@@ -256,6 +256,16 @@ def test_a_span_computes_in_the_dtype_asked_for(dtype: torch.dtype, tmp_path: Pa
     rows = torch.randn(3, 32).to(dtype)
     assert middle.run(rows, [Segment(middle.new_kv(), 0, 3)]).dtype == dtype
     assert middle.layout.row_bytes == 2 * 2 * 16 * 2  # layers, keys and values, 2 heads x 8, bytes
+
+
+@pytest.mark.parametrize("part", ["head", "middle", "tail"])
+def test_all_of_a_part_is_on_the_device_that_it_was_asked_for(part: Part, tmp_path: Path) -> None:
+    """The meta device stands for one that is not the CPU: whoever mixes the two, fails."""
+    checkpoint = Checkpoint(save_random_model(CONFIGS["llama"], tmp_path))
+    span = {"head": Span(0, 2), "middle": Span(2, 4), "tail": Span(4, 6)}[part]
+    model = load_span(checkpoint, span, device="meta", part=part)._causal_lm
+    tensors = [*model.parameters(), *model.buffers()]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
 def test_every_layer_can_be_in_the_middle(ids: torch.Tensor, tmp_path: Path) -> None:

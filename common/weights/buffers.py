@@ -44,6 +44,14 @@ def fill_buffers(
                 )
 
 
+def move_buffers(root: nn.Module, device: torch.device | str) -> None:
+    """Those that a rehearsal needed have been filled on the CPU."""
+    for module in root.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
 def _equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one, other)
 

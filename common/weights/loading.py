@@ -25,7 +25,7 @@ from common.errors import CheckpointError, SettingsError, in_one_line
 from common.spans.cut import Span
 from common.spans.passage import make_part, outside, rehearse, takes
 from common.spans.span_model import SpanModel
-from common.weights.buffers import fill_buffers
+from common.weights.buffers import fill_buffers, move_buffers
 from common.weights.checkpoint import Checkpoint
 from common.weights.shapes import build_without_values
 from common.weights.tensors import WeightMap
@@ -178,6 +178,7 @@ def load_span(
     gate = make_part(causal_lm, layers, span, part, rehearsal, device)
     bytes_read = weights.fill(causal_lm, "", dtype, device)
     fill_buffers(causal_lm, causal_lm.named_modules(), device)
+    move_buffers(causal_lm, device)
     return SpanModel(
         causal_lm if part == "tail" else _taker_of_tokens(causal_lm, owner),
         causal_lm,

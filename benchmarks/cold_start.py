@@ -43,6 +43,7 @@ import transformers.generation.utils, transformers.modeling_utils
 import midspan.__main__
 midspan.__main__.main()
 """
+SETTLED_S = 0.5  # memory for KV is made ready behind the first step
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 BARE = "import torch, pathlib; print(pathlib.Path('/proc/self/status').read_text())"
 
@@ -88,6 +89,7 @@ def start_one(ends: ModelEnds, kind: str, way: str) -> dict[str, Any]:
         line = child.wait_for("started in", timeout_s=120)
         asking.join()
         cpu_s = read_cpu_s(child.pid)
+        time.sleep(SETTLED_S)
         memory = read_memory(Path(f"/proc/{child.pid}/status").read_text())
         client.close()
         pool_module.midspan_command = midspan_command

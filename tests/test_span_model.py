@@ -194,6 +194,19 @@ def test_a_batch_of_ragged_sessions_gives_what_each_gives_alone(
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["gemma2-cap", "gpt-oss-sinks", "deepseek-v3", "diffllama"])
+def test_sessions_share_a_pass_through_caps_sinks_and_latents(name: str, tmp_path: Path) -> None:
+    directory = save_random_model((CONFIGS | WINDOWED)[name], tmp_path)
+    assert load_span(Checkpoint(directory), Span(2, 4)).packs_sessions
+    assert not load_span(Checkpoint(directory), Span(2, 4), packs=False).packs_sessions
+
+
+def test_latent_attention_keeps_latents_and_not_what_is_made_of_them(tmp_path: Path) -> None:
+    config = CONFIGS["deepseek-v3"]
+    middle = load_span(Checkpoint(save_random_model(config, tmp_path)), Span(2, 4))
+    assert middle.layout.row_values == 2 * (config.kv_lora_rank + config.qk_rope_head_dim)
+
+
 def test_a_worker_reads_only_its_span(tmp_path: Path) -> None:
     directory = save_random_model(CONFIGS["llama"], tmp_path)
     middle = load_span(Checkpoint(directory), Span(2, 4))

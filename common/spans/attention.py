@@ -22,12 +22,13 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from common.spans.capped_attention import capped_attention
 from common.spans.kv_rows import KvRows, make_layout
 
 ATTENTION_NAME = "midspan"
 # what models hand to every attention function; others would be ignored, and results be wrong
 KNOWN_ARGUMENTS = {
-    "dropout", "scaling", "is_causal", "softcap", "position_ids", "use_cache", "output_attentions",
+    "dropout", "scaling", "is_causal", "position_ids", "use_cache", "output_attentions",
     "output_hidden_states", "output_router_logits", "return_dict", "cache_position",
     "logits_to_keep",
 }  # fmt: skip
@@ -51,8 +52,12 @@ class PackedCache:
 
     is_compileable = False
 
-    def __init__(self, segments: list[Segment], first_layer: int = 0) -> None:
+    def __init__(
+        self, segments: list[Segment], first_layer: int = 0, expands: bool = False
+    ) -> None:
+        """`expands`: the attention makes its keys and values of what is kept (latent attention)."""
         self.segments = segments
+        self.expands = expands
         self.layer = 0  # of the span
         self._first_layer = first_layer
         self._rows = [segment.rows for segment in segments]
@@ -69,14 +74,19 @@ class PackedCache:
         """Store the new keys and values, shape (1, H, sum of T, D), of one layer.
 
         Returns what the session has of that layer when there is one segment; with several the
-        attention function reads each session's own.
+        attention function reads each session's own, or is given what is made of all they have.
         """
         self.layer = layer_idx - self._first_layer
         columns = (part[0].transpose(0, 1).flatten(1) for part in (keys, values))
         new = torch.cat(tuple(columns), dim=1)  # (sum of T, values of the layer)
         for views, part in zip(self._write, new.split_with_sizes(self._rows), strict=True):
             views[self.layer].copy_(part)
-        return self.read(0) if len(self.segments) == 1 else (keys, values)
+        if len(self.segments) == 1:
+            return self.read(0)
+        if self.expands:
+            kept = [self.read(index) for index in range(len(self.segments))]
+            return torch.cat([k for k, _ in kept], dim=2), torch.cat([v for _, v in kept], dim=2)
+        return keys, values
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values (1, H, T, D) that a segment's session has of the current layer."""
@@ -86,6 +96,12 @@ class PackedCache:
     def split(self, rows: Tensor) -> Sequence[Tensor]:
         """Rows (1, H, sum of T, D) by segment."""
         return rows.split_with_sizes(self._rows, dim=2)
+
+    def split_kept(self, keys: Tensor, values: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        """Keys and values of each segment, those that were made of all that is kept."""
+        ends = [segment.end for segment in self.segments]
+        parts = (kept.split_with_sizes(ends, dim=2) for kept in (keys, values))
+        return list(zip(*parts, strict=True))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.segments[0].start
@@ -119,6 +135,7 @@ class ProbeCache:
     def __init__(self) -> None:
         self.shapes: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {}  # (H, D) by layer
         self.attended: set[int] = set()  # layers whose attention came by
+        self.expands = False
         self.segments = [Segment(KvRows(make_layout([], torch.float32)), 0, 1)]
         self._last: tuple[int, Tensor, Tensor] | None = None
 
@@ -133,9 +150,10 @@ class ProbeCache:
         return keys, values
 
     def note(self, keys: Tensor, values: Tensor) -> None:
-        """Attention came by with these; ours reads what was kept, so they must be that."""
-        if self._last is None or not all(map(torch.equal, self._last[1:], (keys, values))):
-            raise ValueError("its attention takes other keys or values than it keeps")
+        """Attention came by with these: what was kept, or what was made of that."""
+        if self._last is None or any(part.shape[2] != 1 for part in (keys, values)):
+            raise ValueError("its attention takes other rows than it keeps")
+        self.expands |= not all(map(torch.equal, self._last[1:], (keys, values)))
         self.attended.add(self._last[0])
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
@@ -144,6 +162,9 @@ class ProbeCache:
 
     def split(self, rows: Tensor) -> Sequence[Tensor]:
         return [rows]
+
+    def split_kept(self, keys: Tensor, values: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        return [(keys, values)]
 
     def mask(self, segment: Segment, window: int | None, like: Tensor) -> None:
         return None
@@ -166,11 +187,14 @@ def packed_attention(
     attention_mask: Tensor | None,
     packed: PackedCache | ProbeCache | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of a batch's rows, query (1, H, sum of T, D); returns (1, sum of T, H, D).
 
-    `sliding_window` is the number of keys a row sees, itself included (Mistral, Qwen2).
+    `sliding_window` is the number of keys a row sees, itself included (Mistral, Qwen2), `softcap`
+    bounds scores (Gemma 2), `s_aux` has a sink for each head (gpt-oss).
     """
     unknown = {name for name, value in kwargs.items() if value is not None} - KNOWN_ARGUMENTS
     if unknown:
@@ -181,14 +205,21 @@ def packed_attention(
         raise ValueError("it makes masks of its own")
     if isinstance(packed, ProbeCache):
         packed.note(key, value)
+    kept = packed.split_kept(key, value) if packed.expands else None
     outputs = []
     for index, (segment, part) in enumerate(zip(packed.segments, packed.split(query), strict=True)):
-        keys, values = packed.read(index)
+        keys, values = packed.read(index) if kept is None else kept[index]
         if segment.rows == 1 and sliding_window is not None:
             first = max(0, segment.end - sliding_window)
             keys, values = keys[:, :, first:], values[:, :, first:]
         mask = packed.mask(segment, sliding_window, query)
-        output, _ = sdpa_attention_forward(module, part, keys, values, mask, **kwargs)
+        if softcap is None and s_aux is None:
+            output, _ = sdpa_attention_forward(module, part, keys, values, mask, **kwargs)
+        else:
+            output = capped_attention(
+                part, keys, values, mask,
+                scaling=kwargs.get("scaling"), softcap=softcap, sinks=s_aux,
+            )  # fmt: skip
         outputs.append(output)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None
 

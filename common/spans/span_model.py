@@ -59,6 +59,7 @@ class SpanModel:
         self._causal_lm = causal_lm
         self._positions_are_given = takes(decoder, "position_ids")
         self._rows_are_chosen = takes(causal_lm, "logits_to_keep")
+        self._expands = False
         self.packs_sessions, self.layout = self._probe(packs)
 
     def new_kv(self, pool: SlotPool | None = None) -> KvRows:
@@ -141,7 +142,7 @@ class SpanModel:
         return logits[-wanted:] if isinstance(wanted, int) else logits[wanted]
 
     def _arguments(self, segments: list[Segment]) -> dict[str, Any]:
-        cache = PackedCache(segments, self.span.first)
+        cache = PackedCache(segments, self.span.first, self._expands)
         positions = [position for s in segments for position in range(s.start, s.end)]
         return self._arguments_with(cache, positions, self.packs_sessions)
 
@@ -193,6 +194,7 @@ class SpanModel:
                 raise ValueError("they keep nothing of a text in the library's cache")
         if packs and cache.attended != cache.shapes.keys():
             raise ValueError("not all of its attention goes through the library's interface")
+        self._expands = packs and cache.expands
         nothing = ((0, 0), (0, 0))
         layers = range(self.span.first, self.span.last)
         foreign = cache.shapes.keys() - set(layers)

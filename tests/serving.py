@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,14 +77,6 @@ def open_endpoint(pool: LocalPool | str, ends: ModelEnds, **options: Any) -> Ite
         thread.join(10)
         assert not thread.is_alive()
         services.close()
-
-
-def wait_until(check: Any, limit_s: float = 10.0) -> None:
-    """Raises AssertionError when `check` does not come true."""
-    give_up_at = time.monotonic() + limit_s
-    while not check():
-        assert time.monotonic() < give_up_at
-        time.sleep(0.01)
 
 
 def count_sessions(pool: LocalPool) -> int:

@@ -8,13 +8,13 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from forks import ROOT
 from pools import PROMPTS, generate, reference_tokens
+from waiting import wait_until
 
 from deploy.child import Child, midspan_command
 from deploy.pool import LocalPool, PoolSettings
@@ -27,13 +27,6 @@ from loadtest.observed import SCALED
 
 TOKENS = 24
 FROM_ZERO = PoolSettings(workers=0, broker_options=hold_options(0))
-
-
-def wait_until(is_so: Callable[[], bool], limit_s: float = 60.0) -> None:
-    give_up_at = time.monotonic() + limit_s
-    while not is_so():
-        assert time.monotonic() < give_up_at, "it did not come"
-        time.sleep(0.05)
 
 
 def count_known(pool: LocalPool) -> int:

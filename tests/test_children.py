@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from forks import error_line
-from serving import wait_until
+from waiting import wait_until
 
 from deploy.child import Child, ChildGroup, midspan_command, stop_all
 from deploy.pool import LocalPool, PoolSettings

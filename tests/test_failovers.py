@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import redis
 import torch
 from pools import GREEDY, PROMPTS, record_of, reference_tokens
+from waiting import wait_until
 
 from deploy.child import Child, midspan_command
 from deploy.embedded_redis import EmbeddedRedis, choose_port
@@ -147,13 +147,6 @@ def replicated(tmp_path: Path) -> Iterator[Replicated]:
         yield store
     finally:
         store.close()
-
-
-def wait_until(is_so: Callable[[], bool], limit_s: float = 20.0) -> None:
-    give_up_at = time.monotonic() + limit_s
-    while not is_so():
-        assert time.monotonic() < give_up_at, "it did not come"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("with_kill", [False, True], ids=["alone", "and a worker dies"])

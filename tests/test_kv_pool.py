@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import mmap
 import random
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from waiting import wait_until
 
 from common.spans.kv_pool import PIECE_BYTES, SlotPool
 from common.spans.kv_rows import MIN_CAPACITY, KvRows, make_layout, slot_bytes
@@ -19,13 +18,6 @@ SLOT = slot_bytes(LAYOUT)
 
 def make_pool(slots: int, reserve_slots: int = 0) -> SlotPool:
     return SlotPool(SLOT, slots * SLOT, reserve_slots * SLOT)
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    give_up_at = time.monotonic() + 10
-    while not is_so():
-        assert time.monotonic() < give_up_at
-        time.sleep(0.001)
 
 
 def is_pooled(kv: KvRows, pool: SlotPool) -> bool:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from serving import wait_until
+from waiting import wait_until
 
 from deploy.child import Child, guarded_command, midspan_command
 from deploy.pool import LocalPool, PoolSettings

@@ -14,7 +14,8 @@ import httpx2 as httpx
 import openai
 import pytest
 from forks import error_line
-from serving import ENDLESS, MODEL, wait_until
+from serving import ENDLESS, MODEL
+from waiting import wait_until
 
 from deploy.child import Child, midspan_command
 from deploy.pool import LocalPool, PoolSettings

@@ -9,7 +9,8 @@ from typing import Any
 
 import openai
 import pytest
-from serving import ENDLESS, MODEL, Endpoint, open_endpoint, wait_until
+from serving import ENDLESS, MODEL, Endpoint, open_endpoint
+from waiting import wait_until
 
 from common.weights.demo_model import DEMO_IMAGE_MODEL, find_model
 from deploy.pool import LocalPool, PoolSettings

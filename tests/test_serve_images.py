@@ -13,7 +13,8 @@ import httpx2 as httpx
 import numpy as np
 import pytest
 from PIL import Image
-from serving import Endpoint, open_endpoint, wait_until
+from serving import Endpoint, open_endpoint
+from waiting import wait_until
 
 from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
 from deploy.pool import LocalPool, PoolSettings

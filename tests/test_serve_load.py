@@ -19,8 +19,8 @@ from serving import (
     Endpoint,
     count_sessions,
     open_endpoint,
-    wait_until,
 )
+from waiting import wait_until
 
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.server.opening import Bounds

@@ -19,10 +19,11 @@ from common.weights.demo_model import DEMO_TEXT_MODEL
 from deploy.child import Child, midspan_command, stop_all
 from deploy.departures import Departures
 from deploy.embedded_redis import EmbeddedRedis
+from deploy.endings import Endings
 from edge_agent.engine.client import BrokerClient
 
 START_LIMIT_S = 120.0
-MAX_RESTARTS, RESTART_MEMORY_S = 10, 60.0
+TOO_MANY_ENDINGS = 11
 LEAVE_LIMIT_S = 120.0  # for a worker that drains
 T = TypeVar("T")
 
@@ -60,7 +61,7 @@ class LocalPool:
         self.edge_endpoint = settings.edge_endpoint
         self.worker_endpoint = settings.worker_endpoint
         self._workers_started = 0
-        self._restarts: list[float] = []
+        self._endings = Endings(TOO_MANY_ENDINGS)
         self.client_keys: ClientKeys | None = None  # of an edge on this machine
 
     def __enter__(self) -> Self:
@@ -212,9 +213,7 @@ class LocalPool:
         return lines
 
     def _start_again(self, words: str, start: Callable[[], T]) -> T:
-        now = time.monotonic()
-        self._restarts = [at for at in self._restarts if now - at < RESTART_MEMORY_S] + [now]
-        if len(self._restarts) > MAX_RESTARTS:
+        if self._endings.count(time.monotonic()):
             raise ProcessFailed(f"{words}; too much has ended in the last minute, giving up")
         return start()
 

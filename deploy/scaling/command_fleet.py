@@ -11,11 +11,12 @@ from pathlib import Path
 from common.errors import ProcessFailed
 from deploy.child import Child, ChildGroup, stop_all
 from deploy.departures import Departures
+from deploy.endings import Endings
 
 PLACE = "{id}"  # in the command, for the worker's name
 ID = "MIDSPAN_WORKER_ID"  # the same for `midspan worker`, which reads it
 LEAVE_LIMIT_S = 600.0
-MOST_FAILURES, FAILURE_MEMORY_S = 5, 60.0
+TOO_MANY_ENDINGS = 5
 
 
 class CommandFleet:
@@ -31,7 +32,7 @@ class CommandFleet:
         self._started = 0
         self._workers: dict[str, Child] = {}
         self._departures = Departures(LEAVE_LIMIT_S)
-        self._failures: list[float] = []
+        self._endings = Endings(TOO_MANY_ENDINGS)
 
     def names(self) -> list[str]:
         return list(self._workers)
@@ -59,9 +60,8 @@ class CommandFleet:
             self._departures.begin(child, now)  # of those that it may have left behind
             words = child.last_words()
             lines.append(words)
-            self._failures = [at for at in self._failures if now - at < FAILURE_MEMORY_S] + [now]
-            if len(self._failures) >= MOST_FAILURES:
-                raise ProcessFailed(f"{words}; {MOST_FAILURES} ended in a minute, giving up")
+            if self._endings.count(now):
+                raise ProcessFailed(f"{words}; {TOO_MANY_ENDINGS} ended in a minute, giving up")
         return lines
 
     def __enter__(self) -> CommandFleet:

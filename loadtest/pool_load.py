@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 
 from common.errors import SettingsError
 from deploy.pool import LocalPool, PoolSettings
-from deploy.scaling.autoscaler import Autoscaler
-from deploy.scaling.keeper import read_reports
-from deploy.scaling.policy import ScalingPolicy, ScalingSettings
+from deploy.scaling.keeper import open_scaler
+from deploy.scaling.policy import ScalingSettings
 from edge_agent.engine.client import BrokerClient
 from edge_agent.engine.engine import Engine
 from edge_agent.text.text_session import SessionSettings, count_new_tokens
@@ -162,10 +161,9 @@ def load_pool(
         stack.enter_context(again_and_again(observer.look, SAMPLE_S, "observer"))
         if brokers.own is not None:
             scaler = None
-            if harm.workers is not None and not harm.workers.is_fixed:
-                policy = ScalingPolicy(ScalingSettings(harm.workers.least, harm.workers.most))
-                own = stack.enter_context(contextlib.closing(brokers.connect(edges.timeout_s)))
-                scaler = Autoscaler(brokers.own, policy, lambda: read_reports([own]))
+            if harm.workers is not None:
+                scaling = ScalingSettings(harm.workers.least, harm.workers.most)
+                scaler = stack.enter_context(open_scaler(brokers.own, scaling))
             doer = Harm(
                 brokers.own, clock, observed, kill_every_s=harm.kill_every_s,
                 drain_every_s=harm.drain_every_s, seed=settings.seed, scaler=scaler,

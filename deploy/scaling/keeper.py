@@ -31,17 +31,22 @@ def hold_options(least: int) -> list[str]:
 
 def keep(pool: LocalPool, settings: ScalingSettings, is_over: threading.Event) -> None:
     """Until `is_over`; says what it does. Raises ProcessFailed when that does not help."""
-    with contextlib.ExitStack() as stack:
-        scaler = None
-        if settings.most > settings.least:
-            client = pool.connect()
-            stack.callback(client.close)
-            scaler = Autoscaler(pool, ScalingPolicy(settings), lambda: read_reports([client]))
+    with open_scaler(pool, settings) as scaler:
         while not is_over.wait(LOOK_S):
             lines = pool.heal()
             if scaler is not None:
                 lines += scaler.step(time.monotonic())
             say(lines)
+
+
+@contextlib.contextmanager
+def open_scaler(pool: LocalPool, settings: ScalingSettings) -> Iterator[Autoscaler | None]:
+    """What has a pool grow and shrink, with a connection of its own; None where it may not."""
+    if settings.most == settings.least:
+        yield None
+        return
+    with contextlib.closing(pool.connect()) as client:
+        yield Autoscaler(pool, ScalingPolicy(settings), lambda: read_reports([client]))
 
 
 def say(lines: list[str]) -> None:

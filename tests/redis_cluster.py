@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import redis
 from redis.crc import key_slot
+from waiting import wait_until
 
 from deploy.child import Child, guarded_command
 from deploy.embedded_redis import LOOPBACK, find_redis_server
@@ -123,11 +122,3 @@ def choose_cluster_port() -> int:
             with contextlib.suppress(OSError):
                 bus_probe.bind((LOOPBACK, port + BUS))
                 return port
-
-
-def wait_until(is_so: Callable[[], bool], limit_s: float = 30.0) -> None:
-    """Until a function says so."""
-    give_up_at = time.monotonic() + limit_s
-    while not is_so():
-        assert time.monotonic() < give_up_at, "it did not come"
-        time.sleep(0.05)

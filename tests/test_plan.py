@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pools import GREEDY
 from random_models import save_random_model
-from redis_cluster import wait_until
 from transformers import LlamaConfig
+from waiting import wait_until
 
 from common.errors import SettingsError
 from common.spans.cut import Span

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from pools import PROMPTS, record_of, reference_tokens
-from redis_cluster import Node, RedisCluster, wait_until
+from redis_cluster import Node, RedisCluster
 from test_failovers import HARM_AT, NEW_TOKENS, SESSIONS, generate_all
 from test_store_contract import commit_of, load_of, new_session, read, rows, run_commit
+from waiting import wait_until
 
 from cloud_worker.state.redis_cluster import read_view, split_addresses
 from cloud_worker.state.redis_store import RedisKvStore, record_key

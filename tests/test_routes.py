@@ -8,7 +8,7 @@ import pytest
 import redis
 import torch
 from pools import GREEDY, PROMPTS, count_records, reference_tokens
-from redis_cluster import wait_until
+from waiting import wait_until
 
 from common.codecs.calibration import open_calibration
 from common.errors import NoWorker, SettingsError

@@ -23,6 +23,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import click
 
@@ -71,8 +72,8 @@ def start_one(ends: ModelEnds, kind: str, way: str) -> dict[str, Any]:
         workers=0, model=DEMO_TEXT_MODEL, image_model=KINDS[kind],
         broker_options=["--hold", "120"], worker_options=["--verbose"],
     )  # fmt: skip
-    with LocalPool(settings) as pool:
-        pool_module.midspan_command = whole_command if way == "whole" else midspan_command
+    command = whole_command if way == "whole" else midspan_command
+    with LocalPool(settings) as pool, patch.object(pool_module, "midspan_command", command):
         client = pool.connect(timeout_s=120)
         session = Session(ends, client, uniform_settings("int8"))
         answered_at: list[float] = []
@@ -92,7 +93,6 @@ def start_one(ends: ModelEnds, kind: str, way: str) -> dict[str, Any]:
         time.sleep(SETTLED_S)
         memory = read_memory(Path(f"/proc/{child.pid}/status").read_text())
         client.close()
-        pool_module.midspan_command = midspan_command
     stages = {stage.strip(): float(s) for stage, s in re.findall(r"([a-z ]+) ([\d.]+) s[,)]", line)}
     first_s = round(answered_at[0] - started_at, 2)
     return {"first_step_s": first_s, "cpu_s": cpu_s, "stages_s": stages, **memory}

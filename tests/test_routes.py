@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 
 import pytest
 import redis
 import torch
+from forks import run_midspan
 from pools import GREEDY, PROMPTS, count_records, reference_tokens
 from waiting import wait_until
 
@@ -200,6 +202,28 @@ def test_a_span_that_goes_is_made_up_by_others_at_once(
     assert stats.detours in ((2,) if driver == "a thread" else (1, 2))
     assert stats.rows_replayed > stats.detours * len(prompt_ids)
     wait_until(lambda: count_records(store) == 0)  # nothing is left of the ways before
+
+
+def test_sessions_after_one_that_took_a_detour_begin_on_its_way(
+    pool: LocalPool, demo_ends: ModelEnds, prompt_ids: list[int], reference: list[int]
+) -> None:
+    with Engine(demo_ends, [pool.edge_endpoint], uniform_settings("fp32")) as engine:
+        streams = []
+        for _ in range(2):
+            streams.append(engine.submit(prompt_ids, 8, GREEDY))
+            assert [token.token_id for token in streams[-1]] == reference[:8]
+    assert [stream.stats.detours for stream in streams] == [1, 0]
+
+
+def test_ask_is_answered_by_spans_in_a_row_that_nobody_has_named(
+    pool: LocalPool, reference: list[int]
+) -> None:
+    options = ["--broker", pool.edge_endpoint, "-n", "8", "--codec", "fp32", "--json"]
+    done = run_midspan("ask", PROMPTS[2], *options)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["token_ids"] == reference[:8]
+    assert said["stats"]["detours"] == 0  # it had looked before
 
 
 def test_a_codec_that_builds_on_what_was_sent_takes_no_detour(

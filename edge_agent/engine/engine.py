@@ -18,7 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -101,8 +101,9 @@ class Engine:
         max_waiting: int = MAX_WAITING,
     ) -> None:
         self._ends = ends
-        self._session_arguments = (settings, calibration, pool_key)
-        TextSession(ends, *self._session_arguments)  # complains now, if ever
+        self._settings = settings or SessionSettings()
+        self._calibration, self._pool_key = calibration, pool_key
+        self._new_session()  # complains now, if ever
         self._timeout_s = timeout_s
         self._max_sessions, self._max_waiting = max_sessions, max_waiting
         self._link = BrokerLink(brokers, keys)
@@ -158,7 +159,10 @@ class Engine:
 
     def open(self) -> Conversation:
         """A session for several turns; `close` it."""
-        return Conversation(self, TextSession(self._ends, *self._session_arguments))
+        return Conversation(self, self._new_session())
+
+    def _new_session(self) -> TextSession:
+        return TextSession(self._ends, self._settings, self._calibration, self._pool_key)
 
     def count_answers(self) -> tuple[int, int]:
         """How many are being made, and how many wait."""
@@ -536,6 +540,8 @@ class Engine:
                 running.working.close()
             if running.ends_session:
                 self._end_session(running.text.session_id)
+        if running.text.stats.detours:  # others need not find out
+            self._settings = replace(self._settings, route=running.text.route)
         running.stream.stats = running.text.stats
         running.stream.ended_by_itself = running.text.ended_by_itself
         with self._lock:

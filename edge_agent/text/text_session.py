@@ -189,9 +189,9 @@ class TextSession:
         return self._asks.session_id
 
     @property
-    def route(self) -> list[str]:
+    def route(self) -> list[Span]:
         """The parts that compute its middle layers, one after another."""
-        return list(self._asks.opening.route)
+        return [read_span(part) for part in self._asks.opening.route]
 
     @property
     def held(self) -> int:

@@ -35,7 +35,7 @@ from common.spans.twin_check import (
     explain_error,
 )
 from common.weights.loading import WITH_TEXT_PARTS
-from evaluation.small_models import write_small
+from evaluation.small_models import NOTES, write_small
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 PATIENCE_S = 60.0  # for one family
@@ -133,9 +133,11 @@ def examine(family: str) -> Finding:
             words = explain_error(error, whole.config.model_type, name)
             return Finding(family, REFUSED, _short(words))
     finding = _judge(whole.config.model_type, family, found)
-    if finding.is_right and whole.config.get_text_config() is not whole.config:
-        return replace(finding, words=", ".join(filter(None, ["its texts", finding.words])))
-    return finding
+    if not finding.is_right:
+        return finding
+    texts = "its texts" if whole.config.get_text_config() is not whole.config else ""
+    words = ", ".join(filter(None, [texts, finding.words, NOTES.get(family)]))
+    return replace(finding, words=words)
 
 
 def _judge(kind: str, family: str, found: Sequence[Comparison]) -> Finding:

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from common.errors import CheckpointError
 from common.spans.twin_check import save_random, write_twin
-from common.spans.twin_config import VOCABULARY, keep_layers, layers_name, narrow
+from common.spans.twin_config import keep_layers, layers_name, narrow
 from common.weights.loading import WITH_TEXT_PARTS
 
 LAYERS = 4  # at least
@@ -28,7 +28,15 @@ LEFT_OUT = {
 }  # fmt: skip
 # where the library's example lacks a kind of layer that its models have
 WITH_CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": LAYERS}
-EXAMPLES = {"lfm2": WITH_CONVOLUTIONS, "lfm2_moe": WITH_CONVOLUTIONS}
+PLAIN_LAYERS = {"hidden_size_per_layer_input": 0}  # as the larger Gemma 4 have
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "gemma4": {"text_config": PLAIN_LAYERS},
+    "gemma4_text": PLAIN_LAYERS,
+    "lfm2": WITH_CONVOLUTIONS,
+    "lfm2_moe": WITH_CONVOLUTIONS,
+}
+NOTES = dict.fromkeys(("gemma4", "gemma4_text"), "those with embeddings in each layer are refused")
+# of no text, for a model may put something else in their place
 PICTURE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
 
@@ -63,7 +71,7 @@ def _write_with_pictures(config: Any, directory: Path) -> Any:
     for name, part in vars(config).items():
         if hasattr(part, "to_dict") and hasattr(part, "num_hidden_layers"):
             values[name] = _narrow_part(part)
-    values |= {name: VOCABULARY - 1 for name in PICTURE_TOKENS if name in values}
+    values |= {name: 0 for name in PICTURE_TOKENS if name in values}
     (directory / "config.json").write_text(json.dumps(values))
     config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()

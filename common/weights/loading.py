@@ -35,9 +35,9 @@ Part = Literal["head", "middle", "tail"]
 LAYER_COUNTS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers"}
 # models of texts and pictures whose text, without any picture, is that of their language model
 WITH_TEXT_PARTS = {
-    "aria", "deepseek_vl", "fuyu", "gemma3", "got_ocr2", "idefics3", "internvl", "lighton_ocr",
-    "llama4", "llava", "llava_next", "llava_next_video", "llava_onevision", "mistral3", "ovis2",
-    "smolvlm", "vipllava",
+    "aria", "deepseek_vl", "fuyu", "gemma3", "gemma4", "gemma4_unified", "got_ocr2", "idefics3",
+    "internvl", "lighton_ocr", "llama4", "llava", "llava_next", "llava_next_video",
+    "llava_onevision", "mistral3", "ovis2", "smolvlm", "vipllava",
 }  # fmt: skip
 KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 CHANGING_ROPES = ("longrope", "dynamic")

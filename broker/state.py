@@ -53,13 +53,12 @@ from broker.dispatcher import Dispatcher
 from broker.ledger import Account, Limits
 from broker.peer import Peer
 from broker.pools import (
-    ServiceKey,
-    ServicePool,
     Worker,
     describe_service,
     service_key,
 )
 from broker.records import SessionRecord, StepRecord, Suspect
+from broker.unserved import START_S, Unserved
 from common.protocol.messages import (
     Alive,
     Announce,
@@ -89,8 +88,6 @@ SESSION_MEMORY_S = 600.0  # how long the warm worker of a silent session is reme
 BUSY_RETRY_MS = 200
 SETTLE_S = 1.0  # between the second worker that died with a step and the third that gets it
 EDGE_RETURN_S = 5.0  # how long the steps of an edge that has gone are kept for its return
-WORKER_RETURN_S = 30.0  # how long steps wait for a service whose last worker has gone
-START_S = 3.0  # a broker that has just started does not know its workers yet
 FRESH_PART = 0.6  # of the time after which a silent worker is dead
 SILENCE_AT_MOST_S = 30.0
 MAX_WORKERS = 4096
@@ -113,10 +110,11 @@ class BrokerState:
     ) -> None:
         self.started_at = started_at
         self.silence_s = silence_s
-        self._hold_s = hold_s  # how long steps wait for a service that nobody has
         limits = Limits(max_queued_steps, max_queued_bytes, max_sessions_per_edge)
         self._book = Book(limits, goals)
         self._dispatcher = Dispatcher(self._book, max_attempts)
+        knows_all_at = started_at + max(silence_s, START_S)
+        self._unserved = Unserved(self._book, self._dispatcher, hold_s, knows_all_at)
         self._ledger = self._book.ledger
         self.workers = self._book.workers
         self.steps = self._book.steps
@@ -164,7 +162,7 @@ class BrokerState:
         precision = opening.precision or (session.precision if session is not None else "")
         pools = self._book.pools_on(opening, precision)
         account = self._account_of(session, edge)
-        refusal = self._refuse_unserved(key, pools, opening, edge, now)
+        refusal = self._unserved.refuse(key, pools, opening, edge, now)
         if refusal is None:
             refusal = self._refuse_at_once(key, session is None, edge, account, body_bytes)
         if refusal is not None:
@@ -558,7 +556,7 @@ class BrokerState:
                 actions += self._dispatcher.route(record, now, has_waited=True)
         for service, pool in list(self.pools.items()):
             if not pool.workers:
-                actions += self._look_after_lost(service, pool, now)
+                actions += self._unserved.look_after(service, pool, now)
         self._forget_silent_sessions(now)
         self._book.sample_demand(now)
         return actions
@@ -580,26 +578,6 @@ class BrokerState:
         wanted_s = MISSED_AT_LEAST * worker.announce.heartbeat_ms / 1000
         return max(self.silence_s, min(wanted_s, SILENCE_AT_MOST_S))
 
-    def _refuse_unserved(
-        self,
-        key: StepKey,
-        pools: list[ServicePool],
-        opening: AnyOpening,
-        edge: Peer,
-        now: float,
-    ) -> Action | None:
-        """A step passes a part that nobody serves: it need not wait if others make that up."""
-        empty = [pool for pool in pools if not pool.workers]
-        if not empty:
-            return None
-        lost = [pool for pool in empty if not (self._hold_s or self._may_return(pool, now))]
-        detour = self._book.find_detour(opening, empty[0].key[2])
-        if not lost and not detour:
-            return None
-        self.counters["refused"] += 1
-        why = self._book.why_no_worker((lost or empty)[0].key)
-        return Refuse(edge.address, key, "no_worker", why, detour)
-
     def _refuse_at_once(
         self, key: StepKey, is_new: bool, edge: Peer, account: Account, body_bytes: int
     ) -> Action | None:
@@ -612,48 +590,6 @@ class BrokerState:
             self.counters["busy"] += 1
             return TellBusy(edge.address, key, BUSY_RETRY_MS)
         return None
-
-    def _may_return(self, pool: ServicePool, now: float) -> bool:
-        """Workers that go are mostly replaced; a service that nobody has had is a mistake."""
-        if now - self.started_at < max(self.silence_s, START_S):
-            return True
-        wanted = pool.key[2]
-        return any(
-            other.gone_at is not None and now - other.gone_at < WORKER_RETURN_S
-            for other in self._book.pools_of_part.get(pool.key[:2], ())
-            if wanted in ("", other.key[2])
-        )
-
-    def _look_after_lost(self, service: ServiceKey, pool: ServicePool, now: float) -> list[Action]:
-        """Nobody serves this: what waits here has waited long enough when nobody comes."""
-        actions = self._send_round(service, pool)
-        if self._may_return(pool, now):
-            return actions
-        for record in [self.steps[key] for key in pool.queued()]:
-            if now - record.queued_at >= self._hold_s:
-                why = self._book.why_no_worker(service)
-                actions += self._dispatcher.refuse(record, "no_worker", why)
-        if pool.count_queued():
-            return actions
-        del self.pools[service]
-        self._book.pools_of_part[service[:2]].remove(pool)
-        if not self._book.pools_of_part[service[:2]]:
-            del self._book.pools_of_part[service[:2]]
-        return actions
-
-    def _send_round(self, service: ServiceKey, pool: ServicePool) -> list[Action]:
-        """Sessions whose layers others make up need not wait for somebody to come back."""
-        actions: list[Action] = []
-        detours: dict[tuple[str, ...], list[str]] = {}
-        for record in [self.steps[key] for key in pool.queued()]:
-            opening = self.sessions[record.step.session_id].opening
-            route = tuple(opening.route)
-            if route not in detours:
-                detours[route] = self._book.find_detour(opening, service[2])
-            if detours[route]:
-                why = self._book.why_no_worker(service)
-                actions += self._dispatcher.refuse(record, "no_worker", why, detours[route])
-        return actions
 
     def _why_late(self, record: StepRecord, now: float) -> str:
         where = f"in flight on worker {record.worker_id}" if record.worker else "still queued"

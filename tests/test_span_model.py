@@ -194,8 +194,12 @@ def test_a_batch_of_ragged_sessions_gives_what_each_gives_alone(
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gemma2-cap", "gpt-oss-sinks", "deepseek-v3", "diffllama"])
-def test_sessions_share_a_pass_through_caps_sinks_and_latents(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["gemma2-cap", "gpt-oss-sinks", "llama4-chunks", "deepseek-v3", "diffllama"]
+)
+def test_sessions_share_a_pass_through_caps_sinks_chunks_and_latents(
+    name: str, tmp_path: Path
+) -> None:
     directory = save_random_model((CONFIGS | WINDOWED)[name], tmp_path)
     assert load_span(Checkpoint(directory), Span(2, 4)).packs_sessions
     assert not load_span(Checkpoint(directory), Span(2, 4), packs=False).packs_sessions

@@ -13,8 +13,8 @@ Letters: T tokens, H heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,21 +47,32 @@ class Segment:
         return self.start + self.rows
 
 
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """How the layers of a span keep and see the rows of a session.
+
+    `expands`: attention makes its keys and values of what is kept (latent attention). `chunks`: by
+    layer, how many tokens a text is divided into, of which a row sees its own part only (Llama 4).
+    """
+
+    first_layer: int = 0
+    expands: bool = False
+    chunks: Mapping[int, int] = field(default_factory=dict)
+
+
 class PackedCache:
     """Stands in for transformers' Cache while one batch goes through one span."""
 
     is_compileable = False
 
-    def __init__(
-        self, segments: list[Segment], first_layer: int = 0, expands: bool = False
-    ) -> None:
-        """`expands`: the attention makes its keys and values of what is kept (latent attention)."""
+    def __init__(self, segments: list[Segment], keeping: Keeping) -> None:
         self.segments = segments
-        self.expands = expands
+        self.expands = keeping.expands
+        self.chunk: int | None = None  # of the current layer
         self.layer = 0  # of the span
-        self._first_layer = first_layer
+        self._keeping = keeping
         self._rows = [segment.rows for segment in segments]
-        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+        self._masks: dict[tuple[int, int, int | None, int | None], Tensor] = {}
         for segment in segments:
             segment.kv.reserve(segment.end)
         # all views at once: one by one, in each layer, they would take as long as attention
@@ -76,7 +87,8 @@ class PackedCache:
         Returns what the session has of that layer when there is one segment; with several the
         attention function reads each session's own, or is given what is made of all they have.
         """
-        self.layer = layer_idx - self._first_layer
+        self.layer = layer_idx - self._keeping.first_layer
+        self.chunk = self._keeping.chunks.get(layer_idx)
         columns = (part[0].transpose(0, 1).flatten(1) for part in (keys, values))
         new = torch.cat(tuple(columns), dim=1)  # (sum of T, values of the layer)
         for views, part in zip(self._write, new.split_with_sizes(self._rows), strict=True):
@@ -112,17 +124,26 @@ class PackedCache:
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self.segments[0].start + query_length, 0
 
+    def first_seen(self, segment: Segment, window: int | None) -> int:
+        """The first key that a segment of one row sees."""
+        if self.chunk is not None:
+            return segment.start // self.chunk * self.chunk
+        return 0 if window is None else max(0, segment.end - window)
+
     def mask(self, segment: Segment, window: int | None, like: Tensor) -> Tensor | None:
         """Which keys each row may see, bool (1, 1, T, end), or None if plain causality says it."""
-        if segment.rows == 1 or (segment.start == 0 and (window is None or segment.end <= window)):
+        widest = min(segment.end if w is None else w for w in (window, self.chunk))
+        if segment.rows == 1 or (segment.start == 0 and segment.end <= widest):
             return None
-        key = (segment.start, segment.rows, window)
+        key = (segment.start, segment.rows, window, self.chunk)
         if key not in self._masks:
             queries = torch.arange(segment.start, segment.end, device=like.device)[:, None]
             keys = torch.arange(segment.end, device=like.device)[None, :]
             seen = keys <= queries
             if window is not None:
                 seen &= keys > queries - window
+            if self.chunk is not None:
+                seen &= keys >= queries // self.chunk * self.chunk
             self._masks[key] = seen[None, None]
         return self._masks[key]
 
@@ -165,6 +186,9 @@ class ProbeCache:
 
     def split_kept(self, keys: Tensor, values: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
         return [(keys, values)]
+
+    def first_seen(self, segment: Segment, window: int | None) -> int:
+        return 0
 
     def mask(self, segment: Segment, window: int | None, like: Tensor) -> None:
         return None
@@ -209,8 +233,8 @@ def packed_attention(
     outputs = []
     for index, (segment, part) in enumerate(zip(packed.segments, packed.split(query), strict=True)):
         keys, values = packed.read(index) if kept is None else kept[index]
-        if segment.rows == 1 and sliding_window is not None:
-            first = max(0, segment.end - sliding_window)
+        first = packed.first_seen(segment, sliding_window) if segment.rows == 1 else 0
+        if first:
             keys, values = keys[:, :, first:], values[:, :, first:]
         mask = packed.mask(segment, sliding_window, query)
         if softcap is None and s_aux is None:

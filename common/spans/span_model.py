@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from common.errors import CheckpointError, in_one_line
 from common.spans.attention import (
     ATTENTION_NAME,
+    Keeping,
     PackedCache,
     ProbeCache,
     Segment,
@@ -59,7 +61,7 @@ class SpanModel:
         self._causal_lm = causal_lm
         self._positions_are_given = takes(decoder, "position_ids")
         self._rows_are_chosen = takes(causal_lm, "logits_to_keep")
-        self._expands = False
+        self._keeping = Keeping(span.first, chunks=_chunks(causal_lm.config))
         self.packs_sessions, self.layout = self._probe(packs)
 
     def new_kv(self, pool: SlotPool | None = None) -> KvRows:
@@ -142,7 +144,7 @@ class SpanModel:
         return logits[-wanted:] if isinstance(wanted, int) else logits[wanted]
 
     def _arguments(self, segments: list[Segment]) -> dict[str, Any]:
-        cache = PackedCache(segments, self.span.first, self._expands)
+        cache = PackedCache(segments, self._keeping)
         positions = [position for s in segments for position in range(s.start, s.end)]
         return self._arguments_with(cache, positions, self.packs_sessions)
 
@@ -194,10 +196,17 @@ class SpanModel:
                 raise ValueError("they keep nothing of a text in the library's cache")
         if packs and cache.attended != cache.shapes.keys():
             raise ValueError("not all of its attention goes through the library's interface")
-        self._expands = packs and cache.expands
+        self._keeping = replace(self._keeping, expands=packs and cache.expands)
         nothing = ((0, 0), (0, 0))
         layers = range(self.span.first, self.span.last)
         foreign = cache.shapes.keys() - set(layers)
         if foreign:
             raise ValueError(f"its layers keep what belongs to layer {min(foreign)}")
         return make_layout([cache.shapes.get(layer, nothing) for layer in layers], self.dtype)
+
+
+def _chunks(config: Any) -> dict[int, int]:
+    """The chunk size of each layer that sees its own chunk of a text only."""
+    types = getattr(config, "layer_types", None) or ()
+    chunked = [index for index, type_ in enumerate(types) if type_ == "chunked_attention"]
+    return dict.fromkeys(chunked, config.attention_chunk_size) if chunked else {}

@@ -187,7 +187,7 @@ def load_span(
         part,
         dtype=dtype,
         device=device,
-        packs=packs and "chunked_attention" not in _layer_types(config),
+        packs=packs,
         bytes_read=bytes_read,
     )
 

@@ -37,6 +37,7 @@ from common.spans.span_model import SpanModel
 from common.spans.twin_config import Kind, keep_layers, kind_of, layers_name, narrow, pick_layers
 from common.weights.checkpoint import VOLATILE_KEYS, Checkpoint
 from common.weights.loading import find_decoder, load_span
+from common.weights.shapes import build_without_values
 
 SOURCES = [Path(__file__).resolve().parents[1] / name for name in ("spans", "weights")]
 TOLERANCE = 1e-4  # of the largest logit, in float32: 50 times what another order of adding makes
@@ -188,8 +189,7 @@ def _configure(config: Any, values: dict[str, Any], directory: Path) -> Any:
 
 
 def _kinds(config: Any) -> list[Kind]:
-    with torch.device("meta"):
-        model = _build(config)
+    model = build_without_values(lambda: _build(config))
     decoder, name = find_decoder(model, config.num_hidden_layers)
     return [kind_of(layer) for layer in getattr(decoder, name)]
 

@@ -1,11 +1,13 @@
 """Cut models against the whole ones, for every architecture that midspan names."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from random_models import save_random_model
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -365,6 +367,19 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 7}))
     with pytest.raises(CheckpointError, match=r"has no tensor model\.layers\.6\."):
         load_span(Checkpoint(directory), Span(5, 7))
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.bool, torch.float8_e4m3fn], ids=str)
+def test_a_tensor_of_numbers_that_are_no_plain_weights_is_named(
+    tmp_path: Path, kind: torch.dtype
+) -> None:
+    directory = save_random_model(CONFIGS["llama"], tmp_path)
+    path, name = directory / "model.safetensors", "model.layers.3.self_attn.q_proj.weight"
+    tensors = load_file(path)
+    save_file(tensors | {name: tensors[name].to(kind)}, path)
+    stored = str(kind).removeprefix("torch.")
+    with pytest.raises(CheckpointError, match=rf"tensor {re.escape(name)} is stored as {stored};"):
+        load_span(Checkpoint(directory), Span(2, 4))
 
 
 def test_a_tensor_of_the_wrong_shape_is_named(tmp_path: Path) -> None:

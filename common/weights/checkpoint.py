@@ -28,6 +28,7 @@ VOLATILE_KEYS = {
     "_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures",
     "_diffusers_version",
 }  # fmt: skip
+PLAIN_TYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 SAMPLE_VALUES = 64  # per tensor, in the fingerprint
 ALIGNMENT = 64  # bytes, a vector register
 HUGE_PAGE = 2 << 20
@@ -130,20 +131,26 @@ class Checkpoint:
         at = 0
         for name in new:
             tensor = block[at : at + sizes[name]].view(dtype).view(shapes[name])
-            tensor.copy_(self._get(name))
+            tensor.copy_(self._get(name, dtype))
             self._cache[name, dtype] = tensor
             at += _round_up(sizes[name])
         return {name: self._cache[name, dtype] for name in tensor_names}
 
     def read_once(self, tensor_name: str, dtype: torch.dtype) -> Tensor:
         """A tensor that is not shared: it is put together with others, or taken apart."""
-        return self._get(tensor_name).to(dtype)
+        return self._get(tensor_name, dtype).to(dtype)
 
-    def _get(self, tensor_name: str) -> Tensor:
+    def _get(self, tensor_name: str, wanted: torch.dtype) -> Tensor:
         try:
             tensor: Tensor = self._open(self._file_of[tensor_name]).get_tensor(tensor_name)
         except SafetensorError as error:
             raise CheckpointError(f"{self.directory}: {tensor_name}: {error}") from error
+        if wanted.is_floating_point and tensor.dtype not in PLAIN_TYPES:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{self.directory}: tensor {tensor_name} is stored as {kind}; expected float32, "
+                "float16 or bfloat16, for a quantized weight without its scale is another number"
+            )
         return tensor
 
     def shape(self, tensor_name: str) -> tuple[int, ...]:

@@ -290,6 +290,23 @@ def test_a_bad_redis_url_is_named() -> None:
 
 
 @pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("redis://[::1", "is no URL"),
+        ("redis://127.0.0.1:1,[::1", "is no URL"),
+        ("redis://127.0.0.1:1,,127.0.0.1:2", "has nothing between two commas"),
+        ("redis://,", "has nothing between two commas"),
+        ("redis://127.0.0.1:x", "is no Redis URL"),
+        ("redis://127.0.0.1:1/0?x=y", "is no Redis URL"),
+    ],
+)
+@pytest.mark.parametrize("must_answer", [True, False])
+def test_a_url_that_is_none_is_named(url: str, words: str, must_answer: bool) -> None:
+    with pytest.raises(SettingsError, match=f"--redis-url .* {words}"):
+        RedisKvStore(url, must_answer=must_answer)
+
+
+@pytest.mark.parametrize(
     "url",
     [
         "rdis://:hunter2@h/0",

@@ -94,11 +94,20 @@ def open_servers(url: str, timeout_s: float, must_answer: bool) -> Servers:
 
 
 def split_addresses(url: str) -> list[str]:
-    """redis://user:password@a:1,b:2/0 is one URL for each address."""
-    parts = urlsplit(url)
+    """redis://user:password@a:1,b:2/0 is one URL for each address. Raises SettingsError."""
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise SettingsError(f"--redis-url {without_password(url)} is no URL: {error}") from error
     user, at, addresses = parts.netloc.rpartition("@")
+    if "," not in addresses:
+        return [url]
+    if "" in addresses.split(","):
+        raise SettingsError(
+            f"--redis-url {without_password(url)} has nothing between two commas"
+        )
     return [
-        urlunsplit(parts._replace(netloc=f"{user}{at}{address}")) if address else url
+        urlunsplit(parts._replace(netloc=f"{user}{at}{address}"))
         for address in addresses.split(",")
     ]
 

@@ -82,7 +82,8 @@ class RedisLink:
             self._pool = redis.ConnectionPool.from_url(
                 url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, protocol=2
             )
-        except ValueError as error:
+            self._pool.make_connection()  # complains of options now, if ever
+        except (ValueError, TypeError) as error:
             raise SettingsError(f"--redis-url {self.name} is no Redis URL: {error}") from error
         # redis-py's connections are not typed
         self._connection: Any = None

@@ -28,7 +28,12 @@ from msgspec import structs
 from PIL import Image
 from pools import PROMPTS, count_records, generate
 from test_unet import NARROW
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedModel,
+)
 
 from common.diffusion.schedulers import SCHEDULERS, make_scheduler, read_scheduler_config
 from common.errors import NoWorker, SettingsError, StepRefused
@@ -511,3 +516,18 @@ def test_half_precision_on_both_sides_is_close_and_stays_in_step(
             assert difference(maker.make(changed), exact) <= 4
             assert maker.stats.tensors_resent == 0
         client.close()
+
+
+def test_makers_that_are_loaded_at_once_leave_the_library_as_it_was(
+    pool: LocalPool, directory: Path
+) -> None:
+    """It changes its classes while it loads."""
+    before = PreTrainedModel.tie_weights
+    client = pool.connect()
+    threads = [threading.Thread(target=ImageMaker, args=(directory, client)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    client.close()
+    assert PreTrainedModel.tie_weights is before

@@ -103,9 +103,7 @@ def split_addresses(url: str) -> list[str]:
     if "," not in addresses:
         return [url]
     if "" in addresses.split(","):
-        raise SettingsError(
-            f"--redis-url {without_password(url)} has nothing between two commas"
-        )
+        raise SettingsError(f"--redis-url {without_password(url)} has nothing between two commas")
     return [
         urlunsplit(parts._replace(netloc=f"{user}{at}{address}"))
         for address in addresses.split(",")

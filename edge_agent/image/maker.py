@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ from edge_agent.image.remote_unet import ImageStats, RemoteUNet, Travelled, list
 SIDE_MULTIPLE = 8  # the pipeline's own rule
 MAX_COUNT = 16
 MAX_GUIDANCE = 1000
+
+# transformers changes its classes while it loads a model: two at once leave them changed, and what
+# is loaded afterwards has weights untied that belong together
+LOADING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +130,8 @@ class ImageMaker:
         config = _Config(checkpoint.config_json)
         self.unet = RemoteUNet(client, config, outer, self._torch_dtype, self._device, deadline_s)
         checkpoint.close()
-        self._pipeline = self._load_pipeline(directory)
+        with LOADING:
+            self._pipeline = self._load_pipeline(directory)
 
     def _load_pipeline(self, directory: Path) -> Any:
         import diffusers

@@ -196,6 +196,7 @@ def test_a_wide_decode_token_costs_at_most_8_3_bits_per_value(tmp_path: Path) ->
     assert stats["bytes_down_per_token"] * 8 / 4096 <= 8.3
 
 
+@pytest.mark.long
 def test_a_calibration_is_made_for_any_cut_and_refused_for_another(
     tmp_path: Path, demo_directory: Path
 ) -> None:

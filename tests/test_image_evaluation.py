@@ -48,6 +48,7 @@ def test_vif_of_more_contrast_is_above_one() -> None:
     assert vif(picture, sharper) > 1
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("unforked")  # as a fork it hangs; why is not known
 def test_the_command_measures_writes_and_draws(tmp_path: Path) -> None:
     files = [tmp_path / name for name in ("a.csv", "a.png", "sheet.png")]

@@ -41,7 +41,13 @@ def position_of(cluster: RedisCluster, session: Session) -> int:
     return int(cluster.master_of(key).client.hget(key, "position") or 0)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("with_kill", [False, True], ids=["alone", "and a worker dies"])
+@pytest.mark.parametrize(
+    "with_kill",
+    [
+        pytest.param(False, marks=pytest.mark.long, id="alone"),
+        pytest.param(True, id="and a worker dies"),
+    ],
+)
 def test_a_node_is_killed_under_load_and_another_takes_its_place(
     demo_ends: ModelEnds, whole_model: torch.nn.Module, cluster: RedisCluster, with_kill: bool
 ) -> None:

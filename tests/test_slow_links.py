@@ -27,7 +27,10 @@ def pool() -> Iterator[LocalPool]:
         yield running
 
 
-@pytest.mark.parametrize(("bytes_per_s", "repeats"), [(5_000, 3), (30_000, 20)])
+@pytest.mark.parametrize(
+    ("bytes_per_s", "repeats"),
+    [(5_000, 3), pytest.param(30_000, 20, marks=pytest.mark.long)],
+)
 def test_a_prompt_gets_through_a_thin_link_once(
     pool: LocalPool,
     demo_ends: ModelEnds,

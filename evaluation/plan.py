@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 1 << 10, "MIB": MIB, "GIB": 1 << 30, "TIB": 1 << 40}
-# what a worker of text takes without weights and KV, on a CPU (benchmarks/cold_start.py: 318 MB
-# resident with 3.5 MB of weights)
-WORKER_BYTES = 320 * 10**6
+# what a worker of text takes without weights and KV, on a CPU: 318 MB resident after its first step
+# (benchmarks/cold_start.py), and what large batches and the check of a new model's twin leave
+WORKER_BYTES = 350 * 10**6
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def plan(
 ) -> None:
     """Propose which spans of MODELS fit on which devices, and print the workers' commands.
 
-    Reads configurations and the headers of files. Counts weights, warm KV, and 320 MB for each
+    Reads configurations and the headers of files. Counts weights, warm KV, and 350 MB for each
     worker, which is what one takes on a CPU; on a GPU the driver takes its own, and a batch takes
     some: give less than the device has.
     """

@@ -93,7 +93,7 @@ def test_a_size_that_is_none_is_named(text: str) -> None:
 
 
 def test_the_commands_are_printed_and_what_is_left(demo_directory: Path) -> None:
-    done = plan(str(demo_directory), "--devices", "325MB,322MB", "--kv-tokens", "1024")
+    done = plan(str(demo_directory), "--devices", "355MB,352MB", "--kv-tokens", "1024")
     assert done.exit_code == 0, done.output
     assert "# on device 1" in done.output
     command = f"midspan worker --model {demo_directory} --span 2-5 --dtype float32 --cache-mb 2"

@@ -110,6 +110,7 @@ def worker(
         bounds.max_batch_images,
         bounds.cache_mb << 20,
         pool_pair,
+        bounds.stream_layers,
     )
     makers = load_services(
         text_model,

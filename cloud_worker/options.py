@@ -69,6 +69,7 @@ class Bounds:
     capacity: int  # steps
     cache_mb: int
     edge_store_mb: int
+    stream_layers: int | None
 
 
 bound_options = group_options(
@@ -104,5 +105,12 @@ bound_options = group_options(
         type=click.IntRange(1, 1 << 24),
         help="What one edge's sessions may take in Redis; others are recomputed when a worker "
         "dies.",
+    ),
+    click.option(
+        "--stream-layers",
+        type=click.IntRange(2),
+        metavar="K",
+        help="Keep K layers of the language model in memory, and read the others from its files "
+        "when their turn comes: for a span larger than memory.",
     ),
 )

@@ -18,6 +18,7 @@ from cloud_worker.state.store import KvStore
 from cloud_worker.text.executor import TextExecutor
 from cloud_worker.text.service import TextService
 from common.codecs.calibration import open_calibration
+from common.errors import SettingsError
 from common.protocol.messages import Service
 from common.security.keys import KeyPair
 from common.spans.cut import parse_span
@@ -47,6 +48,7 @@ class ServingSettings:
     max_batch_images: int = 16
     cache_bytes: int = 1 << 30  # of all services of a worker together
     pool_key: KeyPair | None = None  # opens the keys of sessions that are encrypted at rest
+    resident_layers: int | None = None  # of a language model, in memory at once; None: all
 
 
 def load_services(
@@ -62,6 +64,8 @@ def load_services(
 
     Raises CheckpointError or SettingsError.
     """
+    if text_model is None and settings.resident_layers is not None:
+        raise SettingsError("--stream-layers is for language models, and none is served here")
     parts = list(dict.fromkeys(image_parts)) if image_model is not None else []
     budget = CacheBudget(settings.cache_bytes)
     makers = []
@@ -88,7 +92,9 @@ def load_text_service(
     span = parse_span(span_text, config.num_hidden_layers)
     dtype, device = parse_dtype(settings.dtype), check_device(settings.device)
     packs = check_twin(config)
-    model = load_span(checkpoint, span, dtype, device, packs=packs)
+    model = load_span(
+        checkpoint, span, dtype, device, packs=packs, resident=settings.resident_layers
+    )
     service = Service(
         checkpoint.fingerprint(), checkpoint.name, str(span), model.hidden, settings.dtype
     )
@@ -98,8 +104,9 @@ def load_text_service(
     checkpoint.close()
     megabytes = sum(model.bytes_read.values()) / 1e6
     log.info(
-        "loaded %s span %s: %d tensors, %.1f MB",
+        "loaded %s span %s: %d tensors, %.1f MB%s",
         service.name, span, len(model.bytes_read), megabytes,
+        f"; {model.streamed} of {len(span)} layers take turns" if model.streamed else "",
     )  # fmt: skip
     executor = TextExecutor(model, context_length(config), known)
     return lambda outbox: TextService(

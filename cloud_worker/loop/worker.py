@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import os
 import secrets
 import socket as host_info
@@ -65,7 +66,7 @@ IDLE_POLL_S = 0.1
 HELD_BACK_POLL_S = 0.005
 DRAIN_LIMIT_S = 10.0
 # how long the steps are waited for that were in a batch together before: as long as more come,
-QUIET_MS = 1
+QUIET_S, QUIET_PART = 0.001, 0.04  # or this part of a batch's time, whichever is more
 GATHER_S, GATHER_PART = 0.0015, 0.25  # and not longer than this, or this part of a batch's time
 SAY_AGAIN_S = 30.0  # why a broker does not take this worker
 ANSWERS_GO_S = 0.002  # which answers have the cores for, before what nobody waits for is done
@@ -266,9 +267,10 @@ class Worker:
         if max(len(self._answered), len(self._answered_before)) < 2:
             return
         expected = len(self._answered | self._answered_before)
+        quiet_ms = math.ceil(1000 * max(QUIET_S, QUIET_PART * self._batch_s))
         until = time.monotonic() + max(GATHER_S, GATHER_PART * self._batch_s)
         while 0 < (ready := self._count_ready()) < expected and time.monotonic() < until:
-            self._gatherer.poll(QUIET_MS)
+            self._gatherer.poll(quiet_ms)
             self._receive()
             if self._count_ready() <= ready:
                 return

@@ -309,9 +309,14 @@ def _stand_in(module: nn.Module) -> Callable[..., Tensor]:
     return forward
 
 
-def _strip(module: nn.Module, device: torch.device | str) -> None:
-    """Forget a module's weights; what is left of them says type and place, and has no values."""
+def forget_parameters(module: nn.Module, device: torch.device | str) -> None:
+    """What is left of a module's own parameters says type and place, and has no values."""
     module._parameters.update(_placeholders(module, device))
+
+
+def _strip(module: nn.Module, device: torch.device | str) -> None:
+    """Forget a module's weights and buffers."""
+    forget_parameters(module, device)
     module._buffers.update(dict.fromkeys(module._buffers))
 
 

@@ -49,12 +49,14 @@ class SpanModel:
         device: torch.device | str,
         packs: bool,
         bytes_read: dict[str, int],
+        streamed: int = 0,
     ) -> None:
         self.span = span
+        self.streamed = streamed  # layers that take turns in memory
         self.hidden = gate.boundary.width
         self.dtype = dtype
         self.device = torch.device(device)
-        self.bytes_read = bytes_read  # by the tensor's name in the checkpoint
+        self.bytes_read = bytes_read  # of what stays, by the tensor's name in the checkpoint
         self._gate = gate
         self._part = part
         self._decoder = decoder

@@ -7,6 +7,7 @@ for weights only, which runs no code of theirs.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from common.errors import CheckpointError
 from common.weights.model_files import check_place, check_plain_file, read_json, read_model_config
+from common.weights.safetensors_places import Place, read_places
 from common.weights.torch_file import TorchFile
 
 # what a configuration says about files and tools rather than about the model
@@ -55,6 +57,7 @@ class Checkpoint:
         self.config_json = self._read_config()
         self._open_files: dict[str, Any] = {}
         self._cache: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._places: dict[Path, dict[str, Place]] = {}
         self._file_of = self._map_tensors()
 
     @property
@@ -127,7 +130,7 @@ class Checkpoint:
         new = [n for n in dict.fromkeys(tensor_names) if (n, dtype) not in self._cache]
         shapes = {name: self._slice(name).get_shape() for name in new}
         sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
-        block = _allocate(sum(_round_up(size) for size in sizes.values()))
+        block = allocate(sum(_round_up(size) for size in sizes.values()))
         at = 0
         for name in new:
             tensor = block[at : at + sizes[name]].view(dtype).view(shapes[name])
@@ -140,6 +143,20 @@ class Checkpoint:
         """A tensor that is not shared: it is put together with others, or taken apart."""
         return self._get(tensor_name, dtype).to(dtype)
 
+    def place(self, tensor_name: str) -> Place:
+        """Where the bytes of a tensor are. Raises CheckpointError unless that is safetensors."""
+        path = self.directory / self._file_of[tensor_name]
+        if path.suffix != ".safetensors":
+            raise CheckpointError(
+                f"{path} is not a safetensors file; layers can take turns in memory from those only"
+            )
+        if path not in self._places:
+            self._places[path] = read_places(path)
+        place = self._places[path].get(tensor_name)
+        if place is None:
+            raise _not_plain(self.directory, tensor_name, self._slice(tensor_name).get_dtype())
+        return place
+
     def _get(self, tensor_name: str, wanted: torch.dtype) -> Tensor:
         try:
             tensor: Tensor = self._open(self._file_of[tensor_name]).get_tensor(tensor_name)
@@ -147,10 +164,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.directory}: {tensor_name}: {error}") from error
         if wanted.is_floating_point and tensor.dtype not in PLAIN_TYPES:
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise CheckpointError(
-                f"{self.directory}: tensor {tensor_name} is stored as {kind}; expected float32, "
-                "float16 or bfloat16, for a quantized weight without its scale is another number"
-            )
+            raise _not_plain(self.directory, tensor_name, kind)
         return tensor
 
     def shape(self, tensor_name: str) -> tuple[int, ...]:
@@ -165,6 +179,12 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.directory / file_name} has no tensor {tensor_name}, as its index has it"
             ) from error
+
+    def apart(self) -> Checkpoint:
+        """The same directory with files of its own, for another thread."""
+        other = copy.copy(self)
+        other._open_files, other._cache, other._places = {}, {}, {}
+        return other
 
     def close(self) -> None:
         """Forget files and tensors; tensors already handed out stay valid."""
@@ -189,11 +209,18 @@ class Checkpoint:
         return digest.hexdigest()[:16]
 
 
+def _not_plain(directory: Path, tensor_name: str, kind: str) -> CheckpointError:
+    return CheckpointError(
+        f"{directory}: tensor {tensor_name} is stored as {kind}; expected float32, float16 or "
+        "bfloat16, for a quantized weight without its scale is another number"
+    )
+
+
 def _round_up(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _allocate(size: int) -> Tensor:
+def allocate(size: int) -> Tensor:
     """Zeroed bytes that begin at a multiple of 2 MB, in huge pages if the system gives them."""
     # private: Python maps shared memory if not told, which Linux gives no huge pages by default
     area = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

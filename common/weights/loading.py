@@ -23,10 +23,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.errors import CheckpointError, SettingsError, in_one_line
 from common.spans.cut import Span
-from common.spans.passage import make_part, outside, rehearse, takes
+from common.spans.layer_stream import LayerStream, choose_streamed
+from common.spans.passage import forget_parameters, make_part, outside, rehearse, takes
 from common.spans.span_model import SpanModel
 from common.weights.buffers import fill_buffers, move_buffers
-from common.weights.checkpoint import Checkpoint
+from common.weights.checkpoint import Checkpoint, allocate
+from common.weights.layer_reader import LayerReader
 from common.weights.shapes import build_without_values
 from common.weights.tensors import WeightMap
 
@@ -158,12 +160,16 @@ def load_span(
     device: torch.device | str = "cpu",
     part: Part = "middle",
     packs: bool = True,
+    resident: int | None = None,
 ) -> SpanModel:
     """Build the layers of `span`, as the head with the embeddings, as the tail with the LM head.
 
-    Sessions go through it together if its attention is one that we know and `packs` allows it.
+    Sessions go through it together if its attention is one that we know and `packs` allows it. With
+    `resident` that many of its layers are in memory at once, and the others are read when their
+    turn comes; such a span is run by one thread.
 
-    Raises CheckpointError when the model's kind cannot be cut or a tensor is missing.
+    Raises CheckpointError when the model's kind cannot be cut or a tensor is missing, SettingsError
+    for too few resident layers.
     """
     config = copy.deepcopy(read_config(checkpoint))
     causal_lm = build_on_meta(checkpoint, config, dtype)
@@ -176,6 +182,10 @@ def load_span(
     fill_buffers(causal_lm, outside(causal_lm, layers), "cpu", leave_unknown=True)
     rehearsal = rehearse(causal_lm, layers)
     gate = make_part(causal_lm, layers, span, part, rehearsal, device)
+    streamed = 0
+    if resident is not None:
+        prefix = next(name for name, module in causal_lm.named_modules() if module is layers)
+        streamed = stream_layers(weights.apart(), layers, prefix, span, resident, dtype, device)
     bytes_read = weights.fill(causal_lm, "", dtype, device)
     fill_buffers(causal_lm, causal_lm.named_modules(), device)
     move_buffers(causal_lm, device)
@@ -189,7 +199,30 @@ def load_span(
         device=device,
         packs=packs,
         bytes_read=bytes_read,
+        streamed=streamed,
     )
+
+
+def stream_layers(
+    weights: WeightMap,
+    layers: nn.ModuleList,
+    prefix: str,
+    span: Span,
+    resident: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> int:
+    """Let those of a span's layers that `choose_streamed` names take turns in memory: how many."""
+    streamed = [span.first + index for index in choose_streamed(len(span), resident)]
+    readers = {i: LayerReader(weights, layers[i], f"{prefix}.{i}.", dtype) for i in streamed}
+    if not readers:
+        return 0
+    stream = LayerStream(readers, device, allocate)
+    for index in streamed:
+        for module in layers[index].modules():
+            forget_parameters(module, device)
+        stream.put_around(index, layers[index])
+    return len(streamed)
 
 
 def _taker_of_tokens(causal_lm: Any, owner: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
 
 from common.errors import CheckpointError, in_one_line
 from common.weights.checkpoint import Checkpoint
+from common.weights.safetensors_places import Place
 
 TEXT_PART = re.compile(r"(model\.)?(language_model|text_model)\.(model\.)?")
 
@@ -78,6 +79,38 @@ class WeightMap:
             if origin.converter is None:
                 stored = origin.stored[-1][1]
                 self._check_shape(stored, self._checkpoint.shape(stored), model, name)
+
+    def apart(self) -> WeightMap:
+        """The same map with files of its own, for another thread."""
+        other = copy.copy(self)
+        other._checkpoint = self._checkpoint.apart()
+        return other
+
+    def place(self, name: str, shape: tuple[int, ...]) -> Place | None:
+        """Where a parameter of this shape is stored; None if it is put together of others.
+
+        Raises CheckpointError where that is no place that can be read again and again.
+        """
+        origin = self._find(name)
+        places = [self._checkpoint.place(stored) for _, stored in origin.stored]
+        if origin.converter is not None:
+            return None
+        stored = origin.stored[-1][1]
+        self._check(stored, self._checkpoint.shape(stored), shape)
+        return places[-1]
+
+    def make(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Parameters that are put together of others, by name; nothing of the files stays open."""
+        origins = {id(o): o for o in map(self._find, shapes)}
+        made: dict[str, Tensor] = {}
+        for origin in origins.values():
+            made |= self._convert(origin, dtype, {})
+        for name, shape in shapes.items():
+            if name not in made:
+                raise CheckpointError(f"{self._checkpoint.directory} has no tensor {name}")
+            self._check(name, tuple(made[name].shape), shape)
+        self._checkpoint.close()
+        return made
 
     def _find(self, name: str) -> Origin:
         for candidate in (name, self._tied.get(name)):
@@ -163,7 +196,9 @@ class WeightMap:
     def _check_shape(
         self, what: str, shape: tuple[int, ...], kept: nn.Module, local_name: str
     ) -> None:
-        wanted = tuple(_find_tensor(kept, local_name).shape)
+        self._check(what, shape, tuple(_find_tensor(kept, local_name).shape))
+
+    def _check(self, what: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
         if shape != wanted:
             raise CheckpointError(
                 f"{self._checkpoint.directory}: tensor {what} has shape {shape}; "

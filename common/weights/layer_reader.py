@@ -1,0 +1,103 @@
+"""Read the weights of one layer, again and again, into memory that is there for them.
+
+Tensors that are stored as the layer has them are read straight from the file, past the library's
+mapping of it: pages of a mapped file would stay in memory, and count as this process's. Those that
+the library puts together of several are made anew each time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import CheckpointError
+from common.weights.checkpoint import ALIGNMENT
+from common.weights.safetensors_places import Place
+from common.weights.tensors import WeightMap
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One parameter of a layer, in the memory of a layer."""
+
+    name: str  # in the layer
+    shape: tuple[int, ...]
+    at: int
+    size: int
+    place: Place | None  # None: it is made of several
+
+
+class LayerReader:
+    """Knows where a layer's parameters come from. Made while they are on the meta device."""
+
+    def __init__(
+        self, weights: WeightMap, layer: nn.Module, prefix: str, dtype: torch.dtype
+    ) -> None:
+        """`prefix` is the layer's name in the model. Raises CheckpointError."""
+        self._weights = weights
+        self._dtype = dtype
+        self._prefix = prefix
+        self._pieces: list[Piece] = []
+        self._files: dict[Path, int] = {}
+        at = 0
+        for name, parameter in layer.named_parameters(remove_duplicate=False):
+            size = parameter.numel() * dtype.itemsize
+            place = weights.place(prefix + name, tuple(parameter.shape))
+            self._pieces.append(Piece(name, tuple(parameter.shape), at, size, place))
+            at += -(-size // ALIGNMENT) * ALIGNMENT
+        self.size = at  # bytes
+
+    def views(self, memory: Tensor) -> dict[str, Tensor]:
+        """The layer's parameters within `memory`, at least `size` bytes, by name."""
+        return {
+            piece.name: memory[piece.at : piece.at + piece.size].view(self._dtype).view(piece.shape)
+            for piece in self._pieces
+        }
+
+    def read_into(self, memory: Tensor) -> None:
+        """Fill `memory` on the CPU with the layer's parameters. Raises CheckpointError."""
+        for piece in self._pieces:
+            if piece.place is not None:
+                self._read_piece(piece, piece.place, memory[piece.at : piece.at + piece.size])
+        made = [piece for piece in self._pieces if piece.place is None]
+        if made:
+            views = self.views(memory)
+            tensors = self._weights.make(
+                {self._prefix + p.name: p.shape for p in made}, self._dtype
+            )
+            for piece in made:
+                views[piece.name].copy_(tensors[self._prefix + piece.name])
+
+    def _read_piece(self, piece: Piece, place: Place, memory: Tensor) -> None:
+        if place.dtype == self._dtype:
+            self._read_bytes(place, memory)
+            return
+        stored = torch.empty(place.size, dtype=torch.uint8)
+        self._read_bytes(place, stored)
+        memory.view(self._dtype).copy_(stored.view(place.dtype))
+
+    def _read_bytes(self, place: Place, memory: Tensor) -> None:
+        left, at = memoryview(memory.numpy().data), place.offset
+        try:
+            while left:
+                count = os.preadv(self._open(place.path), [left], at)
+                if not count:
+                    raise CheckpointError(f"{place.path} has become shorter than it was")
+                left, at = left[count:], at + count
+        except OSError as error:
+            raise CheckpointError(f"{place.path} cannot be read: {error}") from error
+
+    def _open(self, path: Path) -> int:
+        if path not in self._files:
+            self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._files[path]
+
+    def __del__(self) -> None:
+        for descriptor in self._files.values():
+            with contextlib.suppress(OSError):
+                os.close(descriptor)

@@ -22,6 +22,7 @@ from common.errors import SettingsError
 from common.protocol.messages import Service
 from common.security.keys import KeyPair
 from common.spans.cut import parse_span
+from common.spans.parts import name_span
 from common.spans.twin_check import check_twin
 from common.weights.checkpoint import Checkpoint
 from common.weights.loading import (
@@ -89,6 +90,8 @@ def load_text_service(
     """Load a span of a language model. Raises CheckpointError or SettingsError."""
     checkpoint = Checkpoint(directory)
     config = read_config(checkpoint)
+    if span_text is None and checkpoint.parts is not None:
+        span_text = name_span(checkpoint.parts.only_span(config.num_hidden_layers))
     span = parse_span(span_text, config.num_hidden_layers)
     dtype, device = parse_dtype(settings.dtype), check_device(settings.device)
     packs = check_twin(config)

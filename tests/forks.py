@@ -35,8 +35,8 @@ from deploy.child import midspan_command
 
 ROOT = Path(__file__).resolve().parent.parent
 FORKED = {
-    "ask", "calibrate", "chaos", "demo", "eval", "image", "loadtest", "serve", "status", "up",
-    "worker",
+    "ask", "calibrate", "chaos", "demo", "eval", "image", "loadtest", "model", "serve", "status",
+    "up", "worker",
 }  # fmt: skip
 PRELOADED = (
     "torch", "diffusers", "constriction", "cryptography.hazmat.primitives.ciphers.aead",

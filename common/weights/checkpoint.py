@@ -1,6 +1,7 @@
 """Read a Hugging Face model directory: its configuration, its tensors by name, its fingerprint.
 
-One file or several with an index. Tensors are read by name from safetensors, so a span costs the
+One file, several with an index, or a folder of parts, which may lack some of the model's files
+(common/weights/manifest.py). Tensors are read by name from safetensors, so a span costs the
 memory and the disk reads of that span alone. Older .bin and .pth files are read with torch's loader
 for weights only, which runs no code of theirs.
 """
@@ -21,6 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.errors import CheckpointError
+from common.spans.parts import Parts
+from common.weights.manifest import MANIFEST, SUFFIXES, find_file, read_manifest
 from common.weights.model_files import check_place, check_plain_file, read_json, read_model_config
 from common.weights.safetensors_places import Place, read_places
 from common.weights.torch_file import TorchFile
@@ -51,18 +54,27 @@ class Checkpoint:
         name: str = "",
     ) -> None:
         self.directory = Path(directory)
-        self.name = name or self.directory.resolve().name
         self._stem = stem
         self._config_key = config_key
         self.config_json = self._read_config()
+        self._manifest = read_manifest(self.directory) if stem == "model" else None
+        own_name = self._manifest.name if self._manifest else self.directory.resolve().name
+        self.name = name or own_name
         self._open_files: dict[str, Any] = {}
         self._cache: dict[tuple[str, torch.dtype], Tensor] = {}
         self._places: dict[Path, dict[str, Place]] = {}
         self._file_of = self._map_tensors()
+        self._absent = self._list_absent()
 
     @property
     def tensor_names(self) -> list[str]:
+        """Of the whole model, also where only some of its files are here."""
         return sorted(self._file_of)
+
+    @property
+    def parts(self) -> Parts | None:
+        """What a folder of parts holds; None for a directory that holds a model as it is."""
+        return self._manifest.parts_in(self.directory) if self._manifest else None
 
     def _read_config(self) -> dict[str, Any]:
         return read_model_config(self.directory, self._config_key)
@@ -78,13 +90,23 @@ class Checkpoint:
 
     def _map_tensors(self) -> dict[str, str]:
         """Tensor name -> file name."""
+        if self._manifest is not None:
+            files = {tensor.file for tensor in self._manifest.tensors.values()}
+            found = {file: find_file(self.directory, file) or file + SUFFIXES[0] for file in files}
+            return {name: found[tensor.file] for name, tensor in self._manifest.tensors.items()}
         for single_file in self._candidates():
             index = self.directory / f"{single_file}.index.json"
             if index.exists():
                 return self._read_index(index)
             if (self.directory / single_file).exists():
                 return dict.fromkeys(self._open(single_file).keys(), single_file)
-        raise CheckpointError(f"{self.directory} has none of {', '.join(self._candidates())}")
+        known = ", ".join([*self._candidates(), MANIFEST])
+        raise CheckpointError(f"{self.directory} has none of {known}")
+
+    def _list_absent(self) -> set[str]:
+        """Files of a folder of parts that are elsewhere."""
+        files = set(self._file_of.values()) if self._manifest else set()
+        return {file for file in files if not (self.directory / file).exists()}
 
     def _candidates(self) -> list[str]:
         """Names of the weights' file, best first; each may have an index instead."""
@@ -158,20 +180,51 @@ class Checkpoint:
         return place
 
     def _get(self, tensor_name: str, wanted: torch.dtype) -> Tensor:
-        try:
-            tensor: Tensor = self._open(self._file_of[tensor_name]).get_tensor(tensor_name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{self.directory}: {tensor_name}: {error}") from error
+        tensor = self.read_stored(tensor_name)
         if wanted.is_floating_point and tensor.dtype not in PLAIN_TYPES:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise _not_plain(self.directory, tensor_name, kind)
         return tensor
 
+    def read_stored(self, tensor_name: str) -> Tensor:
+        """A tensor as it is stored, of whatever type."""
+        self.check_is_here(tensor_name)
+        try:
+            tensor: Tensor = self._open(self._file_of[tensor_name]).get_tensor(tensor_name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.directory}: {tensor_name}: {error}") from error
+        return tensor
+
+    def describe(self, tensor_name: str) -> tuple[str, tuple[int, ...], str]:
+        """Type, shape and digest of a tensor."""
+        if self._manifest is not None and not self.is_here(tensor_name):
+            known = self._manifest.tensors[tensor_name]
+            return known.dtype, known.shape, known.digest
+        view = self._slice(tensor_name)
+        dtype, shape = view.get_dtype(), view.get_shape()
+        digest = hashlib.sha256(f"{dtype} {shape}".encode() + _sample(view, shape))
+        return dtype, tuple(shape), digest.hexdigest()[:16]
+
+    def is_here(self, tensor_name: str) -> bool:
+        """Whether a tensor's file is in the directory, which may be a folder of some parts."""
+        return self._file_of[tensor_name] not in self._absent
+
+    def check_is_here(self, tensor_name: str) -> None:
+        """Raises CheckpointError, with what is here, unless the tensor's file is."""
+        if not self.is_here(tensor_name):
+            raise CheckpointError(
+                f"{self.directory} holds {self.parts} of {self.name}, and not "
+                f"{self._file_of[tensor_name]}, which has {tensor_name}"
+            )
+
     def shape(self, tensor_name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it."""
+        if self._manifest is not None:
+            return self._manifest.tensors[tensor_name].shape
         return tuple(self._slice(tensor_name).get_shape())
 
     def _slice(self, tensor_name: str) -> Any:
+        self.check_is_here(tensor_name)
         file_name = self._file_of[tensor_name]
         try:
             return self._open(file_name).get_slice(tensor_name)
@@ -196,16 +249,20 @@ class Checkpoint:
 
         Covers the configuration and of every tensor its name, dtype, shape and 64 values spread
         over it, so it does not depend on how the tensors are spread over files, and is quick for
-        a model of any size.
+        a model of any size. A folder of parts has the same as the whole: of the tensors that are
+        elsewhere it knows the digests. Raises CheckpointError where one of its own has another.
         """
         digest = hashlib.sha256()
         config = {k: v for k, v in self.config_json.items() if k not in VOLATILE_KEYS}
         digest.update(json.dumps(config, sort_keys=True).encode())
         for name in self.tensor_names:
-            view = self._slice(name)
-            shape = view.get_shape()
-            digest.update(f"{name} {view.get_dtype()} {shape}".encode())
-            digest.update(_sample(view, shape))
+            found = self.describe(name)[2]
+            if self._manifest is not None and found != self._manifest.tensors[name].digest:
+                raise CheckpointError(
+                    f"{self.directory / self._file_of[name]}: {name} is not the tensor that "
+                    f"{MANIFEST} describes; the file is of other weights"
+                )
+            digest.update(f"{name} {found}".encode())
         return digest.hexdigest()[:16]
 
 

@@ -112,6 +112,22 @@ class WeightMap:
         self._checkpoint.close()
         return made
 
+    def list_stored(self, parameter: str) -> list[str]:
+        """The stored tensors that a parameter is made of. Raises CheckpointError if there are none.
+
+        Of several stored under names that mean the same, the one that is read.
+        """
+        origin = self._find(parameter)
+        if origin.converter is None:
+            return [origin.stored[-1][1]]
+        return [stored for _, stored in origin.stored]
+
+    def list_stored_buffers(self, kept: nn.Module, prefix: str) -> list[str]:
+        """The stored tensors that are buffers of `kept`, a module called `prefix` in the model."""
+        origins = (self._origins.get(prefix + name) for name in _stored_buffers(kept))
+        plain = [o for o in origins if o is not None and o.converter is None]
+        return [origin.stored[-1][1] for origin in plain]
+
     def _find(self, name: str) -> Origin:
         for candidate in (name, self._tied.get(name)):
             if candidate in self._origins:

@@ -14,6 +14,7 @@ from common.errors import CheckpointError
 from common.spans.attention import Segment
 from common.spans.cut import Cut, Span, parse_cut
 from common.spans.kv_rows import KvRows
+from common.spans.parts import name_span
 from common.spans.span_model import SpanModel
 from common.spans.twin_check import check_twin
 from common.weights.checkpoint import Checkpoint
@@ -92,7 +93,8 @@ def load_ends(
 ) -> ModelEnds:
     """Load head and tail from a Hugging Face directory; `span`, as `a-b`, is for the pool.
 
-    Without it the layers that the pool serves, by a broker's `report`, or the middle half.
+    Without it those that a folder of parts leaves out, those that the pool serves, by a broker's
+    `report`, or the middle half.
 
     Raises CheckpointError for a directory that cannot be used, SettingsError for a bad span.
     """
@@ -100,6 +102,8 @@ def load_ends(
     config = read_config(checkpoint)
     num_layers = config.num_hidden_layers
     fingerprint = checkpoint.fingerprint()
+    if span is None and checkpoint.parts is not None:
+        span = name_span(checkpoint.parts.around(num_layers))
     if span is None and report is not None:
         span = pick_part(report, fingerprint, num_layers)
     parsed = parse_cut(span, num_layers)

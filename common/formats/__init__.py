@@ -1,0 +1,1 @@
+"""Models in other formats than a Hugging Face directory: read, written, cut into files."""

@@ -1,0 +1,96 @@
+"""`midspan model`: parts of a model as files, and models of other formats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from common.console.options import span_option
+from common.console.tables import format_bytes, format_table
+
+if TYPE_CHECKING:
+    from common.formats.part_folder import Written
+    from common.spans.parts import Parts
+    from common.weights.checkpoint import Checkpoint
+
+DEVICE, WORKER = "device", "worker"
+output_option = click.option(
+    "-o",
+    "--output",
+    "target",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="What to write: a new folder.",
+)
+
+
+@click.group()
+def model() -> None:
+    """Take a model apart, and convert it.
+
+    \b
+    midspan model part ./Qwen2-7B --span 7-21 -o device        what a device needs
+    midspan model part ./Qwen2-7B --span 7-21 --side worker -o worker
+    midspan worker --model ./worker        midspan ask "..." --model ./device
+    """
+
+
+@model.command()
+@click.argument("model_name", metavar="MODEL")
+@span_option("the middle half")
+@click.option(
+    "--side",
+    type=click.Choice([DEVICE, WORKER]),
+    default=DEVICE,
+    show_default=True,
+    help="Whose part of the model it is.",
+)
+@output_option
+def part(model_name: str, span_text: str | None, side: str, target: Path) -> None:
+    """Write the folder that a device, or a worker, needs of MODEL.
+
+    It has the fingerprint of the whole model, and --model takes it like one.
+    """
+    from common.spans.cut import parse_cut
+    from common.spans.parts import ends_of, middle_of
+
+    checkpoint, num_layers = open_model(model_name)
+    cut = parse_cut(span_text, num_layers)
+    write(checkpoint, ends_of(cut, num_layers) if side == DEVICE else middle_of(cut), target)
+
+
+def open_model(name: str) -> tuple[Checkpoint, int]:
+    """A model, and how many layers it has. Raises CheckpointError."""
+    from common.console.processes import set_up_torch
+
+    set_up_torch(1)
+    from common.weights.checkpoint import Checkpoint
+    from common.weights.demo_model import find_model
+    from common.weights.loading import read_config
+
+    checkpoint = Checkpoint(find_model(name))
+    return checkpoint, read_config(checkpoint).num_hidden_layers
+
+
+def write(checkpoint: Checkpoint, parts: Parts, target: Path) -> None:
+    """Write parts, and say what has been written."""
+    from common.formats.part_folder import write_parts
+
+    written = write_parts(checkpoint, parts, target)
+    click.echo(describe(written, checkpoint, target))
+
+
+def describe(written: Written, checkpoint: Checkpoint, target: Path) -> str:
+    """The files, and how to go on."""
+    rows = [(name, format_bytes(size)) for name, size in written.file_bytes.items()]
+    total = format_bytes(sum(written.file_bytes.values()))
+    return "\n".join(
+        [
+            format_table(("file", "size"), rows),
+            "",
+            f"{target} holds {written.parts} of {checkpoint.name}, {total} "
+            f"(fingerprint {checkpoint.fingerprint()}).",
+        ]
+    )

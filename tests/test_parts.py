@@ -1,0 +1,268 @@
+"""Parts of a model by their names, and as files: a folder of one's own part is enough."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from forks import error_line, run_midspan
+from pools import reference_tokens
+from random_models import save_random_model
+from safetensors.torch import load_file, save_file
+from test_span_model import CONFIGS, PROMPT, run_whole
+
+from common.errors import CheckpointError, SettingsError
+from common.formats.part_folder import write_parts
+from common.spans.attention import Segment
+from common.spans.cut import Cut, Span
+from common.spans.parts import Parts, ends_of, full, middle_of, name_layer, read_parts
+from common.weights.checkpoint import Checkpoint
+from common.weights.loading import load_span
+from common.weights.manifest import MANIFEST
+from deploy.pool import LocalPool, PoolSettings
+from edge_agent.text.tokenizer import TextTokenizer
+
+CUT = Cut(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("b", Parts(True, (), False)),
+        ("e", Parts(False, (), True)),
+        ("f", Parts(True, (Span(0, 80),), True)),
+        ("0-5", Parts(False, (Span(0, 5),), False)),
+        ("75-80 e", Parts(False, (Span(75, 80),), True)),
+        ("0-5 30-35", Parts(False, (Span(0, 5), Span(30, 35)), False)),
+        ("b 0-5 5-8 75-80 e", Parts(True, (Span(0, 8), Span(75, 80)), True)),
+        ("  b   e ", Parts(True, (), True)),
+    ],
+)
+def test_parts_are_read_from_words(text: str, parts: Parts) -> None:
+    assert read_parts(text, 80) == parts
+    assert read_parts(str(parts), 80) == parts
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "name nothing"),
+        ("b x 0-5", "'x' is no part"),
+        ("0:5", "'0:5' is no part"),
+        ("-1-5", "'-1-5' is no part"),
+        ("0-5,8-9", "'0-5,8-9' is no part"),
+        ("B", "'B' is no part"),
+        ("\N{ARABIC-INDIC DIGIT ONE}-5", "is no part"),
+        ("0-81", "'0-81' is out of range; the model has 80 layers"),
+        ("5-5", "'5-5' is out of range"),
+        ("7-5", "'7-5' is out of range"),
+        ("5-9 0-3", "'0-3' begins before layer 9"),
+        ("0-5 4-8", "'4-8' begins before layer 5"),
+        ("0-5 b", "'b' comes once, before all others"),
+        ("b b", "'b' comes once"),
+        ("e 0-5", "'e' comes once, after all others"),
+        ("e e", "'e' comes once"),
+        ("f e", "'f' is the whole model and stands alone"),
+        ("b f", "'f' is the whole model"),
+    ],
+)
+def test_words_that_are_no_parts_are_named(text: str, words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        read_parts(text, 80)
+
+
+def test_the_files_of_parts_are_named_by_layer() -> None:
+    names = Parts(True, (Span(0, 2), Span(7, 8)), True).file_names()
+    assert names == ["begin", "mid.00000", "mid.00001", "mid.00007", "end"]
+
+
+@pytest.mark.parametrize(
+    ("text", "around", "only"),
+    [
+        ("b 0-2 6-8 e", "2-6", None),
+        ("b e", None, None),
+        ("b 0-2", "2-8", "0-2"),
+        ("b 6-8 e", "0-6", "6-8"),
+        ("2-6", None, "2-6"),
+        ("2-4 5-6", None, None),
+        ("f", None, None),
+    ],
+)
+def test_the_layers_that_a_folder_is_for(text: str, around: str | None, only: str | None) -> None:
+    parts = read_parts(text, 8)
+    spans = (parts.around(8), parts.only_span(8))
+    assert tuple(str(span) if span else None for span in spans) == (around, only)
+
+
+def run_cut(device: Path, worker: Path) -> torch.Tensor:
+    """Logits after a prompt, head and tail of one folder and the middle of another."""
+    ends, middle = Checkpoint(device), Checkpoint(worker)
+    parts = [
+        load_span(ends, CUT.head(), part="head"),
+        load_span(middle, CUT.middle),
+        load_span(ends, CUT.tail(6), part="tail"),
+    ]
+    head, inner, tail = (Segment(part.new_kv(), 0, PROMPT) for part in parts)
+    rows = parts[1].run(parts[0].embed_and_run(make_ids(), [head]), [inner])
+    return parts[2].logits(rows, tail)[-1]
+
+
+def make_ids() -> torch.Tensor:
+    return torch.randint(2, 99, (PROMPT + 8,), generator=torch.Generator().manual_seed(5))[:PROMPT]
+
+
+def split(model: Path, target: Path) -> tuple[Path, Path]:
+    """The folders of a device and a worker, the one of safetensors and the other for exchange."""
+    checkpoint = Checkpoint(model)
+    write_parts(checkpoint, ends_of(CUT, 6), target / "device")
+    write_parts(checkpoint, middle_of(CUT), target / "worker", "pth")
+    return target / "device", target / "worker"
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "mixtral", "opt-projected"])
+def test_folders_of_parts_compute_what_the_whole_model_does(name: str, tmp_path: Path) -> None:
+    model = save_random_model(CONFIGS[name], tmp_path / "model", max_shard_size="40KB")
+    ids = torch.cat([make_ids(), make_ids()])[:20]
+    want = run_whole(model, CONFIGS[name], ids)[0]
+    fingerprint = Checkpoint(model).fingerprint()
+    device, worker = split(model, tmp_path)
+    shutil.rmtree(model)
+    assert torch.equal(run_cut(device, worker), want)
+    assert {Checkpoint(device).fingerprint(), Checkpoint(worker).fingerprint()} == {fingerprint}
+    assert {Checkpoint(device).name, Checkpoint(worker).name} == {"model"}
+
+
+def test_a_folder_of_parts_has_the_files_of_its_parts_only(tmp_path: Path) -> None:
+    model = save_random_model(CONFIGS["llama"], tmp_path / "model")
+    for name in ("tokenizer.json", "merges.txt", "README.md", "code.py"):
+        (model / name).write_text("{}")
+    device, worker = split(model, tmp_path)
+    common = {"config.json", MANIFEST}
+    ends = {f"{name}.safetensors" for name in ("begin", "end", *map(name_layer, (0, 1, 4, 5)))}
+    beside = {"generation_config.json", "tokenizer.json", "merges.txt"}
+    assert {path.name for path in device.iterdir()} == common | ends | beside
+    assert {path.name for path in worker.iterdir()} == common | {"mid.00002.pth", "mid.00003.pth"}
+
+
+def test_every_tensor_is_in_one_file_so_folders_can_be_put_together(tmp_path: Path) -> None:
+    model = save_random_model(CONFIGS["llama-tied"], tmp_path / "model")
+    write_parts(Checkpoint(model), full(6), tmp_path / "whole")
+    device, _ = split(model, tmp_path)
+    stored = [n for file in (tmp_path / "whole").glob("*.safetensors") for n in load_file(file)]
+    assert sorted(stored) == Checkpoint(model).tensor_names
+    for file in device.glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "whole" / file.name).read_bytes()
+
+
+def test_the_end_of_a_tied_model_comes_with_the_embeddings(tmp_path: Path) -> None:
+    model = save_random_model(CONFIGS["llama-tied"], tmp_path / "model")
+    written = write_parts(Checkpoint(model), read_parts("4-6 e", 6), tmp_path / "end")
+    assert str(written.parts) == "b 4-6 e"
+    load_span(Checkpoint(tmp_path / "end"), Span(4, 6), part="tail")
+
+
+def test_what_no_part_needs_is_kept_beside_a_whole_model(tmp_path: Path) -> None:
+    model = save_random_model(CONFIGS["llama"], tmp_path / "model")
+    file = model / "model.safetensors"
+    save_file(load_file(file) | {"vision.weight": torch.ones(3)}, file, metadata={"format": "pt"})
+    write_parts(Checkpoint(model), full(6), tmp_path / "whole")
+    assert load_file(tmp_path / "whole" / "rest.safetensors").keys() == {"vision.weight"}
+    device, _ = split(model, tmp_path)
+    assert not (device / "rest.safetensors").exists()
+    want = Checkpoint(model).fingerprint()
+    assert Checkpoint(device).fingerprint() == Checkpoint(tmp_path / "whole").fingerprint() == want
+
+
+def test_layers_that_are_not_in_a_folder_are_named_with_those_that_are(tmp_path: Path) -> None:
+    device, worker = split(save_random_model(CONFIGS["llama"], tmp_path / "model"), tmp_path)
+    with pytest.raises(CheckpointError, match=r"b 0-2 4-6 e of model, and not mid\.00002"):
+        load_span(Checkpoint(device), Span(2, 4))
+    with pytest.raises(CheckpointError, match=r"holds 2-4 of model, and not begin\.saf"):
+        load_span(Checkpoint(worker), Span(0, 2), part="head")
+
+
+def test_a_file_of_other_weights_is_found_by_its_digest(tmp_path: Path) -> None:
+    device, _ = split(save_random_model(CONFIGS["llama"], tmp_path / "model"), tmp_path)
+    file = device / "mid.00001.safetensors"
+    other = {name: tensor * 1.001 for name, tensor in load_file(file).items()}
+    save_file(other, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"mid\.00001.*the file is of other weights"):
+        Checkpoint(device).fingerprint()
+
+
+def test_a_manifest_of_other_weights_has_another_fingerprint(tmp_path: Path) -> None:
+    model = save_random_model(CONFIGS["llama"], tmp_path / "model")
+    device, _ = split(model, tmp_path)
+    manifest = json.loads((device / MANIFEST).read_text())
+    manifest["tensors"]["model.layers.3.mlp.up_proj.weight"]["digest"] = "0" * 16
+    (device / MANIFEST).write_text(json.dumps(manifest))
+    assert Checkpoint(device).fingerprint() != Checkpoint(model).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"kind": "midspan-parts/9"}, "of kind 'midspan-parts/9'; expected 'midspan-parts/1'"),
+        ({"layers": 0}, "cannot be used: .*layers"),
+        ({"tensors": {"a": {"file": "begin"}}}, "cannot be used: .*dtype"),
+        (
+            {"tensors": {"a": {"file": "../x", "dtype": "F32", "shape": [1], "digest": ""}}},
+            r"names a file '\.\./x'",
+        ),
+    ],
+)
+def test_a_broken_manifest_is_refused(
+    change: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    device, _ = split(save_random_model(CONFIGS["llama"], tmp_path / "model"), tmp_path)
+    manifest = json.loads((device / MANIFEST).read_text())
+    (device / MANIFEST).write_text(json.dumps(manifest | change))
+    with pytest.raises(CheckpointError, match=words):
+        Checkpoint(device)
+
+
+def test_a_folder_with_something_in_it_is_not_written_to(tmp_path: Path) -> None:
+    model = save_random_model(CONFIGS["llama"], tmp_path / "model")
+    with pytest.raises(SettingsError, match="model is not empty"):
+        write_parts(Checkpoint(model), full(6), model)
+
+
+def test_device_and_worker_start_from_folders_of_their_own(
+    tmp_path: Path, demo_directory: Path, whole_model: torch.nn.Module
+) -> None:
+    prompt = "Once upon a time, there was a brave fox."
+    holds = {"device": "b 0-3 5-8 e", "worker": "3-5"}
+    for side, parts in holds.items():
+        done = run_midspan(
+            "model", "part", "stories-llama", "--span", "3-5", "--side", side,
+            "-o", str(tmp_path / side),
+        )  # fmt: skip
+        assert f"holds {parts} of stories-llama" in done.stdout, done.stderr
+    with LocalPool(PoolSettings(workers=1, model=str(tmp_path / "worker"))) as pool:
+        options = ["--broker", pool.edge_endpoint, "--json", "-n", "24", "-t", "0"]
+        options += ["--codec", "fp32", "--no-serve"]
+        asked = run_midspan("ask", prompt, "--model", str(tmp_path / "device"), *options)
+    assert asked.returncode == 0, asked.stderr
+    tokenizer = TextTokenizer(demo_directory)
+    want = reference_tokens(whole_model, tokenizer, [prompt], 24)[0]
+    assert json.loads(asked.stdout)["token_ids"] == want
+
+
+def test_a_part_is_taken_from_a_folder_that_has_it(tmp_path: Path) -> None:
+    device, _ = split(save_random_model(CONFIGS["llama"], tmp_path / "model"), tmp_path)
+    written = write_parts(Checkpoint(device), ends_of(Cut(1, 5), 6), tmp_path / "less")
+    assert str(written.parts) == "b 0-1 5-6 e"
+    line = error_line("model", "part", str(device), "--span", "3-4", "-o", str(tmp_path / "more"))
+    assert "holds b 0-2 4-6 e of model, and not mid.00002.safetensors" in line
+
+
+def test_what_could_not_be_written_whole_leaves_an_empty_folder(tmp_path: Path) -> None:
+    model = save_random_model(CONFIGS["llama"], tmp_path / "model")
+    (model / "calibration").mkdir()
+    (model / "calibration" / "2-4").symlink_to("nowhere")
+    with pytest.raises(shutil.Error):
+        write_parts(Checkpoint(model), full(6), tmp_path / "whole")
+    assert list((tmp_path / "whole").iterdir()) == []

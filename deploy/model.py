@@ -34,6 +34,8 @@ def model() -> None:
     midspan model part ./Qwen2-7B --span 7-21 -o device        what a device needs
     midspan model part ./Qwen2-7B --span 7-21 --side worker -o worker
     midspan worker --model ./worker        midspan ask "..." --model ./device
+    midspan model export ./Qwen2-7B --parts "b 0-5 30-35 e" -o some
+    midspan model export ./parts --format safetensors -o whole
     """
 
 
@@ -58,7 +60,37 @@ def part(model_name: str, span_text: str | None, side: str, target: Path) -> Non
 
     checkpoint, num_layers = open_model(model_name)
     cut = parse_cut(span_text, num_layers)
-    write(checkpoint, ends_of(cut, num_layers) if side == DEVICE else middle_of(cut), target)
+    parts = ends_of(cut, num_layers) if side == DEVICE else middle_of(cut)
+    write(checkpoint, parts, "parts", target)
+
+
+@model.command("export")
+@click.argument("model_name", metavar="MODEL")
+@click.option(
+    "--parts",
+    "words",
+    default="f",
+    show_default=True,
+    help="Parts of the model: b for its beginning, layers as a-b, e for its end, or f for all.",
+)
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["parts", "pth", "safetensors"]),
+    default="parts",
+    show_default=True,
+    help="A file for each part, the same for torch's loader, or one Hugging Face directory.",
+)
+@output_option
+def export_command(model_name: str, words: str, format_: str, target: Path) -> None:
+    """Write MODEL in files of another format.
+
+    It may be stored as safetensors, .bin or .pth, in one file, several, or a folder of parts.
+    """
+    from common.spans.parts import read_parts
+
+    checkpoint, num_layers = open_model(model_name)
+    write(checkpoint, read_parts(words, num_layers), format_, target)
 
 
 def open_model(name: str) -> tuple[Checkpoint, int]:
@@ -74,11 +106,11 @@ def open_model(name: str) -> tuple[Checkpoint, int]:
     return checkpoint, read_config(checkpoint).num_hidden_layers
 
 
-def write(checkpoint: Checkpoint, parts: Parts, target: Path) -> None:
+def write(checkpoint: Checkpoint, parts: Parts, format_: str, target: Path) -> None:
     """Write parts, and say what has been written."""
-    from common.formats.part_folder import write_parts
+    from common.formats.export import export
 
-    written = write_parts(checkpoint, parts, target)
+    written = export(checkpoint, parts, format_, target)
     click.echo(describe(written, checkpoint, target))
 
 

@@ -14,7 +14,9 @@ from random_models import save_random_model
 from safetensors.torch import load_file, save_file
 from test_span_model import CONFIGS, PROMPT, run_whole
 
+import common.formats.export
 from common.errors import CheckpointError, SettingsError
+from common.formats.export import export
 from common.formats.part_folder import write_parts
 from common.spans.attention import Segment
 from common.spans.cut import Cut, Span
@@ -23,6 +25,7 @@ from common.weights.checkpoint import Checkpoint
 from common.weights.loading import load_span
 from common.weights.manifest import MANIFEST
 from deploy.pool import LocalPool, PoolSettings
+from edge_agent.text.ends import load_ends
 from edge_agent.text.tokenizer import TextTokenizer
 
 CUT = Cut(2, 4)
@@ -241,6 +244,7 @@ def test_device_and_worker_start_from_folders_of_their_own(
             "-o", str(tmp_path / side),
         )  # fmt: skip
         assert f"holds {parts} of stories-llama" in done.stdout, done.stderr
+    assert load_ends(tmp_path / "device").cut == Cut(3, 5)
     with LocalPool(PoolSettings(workers=1, model=str(tmp_path / "worker"))) as pool:
         options = ["--broker", pool.edge_endpoint, "--json", "-n", "24", "-t", "0"]
         options += ["--codec", "fp32", "--no-serve"]
@@ -266,3 +270,82 @@ def test_what_could_not_be_written_whole_leaves_an_empty_folder(tmp_path: Path) 
     with pytest.raises(shutil.Error):
         write_parts(Checkpoint(model), full(6), tmp_path / "whole")
     assert list((tmp_path / "whole").iterdir()) == []
+
+
+STORED = {
+    "safetensors": {},
+    "shards": {"max_shard_size": "40KB"},
+    "bin": {},
+    "bin-shards": {},
+    "pth": {},
+}
+
+
+def store_as(form: str, model: Path) -> Path:
+    """Rewrite a model's directory, as older libraries stored it."""
+    file = model / "model.safetensors"
+    if form in ("bin", "pth"):
+        torch.save(load_file(file), model / f"pytorch_model.{form}")
+        file.unlink()
+    if form == "bin-shards":
+        tensors, weight_map = load_file(file), {}
+        for index, names in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2])):
+            shard = f"pytorch_model-{index}.bin"
+            torch.save({name: tensors[name] for name in names}, model / shard)
+            weight_map |= dict.fromkeys(names, shard)
+        index_file = model / "pytorch_model.bin.index.json"
+        index_file.write_text(json.dumps({"weight_map": weight_map}))
+        file.unlink()
+    return model
+
+
+@pytest.mark.parametrize("format_", ["parts", "pth", "safetensors"])
+@pytest.mark.parametrize("form", STORED)
+def test_what_is_exported_is_the_model_in_whatever_way_it_was_stored(
+    form: str, format_: str, tmp_path: Path
+) -> None:
+    model = save_random_model(CONFIGS["llama"], tmp_path / "model", **STORED[form])
+    checkpoint = Checkpoint(store_as(form, model))
+    export(checkpoint, full(6), format_, tmp_path / "out")
+    exported = Checkpoint(tmp_path / "out")
+    assert exported.fingerprint() == checkpoint.fingerprint()
+    for name in checkpoint.tensor_names:
+        assert torch.equal(exported.read_stored(name), checkpoint.read_stored(name))
+
+
+@pytest.mark.parametrize("limit", [1, 1 << 30])
+def test_a_model_comes_back_from_its_parts_as_transformers_reads_it(
+    limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common.formats.export, "MAX_SHARD_BYTES", limit)
+    model = save_random_model(CONFIGS["llama-tied"], tmp_path / "model")
+    ids = torch.cat([make_ids(), make_ids()])[:20]
+    want = run_whole(model, CONFIGS["llama-tied"], ids)
+    export(Checkpoint(model), full(6), "pth", tmp_path / "parts")
+    shutil.rmtree(model)
+    export(Checkpoint(tmp_path / "parts"), full(6), "safetensors", tmp_path / "back")
+    got = run_whole(tmp_path / "back", CONFIGS["llama-tied"], ids)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_directory_of_some_parts_only_is_not_written(tmp_path: Path) -> None:
+    model = save_random_model(CONFIGS["llama"], tmp_path / "model")
+    with pytest.raises(SettingsError, match="safetensors is the whole model; 0-3 is not"):
+        export(Checkpoint(model), read_parts("0-3", 6), "safetensors", tmp_path / "x")
+    device, _ = split(model, tmp_path)
+    line = error_line(
+        "model", "export", str(device), "--format", "safetensors", "-o", str(tmp_path / "y")
+    )
+    assert "holds b 0-2 4-6 e of model, and not mid.0000" in line
+
+
+def test_the_command_exports_the_parts_that_words_name(tmp_path: Path) -> None:
+    done = run_midspan(
+        "model", "export", "stories-llama", "--parts", "0-2 4-5", "--format", "pth",
+        "-o", str(tmp_path / "out"),
+    )  # fmt: skip
+    assert "holds 0-2 4-5 of stories-llama" in done.stdout, done.stderr
+    files = {path.name for path in (tmp_path / "out").glob("*.pth")}
+    assert files == {"mid.00000.pth", "mid.00001.pth", "mid.00004.pth"}
+    line = error_line("model", "export", "stories-llama", "--parts", "0-9", "-o", str(tmp_path))
+    assert "'0-9' is out of range; the model has 8 layers" in line

@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 
 from common.codecs.codec import make_codec
-from common.diffusion.unet import boundary_channels
+from common.diffusion.shapes import boundary_channels
 from common.protocol.messages import ImageOpening, Part, Step, StepReply
 from common.protocol.sockets import wire_bytes
 from common.protocol.wire import encode_header

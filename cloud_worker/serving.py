@@ -135,9 +135,11 @@ def load_image_services(
     Raises CheckpointError or SettingsError.
     """
     from common.diffusion.schedulers import read_scheduler_config
-    from common.diffusion.unet import INNER, WHOLE, load_unet, open_unet
+    from common.diffusion.shapes import INNER, WHOLE
+    from common.diffusion.unet import load_unet, open_unet
 
     checkpoint = open_unet(directory)
+    parts = pick_image_parts(checkpoint.config_json, parts)
     widest = WHOLE if WHOLE in parts else INNER
     model = load_unet(
         checkpoint, widest, parse_dtype(settings.dtype), check_device(settings.device)
@@ -161,3 +163,14 @@ def load_image_services(
         )
 
     return [make(part) for part in parts]
+
+
+def pick_image_parts(config: dict[str, Any], wanted: Sequence[str]) -> list[str]:
+    """Those of the wanted parts that a UNet has: all need not be cut to be computed as a whole."""
+    from common.diffusion.shapes import INNER, WHOLE, why_uncut
+
+    reason = why_uncut(config)
+    if INNER in wanted and WHOLE in wanted and reason:
+        log.warning("%s: it cannot be cut, so only %s is served", reason, WHOLE)
+        return [WHOLE]
+    return list(wanted)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from common.codecs.codec import Codec
+    from common.diffusion.shapes import ConditioningSizes
     from edge_agent.engine.client import BrokerClient
 
 CHECK_STEPS = 5
@@ -203,13 +204,14 @@ def check_image(
     client: BrokerClient, service: dict[str, Any], image_model: Path | None
 ) -> ServiceCheck:
     """Two steps of a tiny image: one brings the prompt's embeddings, one finds them there."""
-    from common.diffusion.unet import INNER
+    from common.diffusion.shapes import INNER
 
     check = ServiceCheck(f"{service['name']} {service['part']}", stored=None)
-    config = find_config(service, image_model)
-    if config is None:
+    found = find_config(service, image_model)
+    if found is None:
         check.skipped = "not checked: its model is not here; name it with --image-model"
         return check
+    config, sizes = found
     opening = ImageOpening(
         model=service["model"], route=[service["part"]], codecs=["fp32", CHECK_CODEC], images=1,
         guidance=1.0, timesteps=[1.0, 0.0], keeps_latents=False, scheduler="",
@@ -218,7 +220,7 @@ def check_image(
     session_id = secrets.token_bytes(16)
     try:
         for index in range(2):
-            tensors = make_image_tensors(config, service["part"] == INNER)
+            tensors = make_image_tensors(config, sizes, service["part"] == INNER)
             if index:
                 tensors = {BOUNDARY: tensors[BOUNDARY]}
             _ask_image(client, session_id, index, opening, config, tensors, check)
@@ -229,8 +231,11 @@ def check_image(
     return check
 
 
-def find_config(service: dict[str, Any], image_model: Path | None) -> dict[str, Any] | None:
-    """The UNet's config, if a directory that we know has just this model."""
+def find_config(
+    service: dict[str, Any], image_model: Path | None
+) -> tuple[dict[str, Any], ConditioningSizes] | None:
+    """The UNet's config and sizes, if a directory that we know has just this model."""
+    from common.diffusion.shapes import find_sizes, read_index
     from common.diffusion.unet import open_unet
     from common.weights.demo_model import find_model
 
@@ -242,24 +247,26 @@ def find_config(service: dict[str, Any], image_model: Path | None) -> dict[str, 
         return None
     config: dict[str, Any] = checkpoint.config_json
     same = checkpoint.fingerprint() == service["model"]
+    sizes = find_sizes(config, read_index(checkpoint.directory.parent))
     checkpoint.close()
-    return config if same else None
+    return (config, sizes) if same else None
 
 
-def make_image_tensors(config: dict[str, Any], is_inner: bool) -> dict[str, Tensor]:
+def make_image_tensors(
+    config: dict[str, Any], sizes: ConditioningSizes, is_inner: bool
+) -> dict[str, Tensor]:
     """What a step of one tiny image without guidance brings along."""
     import torch
 
-    from common.diffusion.unet import boundary_channels
+    from common.diffusion.shapes import boundary_channels
 
     channels = boundary_channels(config)[0] if is_inner else config["in_channels"]
     size = 8.0 * CHECK_SIDE
-    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
     return {
         BOUNDARY: torch.randn(1, channels, CHECK_SIDE, CHECK_SIDE),
-        "prompt_embeds": torch.randn(1, CHECK_TOKENS, config["cross_attention_dim"]),
-        "text_embeds": torch.randn(1, pooled),
-        "time_ids": torch.tensor([[size, size, 0.0, 0.0, size, size]]),
+        "prompt_embeds": torch.randn(1, CHECK_TOKENS, sizes.prompt),
+        "text_embeds": torch.randn(1, sizes.pooled),
+        "time_ids": torch.tensor([[size, size, 0.0, 0.0, size, size][: sizes.time_ids]]),
     }
 
 
@@ -272,8 +279,8 @@ def _ask_image(
     tensors: dict[str, Tensor],
     check: ServiceCheck,
 ) -> None:
+    from common.diffusion.shapes import INNER, boundary_channels
     from common.diffusion.tensors import decode_tensor, pack_tensors
-    from common.diffusion.unet import INNER, boundary_channels
 
     parts, body = pack_tensors(tensors, {BOUNDARY: CHECK_CODEC}, opening.codecs)
     reply_codec = opening.codecs.index(CHECK_CODEC)

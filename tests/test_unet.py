@@ -10,16 +10,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from common.diffusion.unet import (
-    INNER,
-    OUTER,
-    WHOLE,
-    Conditioning,
-    boundary_channels,
-    build_unet,
-    load_unet,
-    open_unet,
-)
+from cloud_worker.serving import pick_image_parts
+from common.diffusion.shapes import INNER, OUTER, WHOLE, boundary_channels, find_sizes, read_index
+from common.diffusion.unet import Conditioning, build_unet, load_unet, open_unet
 from common.errors import CheckpointError
 from common.weights.checkpoint import Checkpoint
 from common.weights.demo_model import DEMO_IMAGE_MODEL, find_model
@@ -42,31 +35,69 @@ NARROW: dict[str, Any] = {
 }
 
 
+# other members of the family: a refiner's four levels and five numbers, a distilled one's two
+# levels, one without a middle
+FOUR_LEVELS = NARROW | {
+    "block_out_channels": (32, 64, 64, 64),
+    "down_block_types": ("DownBlock2D", *["CrossAttnDownBlock2D"] * 2, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 2, "UpBlock2D"),
+    "transformer_layers_per_block": 1,
+    "attention_head_dim": [1, 2, 2, 2],
+    "projection_class_embeddings_input_dim": 80 + 32,
+}
+TWO_LEVELS = NARROW | {
+    "block_out_channels": (32, 64),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "transformer_layers_per_block": [1, 2],
+    "attention_head_dim": [1, 2],
+}
+NO_MIDDLE = NARROW | {"mid_block_type": None, "transformer_layers_per_block": 1}
+CROSSED = TWO_LEVELS | {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+SHAPES = {
+    "narrow SDXL base": NARROW, "refiner": FOUR_LEVELS, "two levels": TWO_LEVELS,
+    "no middle": NO_MIDDLE,
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def directory() -> Path:
     return find_model(DEMO_IMAGE_MODEL)
 
 
-@pytest.fixture(scope="module", params=["demo", "narrow SDXL base"])
+@pytest.fixture(scope="module", params=["demo", *SHAPES])
 def unet_directory(
     request: pytest.FixtureRequest, directory: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     if request.param == "demo":
         return directory
-    made = tmp_path_factory.mktemp("narrow")
+    made = tmp_path_factory.mktemp("random")
+    return save_unet(SHAPES[request.param], made, is_scored=request.param == "refiner")
+
+
+def save_unet(shape: dict[str, Any], made: Path, is_scored: bool = False) -> Path:
+    """A pipeline's directory of which only the UNet is there, of random weights."""
     torch.manual_seed(0)
-    UNet2DConditionModel(**NARROW).save_pretrained(made / "unet")
-    (made / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    UNet2DConditionModel(**shape).save_pretrained(made / "unet")
+    index = {"_class_name": "StableDiffusionXLPipeline"}
+    if is_scored:
+        index = {"_class_name": "StableDiffusionXLImg2ImgPipeline"}
+        index["requires_aesthetics_score"] = True
+    (made / "model_index.json").write_text(json.dumps(index))
     return made
 
 
-def make_inputs(config: Any, side: tuple[int, int]) -> tuple[torch.Tensor, Conditioning]:
+def make_inputs(directory: Path, side: tuple[int, int]) -> tuple[torch.Tensor, Conditioning]:
+    sizes = find_sizes(open_unet(directory).config_json, read_index(directory))
     generator = torch.Generator().manual_seed(3)
-    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
     return torch.randn(2, 4, *side, generator=generator), Conditioning(
-        torch.randn(2, 7, config["cross_attention_dim"], generator=generator),
-        torch.randn(2, pooled, generator=generator),
-        torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]] * 2),
+        torch.randn(2, 7, sizes.prompt, generator=generator),
+        torch.randn(2, sizes.pooled, generator=generator),
+        torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0][: sizes.time_ids]] * 2),
     )
 
 
@@ -79,7 +110,7 @@ def test_whole_and_cut_equal_diffusers(
         unet_directory / "unet", torch_dtype=torch.float32
     ).eval()
     checkpoint = open_unet(unet_directory)
-    sample, conditioning = make_inputs(checkpoint.config_json, side)
+    sample, conditioning = make_inputs(unet_directory, side)
     with torch.inference_mode():
         want = reference(
             sample, torch.tensor(time), encoder_hidden_states=conditioning.prompt_embeds,
@@ -137,8 +168,34 @@ def test_what_is_no_sdxl_is_named(tmp_path: Path, directory: Path) -> None:
     with pytest.raises(CheckpointError, match="holds a StableDiffusionPipeline; expected"):
         open_unet(tmp_path)
     config = open_unet(directory).config_json
-    with pytest.raises(CheckpointError, match="only SDXL's shape can be cut"):
-        build_unet({**config, "addition_embed_type": None}, INNER)
+    for changes, words in (
+        ({"addition_embed_type": None}, "with added conditions None; expected"),
+        ({"time_cond_proj_dim": 256}, "has time_cond_proj_dim 256; SDXL's has none"),
+        ({"in_channels": 9}, "takes 9 channels and gives 4; expected as many"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            build_unet({**config, **changes}, WHOLE)
+
+
+def test_a_unet_whose_outer_blocks_see_the_prompt_is_computed_whole_and_not_cut(
+    tmp_path: Path,
+) -> None:
+    made = save_unet(CROSSED, tmp_path)
+    sample, conditioning = make_inputs(made, (16, 16))
+    reference = UNet2DConditionModel.from_pretrained(made / "unet").eval()
+    time = torch.tensor(999.0)
+    with torch.inference_mode():
+        want = reference(
+            sample, time, encoder_hidden_states=conditioning.prompt_embeds,
+            added_cond_kwargs=conditioning.arguments(), return_dict=False,
+        )[0]  # fmt: skip
+    checkpoint = open_unet(made)
+    whole = load_unet(checkpoint, WHOLE, torch.float32)
+    assert torch.equal(whole.run_whole(sample, time.repeat(2), conditioning), want)
+    with pytest.raises(CheckpointError, match=r"CrossAttnUpBlock2D.*cannot be cut; --image-part"):
+        load_unet(checkpoint, INNER, torch.float32)
+    assert pick_image_parts(checkpoint.config_json, [WHOLE, INNER]) == [WHOLE]
+    assert pick_image_parts(checkpoint.config_json, [INNER]) == [INNER]
 
 
 def test_a_language_model_is_no_image_model(demo_directory: Path) -> None:

@@ -16,8 +16,8 @@ from cloud_worker.state.blobs import LATENTS
 from common.codecs.lambda_split import PREFIX
 from common.codecs.spec import parse_codec
 from common.diffusion.schedulers import SCHEDULERS, describe_scheduler
+from common.diffusion.shapes import INNER, WHOLE, ConditioningSizes, boundary_channels
 from common.diffusion.tensors import check_image_codec
-from common.diffusion.unet import INNER, WHOLE, boundary_channels
 from common.errors import ProtocolError, SettingsError
 from common.protocol.messages import BOUNDARY, ImageOpening, Part, Step
 
@@ -38,12 +38,6 @@ def is_cast(codec: str) -> bool:
     return not codec.startswith(PREFIX) and parse_codec(codec).kind == "cast"
 
 
-def pooled_size(config: Any) -> int:
-    """Of the prompt's embedding as a whole, for the UNet of this configuration."""
-    size: int = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    return size
-
-
 def is_guided(opening: ImageOpening) -> bool:
     """Whether every image is computed twice, with the prompt and without."""
     return opening.guidance > 1
@@ -52,8 +46,11 @@ def is_guided(opening: ImageOpening) -> bool:
 class ImageChecks:
     """Judges openings and steps for one UNet and its scheduler's configuration."""
 
-    def __init__(self, config: Any, scheduler_config: dict[str, Any]) -> None:
+    def __init__(
+        self, config: Any, sizes: ConditioningSizes, scheduler_config: dict[str, Any]
+    ) -> None:
         self._config = config
+        self._sizes = sizes
         self._scheduler_config = scheduler_config
 
     def check(self, step: Step, opening: ImageOpening) -> None:
@@ -143,13 +140,13 @@ class ImageChecks:
                 )
 
     def _check_conditioning(self, name: str, shape: list[int]) -> None:
-        config = self._config
+        sizes = self._sizes
         if name == "prompt_embeds":
-            fits = len(shape) == 3 and shape[2] == config.cross_attention_dim
+            fits = len(shape) == 3 and shape[2] == sizes.prompt
             fits = fits and shape[1] <= MAX_TOKENS and math.prod(shape) <= MAX_PROMPT_VALUES
         elif name == "text_embeds":
-            fits = shape[1:] == [pooled_size(config)]
+            fits = shape[1:] == [sizes.pooled]
         else:
-            fits = shape[1:] == [6]
+            fits = shape[1:] == [sizes.time_ids]
         if not fits:
             raise ProtocolError(f"{name} has shape {shape}, which is not this model's, or too much")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from cloud_worker.loop.together import StepsCancelled, run_together
-from common.diffusion.unet import INNER, WHOLE, Conditioning, UnetPart
+from common.diffusion.shapes import INNER, WHOLE
+from common.diffusion.unet import Conditioning, UnetPart
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ from cloud_worker.state.row_seals import RowSeal
 from cloud_worker.state.stage_cache import CacheBudget
 from cloud_worker.state.store import KvStore
 from common.diffusion.schedulers import go_to, make_scheduler, read_history
+from common.diffusion.shapes import WHOLE
 from common.diffusion.tensors import (
     decode_tensor,
     encode_tensor,
@@ -40,7 +41,7 @@ from common.diffusion.tensors import (
     to_blob,
     unpack_tensors,
 )
-from common.diffusion.unet import WHOLE, Conditioning
+from common.diffusion.unet import Conditioning
 from common.errors import NonFiniteError, ProtocolError
 from common.protocol.messages import BOUNDARY, ImageOpening, Service
 from common.security.keys import KeyPair
@@ -83,7 +84,7 @@ class ImageService(StageService[ImageStage]):
         super().__init__(service, store, outbox, batcher=batcher, budget=budget, pool_key=pool_key)
         self._executor = executor
         self._scheduler_config = scheduler_config
-        self._checks = ImageChecks(executor.model.config, scheduler_config)
+        self._checks = ImageChecks(executor.model.config, executor.model.sizes, scheduler_config)
 
     # --- a step and its items
 

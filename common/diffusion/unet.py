@@ -22,12 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.diffusion.shapes import (
+    INNER,
+    OUTER,
+    ConditioningSizes,
+    check_part,
+    find_sizes,
+    read_index,
+)
 from common.errors import CheckpointError
 from common.weights.checkpoint import Checkpoint
-from common.weights.model_files import read_json
 from common.weights.shapes import build_without_values
 
-WHOLE, INNER, OUTER = "unet", "inner", "outer"
 STEM = "diffusion_pytorch_model"
 
 
@@ -37,27 +43,15 @@ class Conditioning:
 
     prompt_embeds: Tensor  # (n, tokens, cross-attention width)
     text_embeds: Tensor  # (n, pooled width)
-    time_ids: Tensor  # (n, 6): original size, crop, target size
+    time_ids: Tensor  # (n, 6): original size, crop, target size; (n, 5) with a score instead
 
     def arguments(self) -> dict[str, Tensor]:
         return {"text_embeds": self.text_embeds, "time_ids": self.time_ids}
 
 
-def check_sdxl_directory(directory: Path) -> None:
-    """Raises CheckpointError unless a directory holds an SDXL pipeline in diffusers format."""
-    index = directory / "model_index.json"
-    if not index.exists():
-        raise CheckpointError(
-            f"{directory} has no model_index.json; expected a directory in diffusers format"
-        )
-    name = read_json(index).get("_class_name")
-    if name != "StableDiffusionXLPipeline":
-        raise CheckpointError(f"{directory} holds a {name}; expected a StableDiffusionXLPipeline")
-
-
 def open_unet(directory: Path) -> Checkpoint:
     """The UNet's checkpoint inside a pipeline's directory. Raises CheckpointError."""
-    check_sdxl_directory(directory)
+    read_index(directory)
     return Checkpoint(directory / "unet", stem=STEM, config_key="_class_name", name=directory.name)
 
 
@@ -71,14 +65,15 @@ def load_unet(
     if missing:
         raise CheckpointError(f"{checkpoint.directory} lacks tensors: {sorted(missing)[:3]} …")
     unet.load_state_dict(checkpoint.read(names, dtype), assign=True)
-    return UnetPart(unet.to(device).eval().requires_grad_(False), part)
+    sizes = find_sizes(checkpoint.config_json, read_index(checkpoint.directory.parent))
+    return UnetPart(unet.to(device).eval().requires_grad_(False), part, sizes)
 
 
 def build_unet(config: dict[str, Any], part: str) -> Any:
     """A UNet on the meta device that has the modules of a part only. Raises CheckpointError."""
     from diffusers import UNet2DConditionModel
 
-    check_shape(config)
+    check_part(config, part)
     unet: Any = build_without_values(lambda: UNet2DConditionModel.from_config(config))
     if part == INNER:
         for name in ("conv_in", "conv_norm_out", "conv_act", "conv_out"):
@@ -98,29 +93,13 @@ def build_unet(config: dict[str, Any], part: str) -> Any:
     return unet
 
 
-def check_shape(config: dict[str, Any]) -> None:
-    """Raises CheckpointError unless a UNet is built as SDXL's is."""
-    down, up = config.get("down_block_types", []), config.get("up_block_types", [])
-    is_sdxl = (
-        config.get("_class_name") == "UNet2DConditionModel"
-        and config.get("addition_embed_type") == "text_time"
-        and len(down) == len(up) >= 3
-        and down[0] == "DownBlock2D"
-        and up[-1] == "UpBlock2D"
-    )
-    if not is_sdxl:
-        raise CheckpointError(
-            f"the UNet has blocks {down}, {up} and added conditions "
-            f"{config.get('addition_embed_type')!r}; only SDXL's shape can be cut"
-        )
-
-
 class UnetPart:
     """A part of a UNet. Which methods it has sense for depends on the part."""
 
-    def __init__(self, unet: Any, part: str) -> None:
+    def __init__(self, unet: Any, part: str, sizes: ConditioningSizes) -> None:
         self.unet = unet  # diffusers' modules are not typed
         self.part = part
+        self.sizes = sizes
         self.on_block: Callable[[], None] = lambda: None  # called before each block
         for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
             if block is not None:
@@ -168,7 +147,7 @@ class UnetPart:
             else:
                 sample, more = block(hidden_states=sample, temb=embedding)
             skips += more
-        sample = unet.mid_block(sample, embedding, encoder_hidden_states=prompt)
+        sample = self._run_middle(sample, embedding, prompt)
         odd = any(size % 2 ** (len(unet.up_blocks) - 2) for size in boundary.shape[-2:])
         for index, block in enumerate(unet.up_blocks[:-1]):
             is_last = index == len(unet.up_blocks) - 2
@@ -187,6 +166,15 @@ class UnetPart:
             sample = block(**arguments)
             block.upsamplers = upsamplers
         return sample
+
+    def _run_middle(self, sample: Tensor, embedding: Tensor, prompt: Tensor) -> Tensor:
+        block = self.unet.mid_block
+        if block is None:
+            return sample
+        crosses = getattr(block, "has_cross_attention", False)
+        more = {"encoder_hidden_states": prompt} if crosses else {}
+        result: Tensor = block(sample, embedding, **more)
+        return result
 
     @torch.inference_mode()
     def run_before(
@@ -234,9 +222,3 @@ class OuterState:
 
     embedding: Tensor
     skips: tuple[Tensor, ...]
-
-
-def boundary_channels(config: dict[str, Any]) -> tuple[int, int]:
-    """C0 and C1: channels that cross the inner cut on the way up and down."""
-    widths = config["block_out_channels"]
-    return widths[0], widths[1]

@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from common.diffusion.schedulers import describe_scheduler, make_scheduler, read_scheduler_config
+from common.diffusion.shapes import INNER, OUTER, WHOLE
 from common.diffusion.tensors import check_image_codec
-from common.diffusion.unet import INNER, OUTER, WHOLE, load_unet, open_unet
+from common.diffusion.unet import load_unet, open_unet
 from common.errors import CheckpointError, SettingsError
 from common.protocol.messages import MAX_TIMESTEPS, ImageOpening
 from common.security.sealing import draw_key, seal

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from common.codecs.spec import EXACT
 from common.diffusion.schedulers import read_history
+from common.diffusion.shapes import boundary_channels
 from common.diffusion.tensors import decode_tensor, pack_tensors
-from common.diffusion.unet import Conditioning, UnetPart, boundary_channels
+from common.diffusion.unet import Conditioning, UnetPart
 from common.errors import NonFiniteError, ProtocolError
 from common.protocol.messages import BOUNDARY, ImageOpening, Need, StepReply
 from edge_agent.engine.client import BrokerClient

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import random
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import redis
@@ -35,8 +38,17 @@ from transformers import (
     PreTrainedModel,
 )
 
-from common.diffusion.schedulers import SCHEDULERS, make_scheduler, read_scheduler_config
-from common.errors import NoWorker, SettingsError, StepRefused
+from common.diffusion.schedulers import (
+    NAMES,
+    OWN,
+    SCHEDULERS,
+    check_resumable,
+    find_class,
+    go_to,
+    make_scheduler,
+    read_scheduler_config,
+)
+from common.errors import CheckpointError, NoWorker, ProtocolError, SettingsError, StepRefused
 from common.protocol.messages import BOUNDARY, ImageOpening, Part, Step
 from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
 from deploy.cli import midspan
@@ -49,6 +61,7 @@ from edge_agent.text.tokenizer import TextTokenizer
 PROMPT = "a red house on a green hill under a blue sky with the sun"
 STEPS = 8
 EXACT = ImageSettings(PROMPT, steps=STEPS, guidance=2.5, codec_up="fp32", codec_down="fp32")
+KEPT = ("euler", "ddim", "dpm++2m")  # by workers that keep the latents
 WAYS: dict[str, dict[str, Any]] = {
     "unet-edge": {}, "unet-cloud": {"sync": "cloud"}, "inner": {"cut": "inner"},
 }  # fmt: skip
@@ -150,7 +163,8 @@ def difference(first: list[Image.Image], second: list[Image.Image]) -> int:
 @pytest.mark.parametrize(
     "changes",
     [
-        {}, {"scheduler": "ddim"}, {"scheduler": "dpm++2m"}, {"guidance": 1.0}, {"count": 2},
+        {}, {"scheduler": "ddim"}, {"scheduler": "dpm++2m"}, {"guidance": 1.0},
+        {"guidance": 0.0, "steps": 1}, {"count": 2},
         {"negative_prompt": "the sun", "seed": 5}, {"height": 48, "width": 80},
     ],
     ids=str,
@@ -164,6 +178,61 @@ def test_the_image_equals_diffusers(
 ) -> None:
     settings = dataclasses.replace(EXACT, **WAYS[way], **changes)
     assert difference(makers.make(settings), reference(whole, directory, settings)) == 0
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__")  # some of diffusers' own, in numbers
+@pytest.mark.parametrize(
+    "name", [*(name for name in SCHEDULERS if name not in KEPT), OWN, "dpm++2m-karras"]
+)
+def test_the_edge_has_any_scheduler_of_diffusers(
+    makers: Makers, whole: StableDiffusionXLPipeline, directory: Path, name: str
+) -> None:
+    settings = dataclasses.replace(EXACT, steps=3, scheduler=name)
+    assert difference(makers.make(settings), reference(whole, directory, settings)) == 0
+    class_name, _ = find_class(read_scheduler_config(directory), name)
+    assert type(makers["unet"]._pipeline.scheduler).__name__ == class_name
+
+
+def test_a_turbo_models_own_scheduler_makes_its_picture_in_one_step_without_guidance(
+    pool: LocalPool, directory: Path, tmp_path: Path
+) -> None:
+    """As published: Euler's ancestral steps, trailing, and one or a few of them."""
+    turbo = tmp_path / "turbo"
+    shutil.copytree(directory, turbo)
+    index = json.loads((turbo / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "EulerAncestralDiscreteScheduler"]
+    (turbo / "model_index.json").write_text(json.dumps(index))
+    pipeline = load_whole(turbo)  # with the scheduler that diffusers finds for itself
+    assert isinstance(pipeline.scheduler, diffusers.EulerAncestralDiscreteScheduler)
+    client = pool.connect()
+    maker = ImageMaker(turbo, client)
+    for steps in (1, 3):
+        settings = dataclasses.replace(EXACT, steps=steps, guidance=0.0)
+        images = pipeline(
+            PROMPT, num_inference_steps=steps, guidance_scale=0.0,
+            generator=[torch.Generator().manual_seed(settings.seed)],
+        ).images  # fmt: skip
+        assert difference(maker.make(settings), images) == 0
+        assert maker.stats.calls == steps
+    words = r"own \(EulerAncestralDisc.*take euler, ddim, dpm\+\+2m, or leave"
+    with pytest.raises(SettingsError, match=words):
+        maker.make(dataclasses.replace(EXACT, sync="cloud"))
+    client.close()
+
+
+def test_which_schedulers_a_worker_can_go_on_with(directory: Path) -> None:
+    config = read_scheduler_config(directory)
+    resumed = []
+    for name in NAMES:
+        with contextlib.suppress(SettingsError):
+            check_resumable(config, name)
+            resumed.append(name)
+    assert resumed == [OWN, "euler", "ddim", "dpm++2m", "euler-karras", "dpm++2m-karras"]
+    with pytest.raises(CheckpointError, match=r"own scheduler is FlowMatch.*--scheduler euler, "):
+        make_scheduler({"_class_name": "FlowMatchEulerDiscreteScheduler"}, OWN, 4)
+    scheduler = make_scheduler(config, "dpm++2m", 4)
+    with pytest.raises(ProtocolError, match="remembers 2 outputs; step 1 needs at most 1"):
+        go_to(scheduler, 1, [torch.zeros(1), torch.zeros(1)])
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +283,7 @@ def test_a_narrow_sdxl_base_equals_diffusers(narrow_sdxl: Path) -> None:
 
 @pytest.mark.parametrize(
     ("way", "scheduler"),
-    [("unet-edge", "euler"), ("inner", "dpm++2m"), *(("unet-cloud", name) for name in SCHEDULERS)],
+    [("unet-edge", "euler"), ("inner", "dpm++2m"), *(("unet-cloud", name) for name in KEPT)],
 )
 def test_the_serving_worker_is_killed_at_a_random_step(
     pool: LocalPool, makers: Makers, way: str, scheduler: str
@@ -279,7 +348,7 @@ def test_the_end_of_an_image_frees_the_store_when_only_a_text_worker_is_left(
         assert count_records(store) == 0
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", KEPT)
 def test_cloud_sync_sends_nothing_up_after_the_first_step(makers: Makers, scheduler: str) -> None:
     """If the worker's scheduler went wrong the edge would send its latents, and nobody notice."""
     maker = makers["unet"]
@@ -370,7 +439,7 @@ def test_sessions_of_several_sizes_do_not_mix(
         ({"width": -8}, "the width is -8"),
         ({"count": 0}, "the number of images is 0"),
         ({"prompt": " "}, "the prompt is empty"),
-        ({"scheduler": "magic"}, "scheduler 'magic' is unknown; known are euler, ddim"),
+        ({"scheduler": "magic"}, "scheduler 'magic' is unknown; known are own, euler"),
         ({"codec_up": "int9"}, "codec 'int9' is unknown"),
         ({"cut": "inner", "sync": "cloud"}, "sync cloud goes with cut unet"),
         ({"reuse": 2}, "reuse goes with cut inner"),

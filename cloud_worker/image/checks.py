@@ -15,7 +15,7 @@ from cloud_worker.image.stage import CONDITIONING, HISTORY
 from cloud_worker.state.blobs import LATENTS
 from common.codecs.lambda_split import PREFIX
 from common.codecs.spec import parse_codec
-from common.diffusion.schedulers import SCHEDULERS, describe_scheduler
+from common.diffusion.schedulers import check_resumable, describe_scheduler
 from common.diffusion.shapes import INNER, WHOLE, ConditioningSizes, boundary_channels
 from common.diffusion.tensors import check_image_codec
 from common.errors import ProtocolError, SettingsError
@@ -76,8 +76,7 @@ class ImageChecks:
         if opening.route != [WHOLE]:
             raise ProtocolError("only sessions of the whole UNet may leave latents to a worker")
         name = opening.scheduler.split(" ")[0]
-        if name not in SCHEDULERS:
-            raise SettingsError(f"scheduler {name!r} is unknown; known are {', '.join(SCHEDULERS)}")
+        check_resumable(self._scheduler_config, name)
         if opening.latents_dtype not in LATENTS_DTYPES:
             raise ProtocolError(f"latents of {opening.latents_dtype!r} are unknown")
         ours = describe_scheduler(self._scheduler_config, name)

@@ -182,6 +182,7 @@ def make_with_progress(
     with progress_bar(settings.steps, "steps", is_shown=is_shown) as bar:
 
         def on_step(progress: Progress) -> None:
+            bar.length = progress.steps  # some schedulers take more steps than they were asked for
             bar.update(1)
             if preview_every and progress.step % preview_every == 0:
                 previews = maker.decode(progress.latents)

@@ -11,6 +11,7 @@ import click
 
 from common.console.option_types import COUNT, SEED
 from common.console.options import group_options, image_part_option
+from common.diffusion.schedulers import KARRAS, NAMES, OWN, SCHEDULERS
 from common.errors import SettingsError
 from edge_agent.commands.prompts import check_text
 
@@ -76,10 +77,11 @@ picture_options = group_options(
     click.option("--count", default=1, show_default=True, type=COUNT, help="Images made at once."),
     click.option(
         "--scheduler",
-        default="euler",
-        show_default=True,
-        type=click.Choice(["euler", "ddim", "dpm++2m"]),
-        help="How a step follows from the noise.",
+        default=OWN,
+        type=click.Choice(NAMES),
+        metavar="NAME",
+        help=f"How a step follows from the noise: {', '.join(SCHEDULERS)}; many also with "
+        f"{KARRAS}.  [default: the model's own]",
     ),
     image_part_option("cut", default="unet", more="."),
     click.option(

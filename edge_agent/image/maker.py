@@ -14,7 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.diffusion.schedulers import describe_scheduler, make_scheduler, read_scheduler_config
+from common.diffusion.schedulers import (
+    OWN,
+    check_resumable,
+    describe_scheduler,
+    make_scheduler,
+    read_scheduler_config,
+)
 from common.diffusion.shapes import INNER, OUTER, WHOLE
 from common.diffusion.tensors import check_image_codec
 from common.diffusion.unet import load_unet, open_unet
@@ -47,7 +53,7 @@ class ImageSettings:
     height: int | None = None
     width: int | None = None
     count: int = 1
-    scheduler: str = "euler"
+    scheduler: str = OWN
     cut: str = WHOLE
     sync: str = "edge"  # whether edge or cloud keeps the latents; only with cut unet
     codec_up: str = "int8"
@@ -165,7 +171,7 @@ class ImageMaker:
                     directory / "tokenizer_2", **own
                 ),
                 unet=self.unet,
-                scheduler=make_scheduler(self._scheduler_config, "euler", 1),
+                scheduler=make_scheduler(self._scheduler_config, "ddim", 1),
                 add_watermarker=False,
                 **_read_flags(directory),
             )
@@ -201,8 +207,15 @@ class ImageMaker:
         settings.check()
         if settings.cut != self._cut:
             raise SettingsError(f"this maker was loaded for cut {self._cut}, not {settings.cut}")
+        if settings.sync == "cloud":
+            check_resumable(self._scheduler_config, settings.scheduler)
         scheduler = make_scheduler(self._scheduler_config, settings.scheduler, settings.steps)
         timesteps = [float(time) for time in scheduler.timesteps]
+        if len(timesteps) > MAX_TIMESTEPS:
+            raise SettingsError(
+                f"scheduler {settings.scheduler} takes {len(timesteps)} steps for "
+                f"{settings.steps}; at most {MAX_TIMESTEPS}"
+            )
         opening = ImageOpening(
             model=self._fingerprint,
             route=[settings.cut],
@@ -220,7 +233,7 @@ class ImageMaker:
         self.unet.begin(opening, settings.codec_up, settings.codec_down, settings.reuse, scheduler)
 
         def after_step(_: Any, index: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
-            on_step(Progress(index + 1, settings.steps, values["latents"]))
+            on_step(Progress(index + 1, len(timesteps), values["latents"]))
             return values
 
         started_at = time.monotonic()
@@ -247,6 +260,9 @@ class ImageMaker:
         """Latents (B, 4, h, w) to pictures: for previews."""
         vae = self._pipeline.vae
         scaled = latents.to(vae.dtype) / vae.config.scaling_factor
+        mean, spread = vae.config.latents_mean, vae.config.latents_std
+        if mean is not None and spread is not None:
+            scaled = scaled * _per_channel(spread, scaled) + _per_channel(mean, scaled)
         decoded = vae.decode(scaled, return_dict=False)[0]
         pictures: list[Image.Image] = self._pipeline.image_processor.postprocess(decoded)
         return pictures
@@ -262,6 +278,10 @@ class _Config(dict[str, Any]):
             if name.startswith("__"):
                 raise AttributeError(name) from None
             return None
+
+
+def _per_channel(values: list[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
 
 
 def _read_flags(directory: Path) -> dict[str, bool]:

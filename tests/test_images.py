@@ -190,7 +190,7 @@ def test_the_edge_has_any_scheduler_of_diffusers(
     settings = dataclasses.replace(EXACT, steps=3, scheduler=name)
     assert difference(makers.make(settings), reference(whole, directory, settings)) == 0
     class_name, _ = find_class(read_scheduler_config(directory), name)
-    assert type(makers["unet"]._pipeline.scheduler).__name__ == class_name
+    assert type(makers["unet"]._pipelines.from_text.scheduler).__name__ == class_name
 
 
 def test_a_turbo_models_own_scheduler_makes_its_picture_in_one_step_without_guidance(

@@ -28,6 +28,8 @@ USUAL_WIDTH = 80
 
 
 class Bar(Protocol):
+    length: int | None
+
     def update(self, n_steps: int) -> None:
         """So many more parts are done."""
 

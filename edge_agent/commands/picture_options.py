@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -16,6 +17,8 @@ from common.errors import SettingsError
 from edge_agent.commands.prompts import check_text
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from edge_agent.image.maker import ImageSettings
 
 MAX_SIDE = 8192  # of a picture in pixels; workers take no larger latents
@@ -36,6 +39,8 @@ class Picture:
     sync: str
     codec: str
     reuse: int
+    init_image: Path | None
+    strength: float
 
     def read_settings(self, prompt: str) -> ImageSettings:
         """For a picture of `prompt`. Raises SettingsError, which names what is out of range."""
@@ -47,9 +52,17 @@ class Picture:
         settings = ImageSettings(
             prompt, self.negative, self.steps, self.guidance, seed, height, width,
             self.count, self.scheduler, self.cut, self.sync, self.codec, self.codec, self.reuse,
+            self._read_init_image(), self.strength,
         )  # fmt: skip
         settings.check()
         return settings
+
+    def _read_init_image(self) -> Image | None:
+        from edge_agent.image.init_picture import read_picture
+
+        if self.init_image is None:
+            return None
+        return read_picture(self.init_image, f"--init-image {self.init_image}")
 
     def warn_of_negative(self) -> None:
         """Say that --negative does nothing, if it does."""
@@ -99,6 +112,18 @@ picture_options = group_options(
         show_default=True,
         type=COUNT,
         help="Ask the pool every so many steps only, with --image-part inner.",
+    ),
+    click.option(
+        "--init-image",
+        type=click.Path(path_type=Path),
+        help="A picture to begin with; --size is what it is made to fit.",
+    ),
+    click.option(
+        "--strength",
+        default=0.3,
+        show_default=True,
+        type=click.FloatRange(0, 1, min_open=True),
+        help="How much of the steps is done on --init-image: 1 leaves nothing of it.",
     ),
 )
 

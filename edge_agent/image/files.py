@@ -11,6 +11,7 @@ from PIL.Image import Image
 from PIL.PngImagePlugin import PngInfo
 
 from common.errors import SettingsError
+from edge_agent.image.init_picture import digest_picture
 from edge_agent.image.maker import ImageSettings
 
 KEY = "midspan"  # of the text in a PNG: a JSON object
@@ -32,7 +33,15 @@ def describe_picture(
         "codec_up": settings.codec_up,
         "codec_down": settings.codec_down,
         "reuse": settings.reuse,
+        **describe_init_image(settings),
     }
+
+
+def describe_init_image(settings: ImageSettings) -> dict[str, Any]:
+    """What a picture began with, if it was not noise alone: a digest says whether it is at hand."""
+    if settings.init_image is None:
+        return {}
+    return {"init_image": digest_picture(settings.init_image), "strength": settings.strength}
 
 
 def save_pictures(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,21 +23,17 @@ from common.diffusion.schedulers import (
 from common.diffusion.shapes import INNER, OUTER, WHOLE
 from common.diffusion.tensors import check_image_codec
 from common.diffusion.unet import load_unet, open_unet
-from common.errors import CheckpointError, SettingsError
+from common.errors import SettingsError
 from common.protocol.messages import MAX_TIMESTEPS, ImageOpening
 from common.security.sealing import draw_key, seal
 from common.weights.loading import check_device, parse_dtype
-from common.weights.model_files import check_plain_files, read_json
 from edge_agent.engine.client import BrokerClient
+from edge_agent.image.init_picture import SIDE_MULTIPLE, fit_picture
+from edge_agent.image.pipelines import Pipelines
 from edge_agent.image.remote_unet import ImageStats, RemoteUNet, Travelled, list_codecs
 
-SIDE_MULTIPLE = 8  # the pipeline's own rule
 MAX_COUNT = 16
 MAX_GUIDANCE = 1000
-
-# transformers changes its classes while it loads a model: two at once leave them changed, and what
-# is loaded afterwards has weights untied that belong together
-LOADING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +54,21 @@ class ImageSettings:
     codec_up: str = "int8"
     codec_down: str = "int8"
     reuse: int = 1  # ask the pool every so many steps; only with cut inner
+    init_image: Image.Image | None = None  # what the picture begins with
+    strength: float = 0.3  # how much of the steps is done anew, with an init image
 
     @property
     def seeds(self) -> list[int]:
         """Of each image: it is the one that its seed gives alone."""
         each = [self.seed + index for index in range(self.count)]
         return [seed - 2**64 if seed >= 2**64 else seed for seed in each]
+
+    @property
+    def skipped(self) -> int:
+        """Steps that are not made, because the picture does not begin with noise alone."""
+        if self.init_image is None:
+            return 0
+        return max(self.steps - min(int(self.steps * self.strength), self.steps), 0)
 
     def check(self) -> None:
         """Raises SettingsError, which names what is wrong."""
@@ -74,6 +78,13 @@ class ImageSettings:
             raise SettingsError(f"the number of steps is {self.steps}; expected 1 or more")
         if self.steps > MAX_TIMESTEPS:
             raise SettingsError(f"the number of steps is {self.steps}; at most {MAX_TIMESTEPS}")
+        if not 0 < self.strength <= 1:
+            raise SettingsError(f"the strength is {self.strength}; expected 0 to 1, but not 0")
+        if self.skipped == self.steps:
+            raise SettingsError(
+                f"the strength is {self.strength}, which leaves none of {self.steps} steps; "
+                f"expected {1 / self.steps:.2g} or more"
+            )
         if not math.isfinite(self.guidance) or abs(self.guidance) > MAX_GUIDANCE:
             raise SettingsError(f"the guidance is {self.guidance}; expected at most {MAX_GUIDANCE}")
         if not -(2**63) <= self.seed < 2**64:
@@ -137,49 +148,9 @@ class ImageMaker:
         config = _Config(checkpoint.config_json)
         self.unet = RemoteUNet(client, config, outer, self._torch_dtype, self._device, deadline_s)
         checkpoint.close()
-        with LOADING:
-            self._pipeline = self._load_pipeline(directory)
-
-    def _load_pipeline(self, directory: Path) -> Any:
-        import diffusers
-        import transformers
-        from diffusers import AutoencoderKL, StableDiffusionXLPipeline
-
-        diffusers.utils.logging.set_verbosity_error()
-        diffusers.utils.logging.disable_progress_bar()
-        loading: dict[str, Any] = {"torch_dtype": self._torch_dtype, "local_files_only": True}
-        own: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-        texts = own | {"dtype": self._torch_dtype}
-        for part in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
-            check_plain_files(directory / part)
-        try:
-            pipeline = StableDiffusionXLPipeline(
-                # the other way empties modules of other threads meanwhile, where accelerate is
-                vae=AutoencoderKL.from_pretrained(
-                    directory / "vae", low_cpu_mem_usage=False, **loading
-                ),
-                text_encoder=transformers.CLIPTextModel.from_pretrained(
-                    directory / "text_encoder", **texts
-                ),
-                text_encoder_2=transformers.CLIPTextModelWithProjection.from_pretrained(
-                    directory / "text_encoder_2", **texts
-                ),
-                tokenizer=transformers.CLIPTokenizer.from_pretrained(
-                    directory / "tokenizer", **own
-                ),
-                tokenizer_2=transformers.CLIPTokenizer.from_pretrained(
-                    directory / "tokenizer_2", **own
-                ),
-                unet=self.unet,
-                scheduler=make_scheduler(self._scheduler_config, "ddim", 1),
-                add_watermarker=False,
-                **_read_flags(directory),
-            )
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{directory} cannot be loaded: {error}") from error
-        pipeline.to(self._device)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        self._pipelines = Pipelines(
+            directory, self.unet, self._scheduler_config, self._torch_dtype, self._device
+        )
 
     @property
     def stats(self) -> ImageStats:
@@ -187,7 +158,7 @@ class ImageMaker:
 
     def find_cut_off(self, text: str) -> str:
         """The end of a prompt that the text encoders will not see, or nothing."""
-        tokenizer = self._pipeline.tokenizer
+        tokenizer = self._pipelines.tokenizer
         ids = tokenizer(text, truncation=False, verbose=False).input_ids
         beyond = ids[tokenizer.model_max_length - 1 : -1]
         return str(tokenizer.decode(beyond)).strip() if beyond else ""
@@ -195,7 +166,7 @@ class ImageMaker:
     @property
     def max_prompt_tokens(self) -> int:
         """Of a prompt, with the two tokens around it."""
-        return int(self._pipeline.tokenizer.model_max_length)
+        return int(self._pipelines.tokenizer.model_max_length)
 
     def make(
         self,
@@ -207,9 +178,11 @@ class ImageMaker:
         settings.check()
         if settings.cut != self._cut:
             raise SettingsError(f"this maker was loaded for cut {self._cut}, not {settings.cut}")
+        pipeline, begins_with = self._pick_pipeline(settings)
         if settings.sync == "cloud":
             check_resumable(self._scheduler_config, settings.scheduler)
         scheduler = make_scheduler(self._scheduler_config, settings.scheduler, settings.steps)
+        first = settings.skipped * scheduler.order
         timesteps = [float(time) for time in scheduler.timesteps]
         if len(timesteps) > MAX_TIMESTEPS:
             raise SettingsError(
@@ -228,26 +201,27 @@ class ImageMaker:
             latents_dtype=str(self._torch_dtype).removeprefix("torch."),
             sealed_key=seal(draw_key(), self._pool_key) if self._pool_key else b"",
         )
-        self._pipeline.scheduler = scheduler
+        pipeline.scheduler = scheduler
         self.unet.on_travel = on_travel
-        self.unet.begin(opening, settings.codec_up, settings.codec_down, settings.reuse, scheduler)
+        self.unet.begin(
+            opening, settings.codec_up, settings.codec_down, settings.reuse, scheduler, first
+        )
 
         def after_step(_: Any, index: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
-            on_step(Progress(index + 1, len(timesteps), values["latents"]))
+            on_step(Progress(index + 1, len(timesteps) - first, values["latents"]))
             return values
 
         started_at = time.monotonic()
         try:
-            result = self._pipeline(
+            result = pipeline(
                 settings.prompt,
                 negative_prompt=settings.negative_prompt or None,
                 num_inference_steps=settings.steps,
                 guidance_scale=settings.guidance,
-                height=settings.height,
-                width=settings.width,
                 num_images_per_prompt=settings.count,
                 generator=[torch.Generator().manual_seed(seed) for seed in settings.seeds],
                 callback_on_step_end=after_step,
+                **begins_with,
             )
         finally:
             self.unet.end()
@@ -255,16 +229,27 @@ class ImageMaker:
         images: list[Image.Image] = result.images
         return images
 
+    def _pick_pipeline(self, settings: ImageSettings) -> tuple[Any, dict[str, Any]]:
+        """The one that makes this picture, and what else it is told."""
+        pipelines, picture = self._pipelines, settings.init_image
+        if picture is not None:
+            fitted = fit_picture(picture, settings.width, settings.height)
+            return pipelines.from_picture, {"image": fitted, "strength": settings.strength}
+        if pipelines.are_scored:
+            raise SettingsError("a refiner makes a picture of another one; expected an init image")
+        return pipelines.from_text, {"height": settings.height, "width": settings.width}
+
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Latents (B, 4, h, w) to pictures: for previews."""
-        vae = self._pipeline.vae
+        vae = self._pipelines.vae
         scaled = latents.to(vae.dtype) / vae.config.scaling_factor
         mean, spread = vae.config.latents_mean, vae.config.latents_std
         if mean is not None and spread is not None:
             scaled = scaled * _per_channel(spread, scaled) + _per_channel(mean, scaled)
         decoded = vae.decode(scaled, return_dict=False)[0]
-        pictures: list[Image.Image] = self._pipeline.image_processor.postprocess(decoded)
+        processor = self._pipelines.from_picture.image_processor
+        pictures: list[Image.Image] = processor.postprocess(decoded)
         return pictures
 
 
@@ -282,9 +267,3 @@ class _Config(dict[str, Any]):
 
 def _per_channel(values: list[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
-
-
-def _read_flags(directory: Path) -> dict[str, bool]:
-    index = read_json(directory / "model_index.json")
-    name = "force_zeros_for_empty_prompt"
-    return {name: bool(index[name])} if name in index else {}

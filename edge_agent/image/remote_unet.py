@@ -96,9 +96,15 @@ class RemoteUNet(nn.Module):
         self._scheduler: Any = None
 
     def begin(
-        self, opening: ImageOpening, codec_up: str, codec_down: str, reuse: int, scheduler: Any
+        self,
+        opening: ImageOpening,
+        codec_up: str,
+        codec_down: str,
+        reuse: int,
+        scheduler: Any,
+        first: int = 0,
     ) -> None:
-        """Begin a session; the opening names `list_codecs`."""
+        """Begin a session at its step `first`; the opening names `list_codecs`."""
         self.stats = ImageStats()
         self._opening = opening
         self._asks = SessionAsks(opening, "midspan worker --image-model DIR, of the same weights")
@@ -106,7 +112,8 @@ class RemoteUNet(nn.Module):
         self._reuse = reuse
         self._scheduler = scheduler
         self._raw_latents: Tensor | None = None
-        self._position = 0
+        self._position = first
+        self._until_asked = 0  # steps
         self._deep: Tensor | None = None
         self._started = self._client.bytes_up, self._client.bytes_down
         if opening.keeps_latents:
@@ -139,6 +146,7 @@ class RemoteUNet(nn.Module):
     ) -> tuple[Tensor]:
         """The noise in `sample` (n, 4, h, w), as UNet2DConditionModel.forward gives it."""
         assert self._asks is not None, "begin was not called"
+        sample = sample.contiguous()  # as it will be at the worker, so that parts add alike
         conditioning = Conditioning(
             encoder_hidden_states, added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"]
         )
@@ -166,11 +174,13 @@ class RemoteUNet(nn.Module):
     ) -> Tensor:
         (outer,) = self._outer
         boundary, state = outer.run_before(sample, timestep, conditioning)
-        if position % self._reuse == 0 or self._deep is None:
+        if self._until_asked == 0 or self._deep is None:
             channels = boundary_channels(self.config)[1]
             shape = (len(boundary), channels, *boundary.shape[2:])
             deep = self._ask(position, {BOUNDARY: boundary}, conditioning, shape)
             self._deep = deep.to(outer.device, outer.dtype)
+            self._until_asked = self._reuse
+        self._until_asked -= 1
         return outer.run_after(self._deep, state)
 
     # --- asking the pool

@@ -125,7 +125,7 @@ class Book:
         wanted = _read_spans(opening.route)
         if not wanted:
             return []
-        middle = Span(wanted[0].first, wanted[-1].last)
+        middle = Span(wanted[0].first, *wanted[-1].stop)
         routes = [find_route(spans, middle) for _, spans in sorted(served.items())]
         shortest = min((route for route in routes if route), key=len, default=[])
         return [str(span) for span in shortest] if len(shortest) <= MAX_HOPS else []

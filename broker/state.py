@@ -26,8 +26,6 @@ one is alive; a session belongs to the edge, by its key, that opened it.
 
 from __future__ import annotations
 
-import itertools
-
 from msgspec import structs
 
 from broker.actions import (
@@ -83,6 +81,7 @@ from common.settings import (
     MAX_SESSIONS_PER_EDGE,
     MAX_STEP_ROWS,
 )
+from common.spans.cut import are_joined, read_span
 
 SESSION_MEMORY_S = 600.0  # how long the warm worker of a silent session is remembered
 BUSY_RETRY_MS = 200
@@ -640,6 +639,5 @@ def _why_wrong(step: Step, opening: AnyOpening) -> str:
 
 def _is_in_a_row(route: list[str]) -> bool:
     """Whether each span begins where the one before ends; a worker keeps one KV for each."""
-    bounds = [tuple(map(int, part.split("-"))) for part in route]
-    joined = all(a[1] == b[0] for a, b in itertools.pairwise(bounds))
-    return joined and all(first < last for first, last in bounds)
+    spans = [read_span(part) for part in route]
+    return are_joined(spans) and all(span.first < span.last for span in spans)

@@ -96,8 +96,9 @@ def load_text_service(
     dtype, device = parse_dtype(settings.dtype), check_device(settings.device)
     packs = check_twin(config)
     model = load_span(
-        checkpoint, span, dtype, device, packs=packs, resident=settings.resident_layers
-    )
+        checkpoint, span, dtype, device, "tail" if span.with_end else "middle",
+        packs=packs, resident=settings.resident_layers,
+    )  # fmt: skip
     service = Service(
         checkpoint.fingerprint(), checkpoint.name, str(span), model.hidden, settings.dtype
     )

@@ -60,7 +60,7 @@ def demo(prompt: str, seed: int, max_new_tokens: int, image_file: Path) -> None:
         directory = find_model(None)
         ends, tokenizer = load_ends(directory), TextTokenizer(directory)
         click.echo(
-            f"Ready. Layers 0-{ends.cut.begin} and {ends.cut.end}-{ends.tail.span.last} of "
+            f"Ready. Layers 0-{ends.cut.begin} and {ends.cut.end}-{ends.layers} of "
             f"{ends.name} run here, layers {ends.cut.middle} in the pool.\n"
         )
 

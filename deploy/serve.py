@@ -191,7 +191,7 @@ def serve(
             settings = PoolSettings(
                 workers=least,
                 model=model_name or DEMO_TEXT_MODEL,
-                span=f"{ends.cut.begin}-{ends.cut.end}",
+                span=str(ends.cut.middle),
                 image_model=image_model,
                 dtype=dtype,
                 threads=share,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from evaluation.options import json_option
 from evaluation.placement import Layers, Placement, place
 
 if TYPE_CHECKING:
+    from common.spans.cut import Span
     from common.weights.needs import ModelNeeds
 
 MIB = 1 << 20
@@ -37,8 +38,7 @@ class Planned:
     directory: Path
     name: str
     needs: ModelNeeds
-    first: int
-    last: int
+    middle: Span
 
 
 @click.command()
@@ -112,18 +112,19 @@ def read_model(name: str, span_text: str | None, dtype: str) -> Planned:
     cut = parse_cut(span_text, config.num_hidden_layers)
     check_twin(config)
     needs = measure_needs(checkpoint, parse_dtype(dtype))
-    return Planned(directory, checkpoint.name, needs, cut.begin, cut.end)
+    return Planned(directory, checkpoint.name, needs, cut.middle)
 
 
 def layers_of(model: Planned, kv_tokens: int) -> Layers:
     """What each layer of the middle takes, with KV. Raises CheckpointError if that is unknown."""
     each = []
-    for index in range(model.first, model.last):
+    for index in range(model.middle.first, model.middle.last):
         kept = model.needs.kv_bytes[index]
         if kept is None:
             raise CheckpointError(f"{model.name} does not say what its layer {index} keeps")
         each.append(model.needs.weight_bytes[index] + kept * kv_tokens)
-    return Layers(model.name, model.first, each)
+    each[-1] += model.needs.behind * model.middle.with_end
+    return Layers(model.name, model.middle.first, each)
 
 
 def describe_plan(
@@ -137,15 +138,17 @@ def describe_plan(
     workers = []
     for part in placed:
         model = models[part.model]
-        needs = model.needs.of(part.span)
+        is_last = part.span.last == model.middle.last
+        span = replace(part.span, with_end=is_last and model.middle.with_end)
+        needs = model.needs.of(span)
         kv_bytes = (needs.kv_bytes or 0) * kv_tokens
-        command = ["midspan", "worker", "--model", str(model.directory), "--span", str(part.span),
+        command = ["midspan", "worker", "--model", str(model.directory), "--span", str(span),
                    "--dtype", dtype, "--cache-mb", str(max(1, -(-kv_bytes // MIB)))]  # fmt: skip
         workers.append(
             {
                 "device": part.device,
                 "model": part.model,
-                "span": str(part.span),
+                "span": str(span),
                 "weight_bytes": needs.weight_bytes,
                 "kv_bytes": kv_bytes,
                 "bytes": part.layer_bytes + WORKER_BYTES,

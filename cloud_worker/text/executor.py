@@ -19,6 +19,8 @@ from common.protocol.messages import BOUNDARY
 from common.spans.attention import Segment
 from common.spans.span_model import SpanModel
 
+MOST_LOGIT_BYTES = 64 << 20  # in float32, of one answer
+
 
 class TextExecutor:
     """Runs the middle layers of one model for steps of several sessions at once."""
@@ -48,13 +50,9 @@ class TextExecutor:
         if self._context is not None and step.end > self._context:
             raise ProtocolError(f"step ends at row {step.end}; the context has {self._context}")
         self._check_calibration(task)
+        self._check_reply(task)
         if max(step.reply_codec, *(part.codec for part in step.parts)) >= len(opening.codecs):
             raise ProtocolError(f"step names a codec beyond the {len(opening.codecs)} it opened")
-        if self._codec(task.reply_codec, "down").needs_uplink and len(opening.route) > 1:
-            raise ProtocolError(
-                f"codec {task.reply_codec} builds on what the edge sent, which the last of several "
-                "parts does not see"
-            )
         for part in step.parts:
             if part.name != BOUNDARY or len(part.shape) != 1 or not part.shape[0]:
                 raise ProtocolError(f"step has a part {part.name!r} {part.shape}; expected rows")
@@ -63,6 +61,28 @@ class TextExecutor:
         announced = sum(part.body_bytes for part in step.parts)
         if len(task.body) != announced:
             raise ProtocolError(f"body has {len(task.body)} bytes; its parts need {announced}")
+
+    def _check_reply(self, task: Task) -> None:
+        """Raise ProtocolError for an answer that this part of a model cannot give."""
+        codec = self._codec(task.reply_codec, "down")
+        if codec.needs_uplink and len(task.opening.route) > 1:
+            raise ProtocolError(
+                f"codec {task.reply_codec} builds on what the edge sent, which the last of several "
+                "parts does not see"
+            )
+        if not self.model.gives_logits:
+            if codec.spec.kind == "top":
+                raise ProtocolError(f"codec {task.reply_codec} is for logits; this part has none")
+            return
+        if not task.is_last:
+            raise ProtocolError(f"part {task.part} gives logits, so none can come after it")
+        if codec.spec.needs_calibration:
+            raise ProtocolError(f"codec {task.reply_codec} is for boundary rows, not for logits")
+        if task.reply_rows * self.model.reply_width * 4 > MOST_LOGIT_BYTES:
+            raise ProtocolError(
+                f"step wants the logits of {task.reply_rows} rows; at most "
+                f"{MOST_LOGIT_BYTES // (4 * self.model.reply_width)} come at once"
+            )
 
     def _check_calibration(self, task: Task) -> None:
         ours = self._calibration.fingerprint if self._calibration else "none"
@@ -83,8 +103,15 @@ class TextExecutor:
         uplinks = self._decode_all([task for task, _ in batch])
         segments = [Segment(stage.kv, task.step.position, task.step.rows) for task, stage in batch]
         rows = uplinks[0] if len(uplinks) == 1 else torch.cat(uplinks)
-        results = self.model.run(rows.to(self.model.device, self.model.dtype), segments)
-        return self._encode_all([task for task, _ in batch], uplinks, results)
+        tasks = [task for task, _ in batch]
+        rows = rows.to(self.model.device, self.model.dtype)
+        wanted = [task.reply_rows for task in tasks]
+        if self.model.gives_logits:
+            downs = torch.split(self.model.chosen_logits(rows, segments, wanted).float(), wanted)
+        else:
+            results = torch.split(self.model.run(rows, segments), [s.rows for s in segments])
+            downs = tuple(r[len(r) - n :] for r, n in zip(results, wanted, strict=True))
+        return self._encode_all(tasks, uplinks, downs)
 
     def _decode_all(self, tasks: Sequence[Task]) -> list[Tensor]:
         """The boundary rows of each step; those of single rows in one go for each codec."""
@@ -103,24 +130,18 @@ class TextExecutor:
         return [rows for rows in decoded if rows is not None]
 
     def _encode_all(
-        self, tasks: Sequence[Task], uplinks: Sequence[Tensor], results: Tensor
+        self, tasks: Sequence[Task], uplinks: Sequence[Tensor], downs: Sequence[Tensor]
     ) -> list[bytes]:
-        """The body of each reply; those of single rows in one go for each codec."""
+        """The body of each reply, of its rows; those of single rows in one go for each codec."""
         bodies: list[bytes] = [b""] * len(tasks)
         singles: dict[Codec, list[int]] = {}
-        downs: list[Tensor] = []
-        ups: list[Tensor] = []
-        at = 0
-        for index, (task, uplink) in enumerate(zip(tasks, uplinks, strict=True)):
-            at += task.step.rows
-            wanted = task.reply_rows
+        ups = [uplink[len(uplink) - len(d) :] for uplink, d in zip(uplinks, downs, strict=True)]
+        for index, task in enumerate(tasks):
             codec = self._codec(task.reply_codec, "down")
-            downs.append(results[at - wanted : at])
-            ups.append(uplink[len(uplink) - wanted :])
-            if wanted == 1:
+            if len(downs[index]) == 1:
                 singles.setdefault(codec, []).append(index)
             else:
-                bodies[index] = codec.encode(downs[-1], ups[-1])
+                bodies[index] = codec.encode(downs[index], ups[index])
         for codec, indices in singles.items():
             rows, own = (torch.cat([parts[i] for i in indices]) for parts in (downs, ups))
             for index, body in zip(indices, codec.encode_each(rows, own), strict=True):

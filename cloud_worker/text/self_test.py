@@ -37,5 +37,5 @@ def compute_test_rows(executor: TextExecutor, service: Service) -> bytes:
     (reply,) = executor.run([(task, stage)])
     if isinstance(reply, str):
         raise MidspanError(f"this worker cannot compute its own test step: {reply}")
-    make_codec(CODEC, "down").decode(reply, ROWS, hidden)
+    make_codec(CODEC, "down").decode(reply, ROWS, executor.model.reply_width)
     return kv.read_bytes(0, ROWS)

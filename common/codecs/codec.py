@@ -35,6 +35,7 @@ from common.errors import NonFiniteError, ProtocolError, SettingsError
 
 CAST_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ZSTD_LEVEL = 3
+NO_CHANCE = -1e30  # the logit of a token that `topK` has left out
 RAW, COMPRESSED = b"\x00", b"\x01"
 
 
@@ -68,6 +69,8 @@ class Codec:
         rows = rows.detach().cpu()
         if self.spec.kind == "cast":
             body = self._encode_cast(rows)
+        elif self.spec.kind == "top":
+            body = self._encode_top(rows.float())
         else:
             values = self._before_quantizing(rows.float(), uplink)
             if not _is_finite(values):
@@ -94,6 +97,8 @@ class Codec:
             return torch.empty(0, hidden, dtype=dtype)
         if self.spec.kind == "cast":
             decoded = _from_buffer(data, CAST_DTYPES[self.spec.exponent]).view(rows, hidden)
+        elif self.spec.kind == "top":
+            decoded = self._decode_top(data, rows, hidden)
         else:
             decoded = self._after_quantizing(self._dequantize(data, rows, hidden), uplink)
         if not _is_finite(decoded):
@@ -104,7 +109,9 @@ class Codec:
     def _has_separate_rows(self) -> bool:
         """And no product of matrices, whose last bits may depend on how many rows there are."""
         spec = self.spec
-        if spec.zstd or spec.hadamard or spec.kind == "fisher" or self._predictor is not None:
+        if spec.zstd or spec.hadamard or self._predictor is not None:
+            return False
+        if spec.kind in ("fisher", "top"):
             return False
         return spec.kind == "cast" or has_separate_rows(spec)
 
@@ -152,6 +159,8 @@ class Codec:
             return 0
         if spec.kind == "cast":
             return rows * hidden * CAST_DTYPES[spec.exponent].itemsize
+        if spec.kind == "top":
+            return rows * min(spec.count, hidden) * 8
         if spec.kind == "fisher":
             return None
         if spec.low_bits:
@@ -191,6 +200,21 @@ class Codec:
                 raise NonFiniteError(f"{self.name} cannot hold {largest:.4g}, the largest value")
             raise NonFiniteError(self._not_finite())
         return cast.view(torch.uint8).numpy().tobytes()
+
+    def _encode_top(self, rows: Tensor) -> bytes:
+        """Token ids of all rows, int32, then their logits, float32; the largest first."""
+        if not _is_finite(rows):
+            raise NonFiniteError(self._not_finite())
+        values, ids = rows.topk(min(self.spec.count, rows.shape[1]))
+        return ids.to(torch.int32).numpy().tobytes() + values.numpy().tobytes()
+
+    def _decode_top(self, data: memoryview, rows: int, width: int) -> Tensor:
+        half = len(data) // 2
+        ids = _from_buffer(data[:half], torch.int32).view(rows, -1).long()
+        if int(ids.min()) < 0 or int(ids.max()) >= width:
+            raise ProtocolError(f"a {self.name} body names a token beyond the {width} that are")
+        values = _from_buffer(data[half:], torch.float32).view(rows, -1)
+        return torch.full((rows, width), NO_CHANCE).scatter_(1, ids, values)
 
     def _not_finite(self) -> str:
         return f"boundary rows to be sent as {self.name} hold NaN or infinity"

@@ -3,14 +3,15 @@
     NAME   = fp32 | fp16 | bf16 | int8 | compact | smallest | SPEC
     SPEC   = FORMAT [: GRANULARITY] [: sym | affine] {+ OPTION}
     FORMAT = intN (N 1 to 8) | intN/M@F | bool | fp8-e4m3 | fp8-e5m2 | fpE.M
-           | fp32 | fp16 | bf16 | fisherS
+           | fp32 | fp16 | bf16 | fisherS | topK
     GRANULARITY = token | tensor | channel | group:G
     OPTION = norm | hadamardB | predict | zstd
 
 For example `int4:token:affine+hadamard64+predict`. `intN/M@F` gives the fraction F of the rows
 that would lose most N bits and the others M. `fisherS` quantizes in the calibrated Fisher metric,
 with a step that is expected to cost S nats per token, and entropy-codes the result:
-`fisher0.01+predict`. norm, predict and fisher need a calibration.
+`fisher0.01+predict`. norm, predict and fisher need a calibration. `topK` is for logits, which
+workers send that hold the LM head: the K largest as they are, nothing of the others.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ GRANULARITIES = ("token", "tensor", "channel", "group")
 
 @dataclass(frozen=True, slots=True)
 class CodecSpec:
-    """A codec in full. `kind` is cast, float, int or fisher."""
+    """A codec in full. `kind` is cast, float, int, fisher or top."""
 
     name: str  # as typed
     kind: str
@@ -51,6 +52,7 @@ class CodecSpec:
     group: int = 0
     affine: bool = False
     budget: float = 0.0  # of fisher, in nats per token
+    count: int = 0  # of top, values of a row
     norm: bool = False
     hadamard: int = 0  # block size, 0 for none
     predict: bool = False
@@ -102,6 +104,9 @@ def _parse_format(name: str, text: str) -> dict[str, object]:
         if match[2]:
             values |= {"low_bits": int(match[2]), "high_fraction": float(match[3])}
         return values
+    match = re.fullmatch(r"top([1-9][0-9]{0,4})", text)
+    if match:
+        return {"kind": "top", "count": int(match[1])}
     match = re.fullmatch(r"fp([1-8])\.([0-9])", text)
     if match and int(match[1]) + int(match[2]) <= 7:
         return {"kind": "float", "exponent": int(match[1]), "mantissa": int(match[2])}
@@ -130,7 +135,7 @@ def _parse_option(name: str, option: str) -> dict[str, object]:
 def _check(spec: CodecSpec) -> None:
     if spec.kind == "fisher" and (spec.norm or spec.hadamard):
         raise SettingsError(f"codec {spec.name!r}: fisher takes +predict and +zstd only")
-    if spec.kind == "cast" and (spec.needs_calibration or spec.hadamard):
+    if spec.kind in ("cast", "top") and (spec.needs_calibration or spec.hadamard):
         raise SettingsError(f"codec {spec.name!r}: {spec.name.split('+')[0]} takes +zstd only")
     if spec.low_bits and spec.granularity != "token":
         raise SettingsError(f"codec {spec.name!r}: two widths go with token granularity")

@@ -43,7 +43,7 @@ Numbers = Annotated[list[Number], Meta(max_length=MAX_TIMESTEPS)]
 CodecNames = Annotated[list[Text], Meta(min_length=1, max_length=8)]
 Shape = Annotated[list[Count], Meta(min_length=1, max_length=4)]
 MAX_HOPS = 64
-SpanName = Annotated[str, Meta(pattern=r"^\d{1,6}-\d{1,6}$")]
+SpanName = Annotated[str, Meta(pattern=r"^\d{1,6}-\d{1,6}e?$")]
 Route = Annotated[list[SpanName], Meta(min_length=1, max_length=MAX_HOPS)]
 UnetPart = Annotated[str, Meta(pattern=r"^(unet|inner)$")]
 ImageRoute = Annotated[list[UnetPart], Meta(min_length=1, max_length=1)]

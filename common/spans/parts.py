@@ -47,13 +47,16 @@ class Parts:
         first = self.layers[0].last if self.layers and self.layers[0].first == 0 else 0
         behind = self.layers[-1] if self.layers else None
         last = behind.first if behind is not None and behind.last == num_layers else num_layers
-        return Span(first, last) if 0 < last - first < num_layers else None
+        if not 0 < last - first < num_layers:
+            return None
+        return Span(first, last, with_end=not self.ends and last == num_layers)
 
     def only_span(self, num_layers: int) -> Span | None:
         """The layers of a worker with these; None where that is all of them, or no one span."""
         if len(self.layers) != 1 or len(self.layers[0]) == num_layers:
             return None
-        return self.layers[0]
+        span = self.layers[0]
+        return Span(span.first, span.last, with_end=self.ends and not self.begins)
 
 
 def full(num_layers: int) -> Parts:
@@ -64,12 +67,12 @@ def full(num_layers: int) -> Parts:
 def ends_of(cut: Cut, num_layers: int) -> Parts:
     """What a device has of a model that is cut there."""
     spans = (cut.head(), cut.tail(num_layers))
-    return Parts(True, tuple(span for span in spans if len(span)), True)
+    return Parts(True, tuple(span for span in spans if len(span)), cut.has_tail)
 
 
 def middle_of(cut: Cut) -> Parts:
     """What a worker has of it."""
-    return Parts(False, (cut.middle,), False)
+    return Parts(False, (Span(cut.begin, cut.end),), not cut.has_tail)
 
 
 def name_layer(index: int) -> str:

@@ -7,8 +7,9 @@ Letters: T tokens (rows), D width of a row.
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -54,6 +55,8 @@ class SpanModel:
         self.span = span
         self.streamed = streamed  # layers that take turns in memory
         self.hidden = gate.boundary.width
+        self.gives_logits = part == "tail"
+        self.reply_width = causal_lm.config.vocab_size if self.gives_logits else self.hidden
         self.dtype = dtype
         self.device = torch.device(device)
         self.bytes_read = bytes_read  # of what stays, by the tensor's name in the checkpoint
@@ -103,12 +106,32 @@ class SpanModel:
     @torch.inference_mode()
     def last_logits(self, rows: Tensor, segments: Sequence[Segment]) -> Tensor:
         """Tail only: rows of sessions (sum of T, D) to the logits after each one's last, (n, V)."""
+        return self.chosen_logits(rows, segments, [1] * len(segments))
+
+    @torch.inference_mode()
+    def chosen_logits(
+        self, rows: Tensor, segments: Sequence[Segment], wanted: Sequence[int]
+    ) -> Tensor:
+        """Tail only: rows of sessions (sum of T, D) to the logits after some of each, (sum, V).
+
+        `wanted` says of each session after how many of its last rows.
+        """
+        counts = iter(wanted)
         outputs = []
         for part, group in self._by_pass(rows, segments):
-            counts = torch.tensor([segment.rows for segment in group], device=self.device)
-            wanted = counts.cumsum(0) - 1 if len(group) > 1 else 1
-            outputs.append(self._run_tail(part, group, wanted))
+            outputs.append(self._run_tail(part, group, self._choose(group, counts)))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _choose(self, group: Sequence[Segment], counts: Iterator[int]) -> int | Tensor:
+        """Which rows of a pass are wanted: so many of its last, or the indices of all."""
+        wanted = [next(counts) for _ in group]
+        if len(group) == 1 and wanted[0]:
+            return wanted[0]
+        ends = itertools.accumulate(segment.rows for segment in group)
+        indices = [
+            row for end, count in zip(ends, wanted, strict=True) for row in range(end - count, end)
+        ]
+        return torch.tensor(indices, dtype=torch.long, device=self.device)
 
     @torch.inference_mode()
     def logits(self, rows: Tensor, segment: Segment, last: int = 1) -> Tensor:

@@ -53,10 +53,11 @@ class ModelNeeds:
     boundary: int
 
     def of(self, span: Span) -> PartNeeds:
-        """Of some layers alone."""
+        """Of some layers alone, and what lies behind them if that belongs to the span."""
         kept = self.kv_bytes[span.first : span.last]
         kv = None if None in kept else sum(size or 0 for size in kept)
-        return PartNeeds(span, sum(self.weight_bytes[span.first : span.last]), kv)
+        stored = sum(self.weight_bytes[span.first : span.last])
+        return PartNeeds(span, stored + self.behind * span.with_end, kv)
 
     def cut(self, cut: Cut) -> Needs:
         """Of the three parts."""
@@ -64,7 +65,7 @@ class ModelNeeds:
         return Needs(
             replace(head, weight_bytes=head.weight_bytes + self.before),
             self.of(cut.middle),
-            replace(tail, weight_bytes=tail.weight_bytes + self.behind),
+            replace(tail, weight_bytes=tail.weight_bytes + self.behind * cut.has_tail),
             self.boundary,
         )
 

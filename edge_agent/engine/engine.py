@@ -319,7 +319,7 @@ class Engine:
             self._run_rows(
                 decodings,
                 lambda codec, works: torch.split(
-                    codec.decode_each([work.body for work in works], self._ends.hidden), 1
+                    codec.decode_each([work.body for work in works], works[0].width), 1
                 ),
             )
             tails, self._tails = self._tails, []

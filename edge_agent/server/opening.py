@@ -22,7 +22,7 @@ from edge_agent.server.pool_view import PoolView
 from edge_agent.server.text_service import TextService
 from edge_agent.text.ends import ModelEnds
 from edge_agent.text.sampling import read_defaults
-from edge_agent.text.text_session import SessionSettings
+from edge_agent.text.text_session import SessionSettings, settle
 from edge_agent.text.tokenizer import TextTokenizer
 
 KEEP = 16  # conversations between turns
@@ -104,6 +104,8 @@ def describe_model(
     ends: ModelEnds, session: SessionSettings, calibration: Calibration | None
 ) -> dict[str, Any]:
     """What a page shows of the model and of what is sent."""
+    session = settle(session, ends)
+    widths = {"up": ends.hidden, "down": ends.reply_width}
     codecs = {
         "prompt_up": session.prompt_up,
         "prompt_down": session.prompt_down,
@@ -113,14 +115,16 @@ def describe_model(
     return {
         "model": ends.name,
         "fingerprint": ends.fingerprint,
-        "cut": f"{ends.cut.begin}:{ends.cut.end}",
-        "layers": ends.tail.span.last,
+        "cut": str(ends.cut),
+        "layers": ends.layers,
         "hidden": ends.hidden,
         "context": ends.context,
         "vocabulary": ends.vocabulary,
         "codecs": codecs,
         "bits": {
-            way: count_bits(name, way.rpartition("_")[2], ends.hidden, calibration)
+            way: count_bits(
+                name, way.rpartition("_")[2], widths[way.rpartition("_")[2]], calibration
+            )
             for way, name in codecs.items()
         },
     }

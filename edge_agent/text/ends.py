@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from common.errors import CheckpointError
 from common.spans.attention import Segment
 from common.spans.cut import Cut, Span, parse_cut
-from common.spans.kv_rows import KvRows
+from common.spans.kv_rows import KvRows, make_layout
 from common.spans.parts import name_span
 from common.spans.span_model import SpanModel
 from common.spans.twin_check import check_twin
@@ -35,8 +36,14 @@ class ModelEnds:
     vocabulary: int  # token ids are below this
     eos_ids: frozenset[int]
     head: SpanModel
-    tail: SpanModel
+    tail: SpanModel | NoTail
+    layers: int
     route: Sequence[Span] = ()  # that served the middle when the ends were loaded
+
+    @property
+    def reply_width(self) -> int:
+        """Values of a row that the pool answers with: of a boundary row, or logits."""
+        return self.hidden if self.cut.has_tail else self.vocabulary
 
     def new_caches(self) -> EndCaches:
         return EndCaches(self.head.new_kv(), self.tail.new_kv())
@@ -49,10 +56,16 @@ class ModelEnds:
         return list(torch.split(rows, [segment.rows for segment in segments]))
 
     def run_tails(self, batch: Sequence[tuple[Tensor, EndCaches]]) -> list[Scores]:
-        """Boundary rows (T, D) of some sessions to the scores after the last row of each."""
+        """Boundary rows (T, D) of some sessions to the scores after the last row of each.
+
+        Of a model that has its tail in the pool what comes are logits (T, V).
+        """
         segments = [Segment(c.tail, c.tail.length, len(rows)) for rows, c in batch]
         rows = batch[0][0] if len(batch) == 1 else torch.cat([rows for rows, _ in batch])
         logits = self.tail.last_logits(rows.to(self.tail.dtype), segments).float()
+        if not self.cut.has_tail:  # rows of which no logits came are there, too
+            for _, caches in batch:
+                caches.tail.length = caches.head.length
         finite = torch.isfinite(logits.sum(-1)).tolist()  # a fifth of the time of looking at each
         best = logits.argmax(-1).tolist()
         return [Scores(*scores) for scores in zip(logits, best, finite, strict=True)]
@@ -75,6 +88,23 @@ class Scores:
 def scores_of(logits: Tensor) -> Scores:
     """Of logits (vocabulary,), float32."""
     return Scores(logits, int(logits.argmax()), bool(torch.isfinite(logits).all()))
+
+
+class NoTail:
+    """Where the last worker has the LM head: what it answers are logits already."""
+
+    dtype = torch.float32
+
+    def new_kv(self) -> KvRows:
+        return KvRows(make_layout([], self.dtype))
+
+    def last_logits(self, rows: Tensor, segments: Sequence[Segment]) -> Tensor:
+        ends = list(itertools.accumulate(segment.rows for segment in segments))
+        return rows[[end - 1 for end in ends]]
+
+    def logits(self, rows: Tensor, segment: Segment, last: int) -> Tensor:
+        segment.kv.length = segment.end
+        return rows[-last:]
 
 
 @dataclass(slots=True)
@@ -121,11 +151,20 @@ def load_ends(
         vocabulary=config.vocab_size,
         eos_ids=_read_eos_ids(checkpoint, config.eos_token_id),
         head=head,
-        tail=load_span(checkpoint, parsed.tail(num_layers), torch_dtype, part="tail", packs=packs),
+        tail=_load_tail(checkpoint, parsed, num_layers, torch_dtype, packs),
+        layers=num_layers,
         route=route,
     )
     checkpoint.close()
     return ends
+
+
+def _load_tail(
+    checkpoint: Checkpoint, cut: Cut, num_layers: int, dtype: torch.dtype, packs: bool
+) -> SpanModel | NoTail:
+    if not cut.has_tail:
+        return NoTail()
+    return load_span(checkpoint, cut.tail(num_layers), dtype, part="tail", packs=packs)
 
 
 def _read_eos_ids(checkpoint: Checkpoint, from_config: int | list[int] | None) -> frozenset[int]:

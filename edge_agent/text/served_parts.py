@@ -13,15 +13,16 @@ from common.spans.cut import Span, check_middle, find_route, find_routes, read_s
 def pick_part(report: Mapping[str, Any], fingerprint: str, num_layers: int) -> str | None:
     """The layers that most workers serve, of those the most layers; None if none are served.
 
-    Spans that follow on each other count as one. `report` is a broker's, which passes on what
+    Spans that follow on each other count as one. Those with the LM head are for edges that ask for
+    them. `report` is a broker's, which passes on what
     workers call their parts: what is no span of the model is passed over.
     """
     served = _count_spans(report, fingerprint, num_layers)
     stretches = {
-        Span(first, last): sum(served[span] for span in route)
+        Span(first, *stop): sum(served[span] for span in route)
         for first in {span.first for span in served}
-        for last, route in find_routes(served, first).items()
-        if route
+        for stop, route in find_routes(served, first).items()
+        if route and not stop[1]
     }
     if not stretches:
         return None

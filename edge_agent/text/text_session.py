@@ -10,10 +10,9 @@ that a slow worker still writes are refused, so that what was rolled back stays 
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from msgspec import structs
 from torch import Tensor
 
 from common.codecs.calibration import Calibration
-from common.codecs.codec import make_codec
+from common.codecs.codec import Codec, make_codec
 from common.codecs.spec import DEFAULT_CODEC, EXACT
 from common.errors import (
     MidspanError,
@@ -33,7 +32,7 @@ from common.errors import (
 from common.protocol.messages import Need, Opening, StepReply
 from common.security.sealing import draw_key, seal
 from common.settings import PREFILL_ROWS
-from common.spans.cut import Span, read_span
+from common.spans.cut import Span, are_joined, read_span
 from edge_agent.engine.exchange import Answered, Ask
 from edge_agent.engine.session_asks import SessionAsks
 from edge_agent.text.ends import ModelEnds, Scores, scores_of
@@ -55,6 +54,7 @@ from edge_agent.text.work import (
     Working,
 )
 
+LOGIT_BYTES = 16 << 20  # of one answer
 MOST_BYTES_PER_VALUE = 4  # of boundary rows, whatever the codec
 SCORED_ROWS = 128  # whose logits are held at once
 
@@ -85,11 +85,25 @@ class SessionSettings:
         return list(dict.fromkeys((*used, self.between)))
 
 
+def settle(settings: SessionSettings, ends: ModelEnds) -> SessionSettings:
+    """Those that hold for a model. Raises SettingsError for codecs that cannot.
+
+    Where the pool has the tail, codecs that are the same both ways are for boundary rows: logits
+    come as they are then.
+    """
+    if ends.cut.has_tail:
+        return settings
+    pairs = (
+        (settings.prompt_up, settings.prompt_down), (settings.decode_up, settings.decode_down)
+    )  # fmt: skip
+    prompt_down, decode_down = (EXACT if up == down else down for up, down in pairs)
+    return replace(settings, prompt_down=prompt_down, decode_down=decode_down)
+
+
 def check_route(route: Sequence[Span], middle: Span) -> list[Span]:
     """The spans that a session passes, all in one if none. Raises SettingsError unless they fit."""
     route = list(route) or [middle]
-    joined = all(a.last == b.first for a, b in itertools.pairwise(route))
-    if not joined or (route[0].first, route[-1].last) != (middle.first, middle.last):
+    if not are_joined(route) or (route[0].first, route[-1].stop) != (middle.first, middle.stop):
         spans = ", ".join(map(str, route))
         raise SettingsError(f"the route {spans} is not the middle {middle}, span after span")
     return route
@@ -146,7 +160,7 @@ class TextSession:
         """
         self.stats = GenerationStats()
         self._ends = ends
-        self._settings = settings or SessionSettings()
+        self._settings = settle(settings or SessionSettings(), ends)
         self._names = self._settings.codecs
         self._up = [make_codec(name, "up", calibration) for name in self._names]
         self._down = [make_codec(name, "down", calibration) for name in self._names]
@@ -172,7 +186,19 @@ class TextSession:
 
     def _check_codecs_of(self, route: Sequence[Span]) -> None:
         used = (self._settings.prompt_down, self._settings.decode_down)
+        sent = (self._settings.prompt_up, self._settings.decode_up, self._settings.between)
         for name, codec in zip(self._names, self._down, strict=True):
+            is_top = codec.spec.kind == "top"
+            if is_top and (name in sent or self._ends.cut.has_tail):
+                raise SettingsError(
+                    f"codec {name} is for logits, which come from workers that have the LM head "
+                    "(--span A:); expected one for boundary rows"
+                )
+            if codec.spec.needs_calibration and name in used and not self._ends.cut.has_tail:
+                raise SettingsError(
+                    f"codec {name} is for boundary rows; expected one for the logits that come "
+                    "back, such as fp32, fp16 or top100"
+                )
             if len(route) > 1 and codec.needs_uplink and name in used:
                 raise SettingsError(
                     f"codec {codec.spec} builds on the rows that were sent, and the last of "
@@ -183,6 +209,11 @@ class TextSession:
         spans = " ".join(f"--span {span}" for span in opening.route)
         command = f"midspan worker --model {self._ends.directory} {spans}"
         return SessionAsks(opening, command, takes_detours=True)
+
+    @property
+    def _prompt_codec(self) -> Codec:
+        """In which the pool answers a prompt."""
+        return self._down[self._names.index(self._settings.prompt_down)]
 
     @property
     def session_id(self) -> bytes:
@@ -220,6 +251,11 @@ class TextSession:
         go on.
         """
         limit = count_new_tokens(self._ends, prompt_ids, max_new_tokens, score_prompt)
+        if score_prompt and self._prompt_codec.spec.kind == "top":
+            raise SettingsError(
+                f"codec {self._prompt_codec.name} leaves tokens out, which a score of given tokens "
+                "needs; expected fp32, fp16 or bf16 for the logits of the prompt"
+            )
         check_top(top_logprobs)
         sampler = Sampler(sampling, len(prompt_ids))
         token_ids = list(prompt_ids)
@@ -247,7 +283,7 @@ class TextSession:
 
     def _score_prompt(self, token_ids: list[int], top: int) -> Generator[Work, Any, Scores]:
         """Run a prompt and give its PromptScored; the scores after its last token."""
-        rows, _, _ = yield from self._run_middle(token_ids, is_prompt=True)
+        rows, _, _ = yield from self._run_middle(token_ids, is_prompt=True, wants_all=True)
         logprobs: list[TokenLogprob] = []
         for chunk in torch.split(rows, SCORED_ROWS):
             logits: Tensor = yield ScoreRows(chunk, self._caches)
@@ -258,8 +294,8 @@ class TextSession:
         return scores_of(logits[-1])
 
     def middle_rows(self, token_ids: Sequence[int]) -> Generator[Work, Any, Tensor]:
-        """The pool's rows (T, D) for a text, as one prompt."""
-        rows, _, _ = yield from self._run_middle(token_ids, is_prompt=True)
+        """The pool's rows (T, D) for a text, as one prompt; (T, V) where it has the tail."""
+        rows, _, _ = yield from self._run_middle(token_ids, is_prompt=True, wants_all=True)
         return rows
 
     def count_shared(self, prompt_ids: Sequence[int]) -> int:
@@ -302,7 +338,7 @@ class TextSession:
     def _run(self, token_ids: Sequence[int], is_prompt: bool) -> Generator[Work, Any, Scores]:
         """Head, pool and tail for the next tokens; the scores after the last of them."""
         rows, head_s, (pool_s, queue_s, middle_s) = yield from self._run_middle(
-            token_ids, is_prompt
+            token_ids, is_prompt, wants_all=self._ends.cut.has_tail
         )
         back_at = time.monotonic()
         scores: Scores = yield RunTail(rows, self._caches)
@@ -315,11 +351,12 @@ class TextSession:
         return scores
 
     def _run_middle(
-        self, token_ids: Sequence[int], is_prompt: bool
+        self, token_ids: Sequence[int], is_prompt: bool, wants_all: bool
     ) -> Generator[Work, Any, tuple[Tensor, float, tuple[float, float, float]]]:
         """Head and pool for the next tokens: rows (T, D), seconds in the head, and in the pool.
 
-        Those are: from sending to having the rows, of which in queues, of which in the middle.
+        Or the last row alone. The seconds are those from sending to having the rows, of which in
+        queues, of which in the middle.
         """
         head_at = time.monotonic()
         self._token_ids += token_ids
@@ -328,7 +365,7 @@ class TextSession:
         up = self._names.index(settings.prompt_up if is_prompt else settings.decode_up)
         down = self._names.index(settings.prompt_down if is_prompt else settings.decode_down)
         start = len(self._log)
-        for chunk in torch.split(boundary, settings.prefill_rows):
+        for chunk in torch.split(boundary, self._rows_at_once(wants_all)):
             body: bytes | MidspanError
             if len(chunk) == 1:
                 body = yield EncodeRow(self._up[up], chunk)
@@ -338,23 +375,33 @@ class TextSession:
                 body = self._up[up].encode(chunk)
             self._log.append(len(chunk), up, body)
         sent_at = time.monotonic()
-        rows, queue_s, middle_s = yield from self._compute_middle(start, len(self._log), down)
+        wanted = start if wants_all else len(self._log) - 1
+        rows, queue_s, middle_s = yield from self._compute_middle(start, wanted, down)
         return rows, sent_at - head_at, (time.monotonic() - sent_at, queue_s, middle_s)
 
-    def _compute_middle(
-        self, start: int, end: int, down: int
-    ) -> Generator[Work, Any, tuple[Tensor, float, float]]:
-        """Have the pool compute rows start..end of the log, replaying earlier ones if it must.
+    def _rows_at_once(self, wants_all: bool) -> int:
+        """Of a prompt: logits of all are a few rows at a time."""
+        rows = self._settings.prefill_rows
+        if self._ends.cut.has_tail or not wants_all:
+            return rows
+        return max(1, min(rows, LOGIT_BYTES // (4 * self._ends.reply_width)))
 
-        Returns the rows (end - start, D) and the seconds spent in queues and in the middle layers.
+    def _compute_middle(
+        self, start: int, wanted: int, down: int
+    ) -> Generator[Work, Any, tuple[Tensor, float, float]]:
+        """Have the pool compute the log from row `start` on, replaying earlier ones if it must.
+
+        Returns the rows from `wanted` on, (T, D), and the seconds spent in queues and in the
+        middle layers.
         """
         parts: list[Tensor] = []
+        end, at_once = len(self._log), self._rows_at_once(wanted == start)
         position, queue_s, middle_s = start, 0.0, 0.0
         self._asks.begin_work()
         while position < end:
-            pieces = self._log.read(position, self._settings.prefill_rows)
+            pieces = self._log.read(position, at_once)
             first, last = pieces[0].start, pieces[-1].end
-            reply_rows = max(0, last - max(position, start))
+            reply_rows = max(0, last - max(position, wanted))
             answered: Answered | NoWorker = yield self._ask(pieces, reply_rows, down)
             if isinstance(answered, NoWorker):
                 yield from self._take_detour(answered)
@@ -372,7 +419,7 @@ class TextSession:
             self._asks.on_usable(answer)
             if isinstance(answer, Need):
                 self.stats.rows_replayed += position - answer.have
-                received = max(0, answer.have - start)
+                received = max(0, answer.have - wanted)
                 parts = [torch.cat(parts)[:received]] if parts and received else []
                 position = answer.have
                 hint = "; is their --cache-mb smaller than one session, and Redis down?"
@@ -425,7 +472,7 @@ class TextSession:
             reply_rows=reply_rows,
             reply_codec=down,
             deadline_s=self._settings.step_deadline_s,
-            reply_bytes=reply_rows * self._ends.hidden * MOST_BYTES_PER_VALUE,
+            reply_bytes=reply_rows * self._ends.reply_width * MOST_BYTES_PER_VALUE,
         )
 
     def _decode(
@@ -434,10 +481,10 @@ class TextSession:
         """A reply's rows (rows, D). Raises ProtocolError or NonFiniteError, naming the worker."""
         if reply.rows != rows:
             raise ProtocolError(f"worker {reply.worker_id} answered {reply.rows} rows of {rows}")
-        codec = self._down[down]
+        codec, width = self._down[down], self._ends.reply_width
         uplink = None
         if rows == 1 and not codec.needs_uplink:
-            decoded_row: Tensor | MidspanError = yield DecodeRow(codec, body, self._ends.hidden)
+            decoded_row: Tensor | MidspanError = yield DecodeRow(codec, body, width)
             if isinstance(decoded_row, MidspanError):
                 raise _name_worker(decoded_row, reply.worker_id)
             return decoded_row.to(self._ends.tail.dtype)
@@ -446,7 +493,7 @@ class TextSession:
             uplink = torch.cat(decoded)[-reply.rows :]
         dtype = self._ends.tail.dtype
         try:
-            return codec.decode(body, reply.rows, self._ends.hidden, dtype, uplink)
+            return codec.decode(body, reply.rows, width, dtype, uplink)
         except (NonFiniteError, ProtocolError) as error:
             raise _name_worker(error, reply.worker_id) from error
 

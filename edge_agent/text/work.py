@@ -31,7 +31,7 @@ class RunHead:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RunTail:
-    """Boundary rows (T, D) through the tail; the result are the Scores after the last."""
+    """The pool's rows (T, D) through the tail; the result are the Scores after the last."""
 
     rows: Tensor
     caches: EndCaches
@@ -56,15 +56,15 @@ class EncodeRow:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodeRow:
-    """A body of one row of D values to that row (1, D), float32; or the MidspanError."""
+    """A body of one row of `width` values to that row (1, D), float32; or the MidspanError."""
 
     codec: Codec
     body: bytes
-    hidden: int
+    width: int
 
     def do(self) -> Tensor | MidspanError:
         try:
-            return self.codec.decode(self.body, 1, self.hidden)
+            return self.codec.decode(self.body, 1, self.width)
         except MidspanError as error:
             return error
 

@@ -128,7 +128,8 @@ class SyntheticSpan(SpanModel):
     def __init__(self, shape: Shape, layers: int, batch_s: float = 0.0) -> None:
         """`layers` have KV rows; a batch takes `batch_s`."""
         self.hidden, self.dtype, self.device = shape.hidden, torch.float32, torch.device("cpu")
-        self.packs_sessions = True
+        self.packs_sessions, self.gives_logits = True, False
+        self.reply_width = shape.hidden
         size = (shape.key_heads, shape.head_size)
         self.layout = make_layout([(size, size)] * layers, self.dtype)
         self._batch_s = batch_s
@@ -190,4 +191,5 @@ def make_ends(directory: Path, shape: Shape) -> ModelEnds:
         name=shape.name, directory=directory, fingerprint=shape.fingerprint, cut=shape.cut,
         hidden=shape.hidden, context=shape.context, vocabulary=VOCABULARY, eos_ids=frozenset(),
         head=SyntheticSpan(shape, layers=0), tail=SyntheticSpan(shape, layers=0),
+        layers=shape.num_layers,
     )  # fmt: skip

@@ -87,7 +87,7 @@ def test_the_files_of_parts_are_named_by_layer() -> None:
     [
         ("b 0-2 6-8 e", "2-6", None),
         ("b e", None, None),
-        ("b 0-2", "2-8", "0-2"),
+        ("b 0-2", "2-8e", "0-2"),
         ("b 6-8 e", "0-6", "6-8"),
         ("2-6", None, "2-6"),
         ("2-4 5-6", None, None),

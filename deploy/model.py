@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from common.console.options import span_option
+from common.console.outputs import check_writable
 from common.console.tables import format_bytes, format_table
+from common.errors import SettingsError
 
 if TYPE_CHECKING:
     from common.formats.part_folder import Written
@@ -22,7 +24,7 @@ output_option = click.option(
     "target",
     required=True,
     type=click.Path(path_type=Path),
-    help="What to write: a new folder.",
+    help="What to write: a new folder, or a file with --to.",
 )
 
 
@@ -91,6 +93,62 @@ def export_command(model_name: str, words: str, format_: str, target: Path) -> N
 
     checkpoint, num_layers = open_model(model_name)
     write(checkpoint, read_parts(words, num_layers), format_, target)
+
+
+@model.command()
+@click.argument("source", metavar="MODEL", type=click.Path(path_type=Path))
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="llama2.c's tokenizer.bin: the one to read, or with --to the one to write.",
+)
+@click.option("--to", type=click.Choice(["llama2c"]), help="Write this instead of a directory.")
+@click.option(
+    "--version",
+    type=click.IntRange(0, 2),
+    default=0,
+    show_default=True,
+    help="Of llama2.c's files: 0 is what run reads, 2, in int8, what runq reads.",
+)
+@output_option
+def convert(
+    source: Path, tokenizer: Path | None, to: str | None, version: int, target: Path
+) -> None:
+    """Make a directory that --model takes of MODEL, a file of llama2.c; with --to the reverse.
+
+    The tokenizer is llama2.c's own, to the last id.
+    """
+    if to is None:
+        click.echo(import_file(source, tokenizer, target))
+    else:
+        click.echo(export_file(str(source), tokenizer, version, target))
+
+
+def import_file(source: Path, tokenizer: Path | None, target: Path) -> str:
+    """What has been written."""
+    from common.console.processes import set_up_torch
+
+    if not source.is_file():
+        raise SettingsError(f"{source} is no file; expected a checkpoint of llama2.c")
+    if tokenizer is None:
+        raise SettingsError(f"{source} needs the --tokenizer that it was trained with")
+    set_up_torch(1)
+    from common.formats.llama2c_conversion import import_llama2c
+    from common.weights.checkpoint import Checkpoint
+
+    return describe(import_llama2c(source, tokenizer, target), Checkpoint(target), target)
+
+
+def export_file(source: str, tokenizer: Path | None, version: int, target: Path) -> str:
+    """What has been written."""
+    check_writable(target, tokenizer)
+    checkpoint, _ = open_model(source)
+    from common.formats.llama2c_conversion import export_llama2c, export_tokenizer
+
+    if tokenizer is not None:
+        export_tokenizer(checkpoint, tokenizer)
+    written = export_llama2c(checkpoint, target, version)
+    return f"{target} holds {checkpoint.name}, {format_bytes(sum(written.file_bytes.values()))}."
 
 
 def open_model(name: str) -> tuple[Checkpoint, int]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+
+from torch import Tensor
 
 from common.errors import SettingsError
 from common.formats.part_folder import (
@@ -20,7 +21,6 @@ from common.spans.parts import Parts, full
 from common.weights.checkpoint import Checkpoint
 from common.weights.loading import read_config
 
-ExportFormat = Literal["parts", "pth", "safetensors"]
 MAX_SHARD_BYTES = 4 << 30
 INDEX = "model.safetensors.index.json"
 
@@ -41,31 +41,37 @@ def write_directory(checkpoint: Checkpoint, target: Path) -> Written:
     """Write a Hugging Face directory: one file of weights, or several with an index."""
     for name in checkpoint.tensor_names:
         checkpoint.check_is_here(name)
-    shards = list(_shard(checkpoint))
-    total = len(shards)
-    files = (
-        [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
-        if total > 1
-        else ["model.safetensors"]
-    )
+    shapes = {name: checkpoint.shape(name) for name in checkpoint.tensor_names}
     with new_folder(target):
-        for file, names in zip(files, shards, strict=True):
-            save_tensors({name: checkpoint.read_stored(name) for name in names}, target / file)
-        if total > 1:
-            pairs = zip(files, shards, strict=True)
-            weight_map = {name: file for file, names in pairs for name in names}
-            (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        sizes = write_weights(target, shapes, checkpoint.read_stored)
         copy_companions(checkpoint.directory, target, for_device=True)
-    sizes = {file: (target / file).stat().st_size for file in files}
     return Written(full(read_config(checkpoint).num_hidden_layers), sizes)
 
 
-def _shard(checkpoint: Checkpoint) -> Iterator[list[str]]:
+def write_weights(
+    target: Path, shapes: Mapping[str, Sequence[int]], read: Callable[[str], Tensor]
+) -> dict[str, int]:
+    """Write tensors, which are read one file at a time. Returns bytes by file."""
+    shards = list(_shard(shapes))
+    total = len(shards)
+    files = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+    if total == 1:
+        files = ["model.safetensors"]
+    for file, names in zip(files, shards, strict=True):
+        save_tensors({name: read(name) for name in names}, target / file)
+    if total > 1:
+        pairs = zip(files, shards, strict=True)
+        weight_map = {name: file for file, names in pairs for name in names}
+        (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return {file: (target / file).stat().st_size for file in files}
+
+
+def _shard(shapes: Mapping[str, Sequence[int]]) -> Iterator[list[str]]:
     """Names of tensors, in groups of at most MAX_SHARD_BYTES as they would be in float32."""
     group: list[str] = []
     size = 0
-    for name in checkpoint.tensor_names:
-        more = 4 * math.prod(checkpoint.shape(name))
+    for name, shape in shapes.items():
+        more = 4 * math.prod(shape)
         if group and size + more > MAX_SHARD_BYTES:
             yield group
             group, size = [], 0

@@ -9,6 +9,7 @@ from typing import Any
 
 from common.errors import CheckpointError, SettingsError, in_one_line
 from common.weights.model_files import check_plain_files
+from edge_agent.text.scored_tokenizer import ScoredTokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what an unfinished UTF-8 sequence decodes to
 WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's space
@@ -29,20 +30,18 @@ BYTE_OF = _spell_bytes()
 
 
 class TextTokenizer:
-    """The tokenizer of a Hugging Face directory. Raises CheckpointError when there is none."""
+    """The tokenizer of a Hugging Face directory, or a llama2.c model's own.
+
+    Raises CheckpointError when there is none.
+    """
 
     def __init__(self, directory: Path) -> None:
-        from transformers import AutoTokenizer
-
         check_plain_files(directory)
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:  # tokenizers raises bare ones for what it cannot read
-            raise CheckpointError(
-                f"{directory} has no usable tokenizer: {in_one_line(error)}"
-            ) from error
+        self._tokenizer: Any = (
+            ScoredTokenizer(directory)
+            if ScoredTokenizer.is_in(directory)
+            else _load_tokenizer(directory)
+        )
         self._special_ids = frozenset(self._tokenizer.all_special_ids)
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         self._is_byte_level = "ByteLevel" in repr(getattr(backend, "decoder", None))
@@ -88,6 +87,8 @@ class TextTokenizer:
         name = self.name(token_id)
         if self.is_special(token_id):
             return b""
+        if isinstance(self._tokenizer, ScoredTokenizer):
+            return self._tokenizer.token_bytes(token_id)
         if self._is_byte_level and all(character in BYTE_OF for character in name):
             return bytes(BYTE_OF[character] for character in name)
         if re.fullmatch("<0x[0-9A-F]{2}>", name):  # SentencePiece's
@@ -104,6 +105,20 @@ class TextTokenizer:
         """Text without special tokens."""
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
         return text
+
+
+def _load_tokenizer(directory: Path) -> Any:
+    """The library's. Raises CheckpointError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # tokenizers raises bare ones for what it cannot read
+        raise CheckpointError(
+            f"{directory} has no usable tokenizer: {in_one_line(error)}"
+        ) from error
 
 
 class TextStream:

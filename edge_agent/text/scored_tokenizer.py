@@ -1,0 +1,69 @@
+"""A tokenizer.bin of llama2.c with as much of a Hugging Face tokenizer's face as we look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.formats.tokenizer_bin import BEGIN_ID, END_ID, TOKENIZER_BIN, read_tokenizer, spell
+
+TEMPLATE = "chat_template.jinja"
+MARKS = {"bos_token": "<s>", "eos_token": "</s>"}  # as templates call them
+
+
+class ScoredTokenizer:
+    """The one of a model's directory. Raises CheckpointError if that is broken."""
+
+    all_special_ids = (BEGIN_ID, END_ID)
+    eos_token_id = END_ID
+
+    def __init__(self, directory: Path) -> None:
+        self._tokens = read_tokenizer(directory / TOKENIZER_BIN)
+        template = directory / TEMPLATE
+        self.chat_template = template.read_text("utf-8") if template.exists() else None
+
+    @staticmethod
+    def is_in(directory: Path) -> bool:
+        """Whether a model's directory has no other."""
+        others = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+        return (directory / TOKENIZER_BIN).is_file() and not any(
+            (directory / name).exists() for name in others
+        )
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": self._tokens.encode(text, begins=add_special_tokens)}
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        chat_template: str | None,
+        add_generation_prompt: bool,
+        tokenize: bool,
+    ) -> str:
+        """A chat as text, by a template of the usual kind."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        assert not tokenize
+        rendered, _ = render_jinja_template(
+            [list(messages)],
+            chat_template=chat_template or self.chat_template,
+            add_generation_prompt=add_generation_prompt,
+            **MARKS,
+        )
+        text: str = rendered[0]
+        return text
+
+    def convert_ids_to_tokens(self, token_id: int) -> str | None:
+        """A token's name; None beyond the vocabulary."""
+        pieces = self._tokens.pieces
+        return pieces[token_id].decode("utf-8", "replace") if token_id < len(pieces) else None
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token writes."""
+        return spell(self._tokens.pieces[token_id])
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool) -> str:
+        """Text; an unfinished character is a replacement character, as everywhere."""
+        assert skip_special_tokens
+        return self._tokens.decode([int(i) for i in token_ids]).decode("utf-8", "replace")

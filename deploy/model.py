@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from common.console.options import span_option
+from common.console.options import span_option, tokenizer_option
 from common.console.outputs import check_writable
 from common.console.tables import format_bytes, format_table
 from common.errors import SettingsError
@@ -97,11 +97,7 @@ def export_command(model_name: str, words: str, format_: str, target: Path) -> N
 
 @model.command()
 @click.argument("source", metavar="MODEL", type=click.Path(path_type=Path))
-@click.option(
-    "--tokenizer",
-    type=click.Path(path_type=Path),
-    help="llama2.c's tokenizer.bin: the one to read, or with --to the one to write.",
-)
+@tokenizer_option("the one to read, or with --to the one to write")
 @click.option("--to", type=click.Choice(["llama2c"]), help="Write this instead of a directory.")
 @click.option(
     "--version",

@@ -312,6 +312,7 @@ def announce(asked: Means) -> Announcement:
         ({"connection": Connection(("tcp://10.0.0.1:1",), None, None),
           "given": frozenset({"brokers"})}, False),
         ({"given": frozenset({"brokers", "timeout_s"})}, True),
+        ({"tokenizer": Path("tok.bin")}, False),
     ],
 )  # fmt: skip
 def test_only_what_was_asked_for_explicitly_must_be_the_serves(
@@ -371,6 +372,7 @@ def test_what_a_request_cannot_say_is_not_asked_of_a_serve() -> None:
         (SamplingSettings(1.0, frequency_penalty=-2.1), False),
     ):
         assert Question("hi", 1, drawing, ()).can_be_served() is can
+    assert not Question("hi", 1, SamplingSettings(), (), "Be kind.").can_be_served()
 
 
 def test_files_of_others_and_of_ended_processes_are_passed_over(

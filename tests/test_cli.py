@@ -152,7 +152,7 @@ def test_a_prompt_longer_than_the_context_says_both_lengths(pool: LocalPool) -> 
         ("--dtype", "int4", "'int4' is not one of 'float32'"),
         ("--top-p", "0", "top-p is 0.0; expected more than 0"),
         ("-t", "-1", "temperature is -1.0"),
-        ("-n", "0", "0 is not in the range 1 to 2^31"),
+        ("-n", "-1", "-1 is not in the range 0 to 2^31"),
         ("--broker", "localhost", "--broker has value 'localhost'; expected tcp://HOST:PORT"),
     ],
 )

@@ -60,7 +60,7 @@ import click
 from deploy.cli import midspan
 for arguments in (
     ["hi", "--model", "gpt-9"], [" "], ["hi", "--stop", ""], ["hi", "--codec", "int9"],
-    ["hi", "--codec-decode", "fp16,fp16,fp16"], ["hi", "--dtype", "int4"], ["hi", "-n", "0"],
+    ["hi", "--codec-decode", "fp16,fp16,fp16"], ["hi", "--dtype", "int4"], ["hi", "-n", "-1"],
     ["hi", "--span", "2"], ["hi", "--broker", "localhost"], ["hi", "--timeout", "0"],
     ["hi", "--key", "none", "--broker-key", "none"], ["hi", "--encrypt-kv", "none"],
     ["hi", "-t", "1e9"], ["hi", "--top-p", "0"], ["hi", "--repetition-penalty", "inf"],

@@ -26,7 +26,8 @@ OLD = {
     "--worker-endpoint": {"--workers"},
 }
 SEVERAL = set("codec image-part prompt reuse seed span".split())  # by some commands only
-RANGES = {"--workers", "--tokens"}  # a number, or by some commands two, from which to which
+# a number, or by some commands two, from which to which, or 0 for all
+RANGES = {"--workers", "--tokens", "--max-new-tokens"}
 
 
 def walk(command: click.Command, name: str) -> Iterator[tuple[str, click.Option]]:

@@ -35,6 +35,7 @@ class NamedRange(click.IntRange):
 THREADS = click.IntRange(1, MAX_THREADS)
 SEED = NamedRange(-(1 << 63), (1 << 64) - 1, "of 64 bits")  # what torch's generators take
 COUNT = NamedRange(1, MAX_COUNT, "1 to 2^31")
+COUNT_OR_ALL = NamedRange(0, MAX_COUNT, "0 to 2^31")
 
 
 class WorkerRange(_Bounds):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from common.console.log_lines import FORMATS, set_up_logging
-from common.console.option_types import COUNT, THREADS, WorkerRange
+from common.console.option_types import COUNT, COUNT_OR_ALL, MAX_COUNT, THREADS, WorkerRange
 from common.console.renamed import RenamedOption
 from common.settings import EDGE_ENDPOINT, WORKER_ENDPOINT
 
@@ -35,6 +35,18 @@ calibration_option = click.option(
     type=click.Path(path_type=Path),
     help="For calibrated codecs.  [default: the one in the model directory]",
 )
+
+
+def tokenizer_option(more: str, *names: str) -> Decorator:
+    """--tokenizer; `more` is the end of its help, `names` are others for it."""
+    return click.option(
+        *names,
+        "--tokenizer",
+        type=click.Path(path_type=Path),
+        help=f"A tokenizer.bin of llama2.c: {more}.",
+    )
+
+
 dtype_option = click.option(
     "--dtype",
     default="float32",
@@ -122,6 +134,20 @@ def new_tokens_option(default: int, **attributes: Any) -> Decorator:
         type=COUNT,
         help="Tokens of an answer, at most.",
         **attributes,
+    )
+
+
+def answer_tokens_option(default: int, *names: str) -> Decorator:
+    """-n, as `max_new_tokens`, where 0 is all that fit; `names` are others for it."""
+    return click.option(
+        "-n",
+        "--max-new-tokens",
+        *names,
+        default=default,
+        show_default=True,
+        type=COUNT_OR_ALL,
+        callback=lambda context, option, value: value or MAX_COUNT,
+        help="Tokens of an answer, at most; 0 is up to the end of the context.",
     )
 
 

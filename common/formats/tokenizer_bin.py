@@ -87,14 +87,14 @@ class ScoredTokens:
         return [token_id for token_id, gone in zip(ids, is_gone, strict=True) if not gone]
 
     def decode(self, ids: Sequence[int]) -> bytes:
-        """The text's UTF-8, without the marks of beginning and end.
+        """The text's UTF-8, without the marks of beginning and end and what has no token.
 
         What stands behind the beginning loses the space that every text begins with.
         """
         parts = []
         before = -1
         for token_id in ids:
-            if token_id not in (BEGIN_ID, END_ID):
+            if token_id not in (BEGIN_ID, END_ID) and token_id < len(self.pieces):
                 piece = self.pieces[token_id]
                 parts.append(spell(piece[before == BEGIN_ID and piece.startswith(b" ") :]))
             before = token_id

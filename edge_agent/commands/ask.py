@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import fields
+from pathlib import Path
 
 import click
 from click.core import ParameterSource
 
 from common.console.options import (
+    answer_tokens_option,
     dtype_option,
     model_option,
-    new_tokens_option,
     span_option,
     threads_option,
+    tokenizer_option,
 )
 from common.console.waiting import waiting
 from common.errors import BrokerUnavailable
@@ -30,6 +32,7 @@ from edge_agent.commands.run_options import (
     encrypt_option,
     print_stats,
     report_options,
+    system_option,
     timeout_option,
 )
 from edge_agent.commands.sampling_options import Sampling, sampling_options
@@ -47,9 +50,11 @@ WAITING = "waiting for the first token"
 @connection_options
 @encrypt_option
 @codec_options
-@new_tokens_option(200)
+@answer_tokens_option(200, "--steps")
 @sampling_options
 @click.option("--stop", "stops", multiple=True, help="End the text before this string; repeatable.")
+@system_option
+@tokenizer_option("instead of the model's own", "-z")
 @dtype_option
 @threads_option
 @timeout_option(60.0)
@@ -69,6 +74,8 @@ def ask(
     max_new_tokens: int,
     sampling: Sampling,
     stops: tuple[str, ...],
+    system: str,
+    tokenizer: Path | None,
     dtype: str,
     threads: int | None,
     timeout_s: float,
@@ -78,6 +85,9 @@ def ask(
 ) -> None:
     """Answer PROMPT with the pool's help; - reads the prompt from stdin.
 
+    With --system the prompt is what a user says, in the model's chat template. -n, -p, -t, -y and
+    -z are what they are for llama2.c's run.
+
     Text is not sent. Rows of numbers are, and who holds the model's weights can turn those back
     into the prompt. Where a `midspan serve` of yours runs that would write the same, it is asked
     and no model is loaded.
@@ -85,11 +95,11 @@ def ask(
     pool_public = read_public(pool_key) if pool_key else None
     means = Means(
         find_model(model_name), span_text, dtype, codecs, connection, pool_public, timeout_s,
-        threads, list_given(),
+        threads, list_given(), tokenizer,
     )  # fmt: skip
     means.check()
     drawing = sampling.read_settings(read_defaults(means.directory))
-    question = Question(read_prompt(prompt), max_new_tokens, drawing, stops)
+    question = Question(read_prompt(prompt), max_new_tokens, drawing, stops, system)
     question.check()
     sampling.warn_of_greedy(drawing)
     answer: OwnAnswer | ServedAnswer | None = None

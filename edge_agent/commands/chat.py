@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import click
 
 from common.console.options import (
+    answer_tokens_option,
     dtype_option,
     model_option,
-    new_tokens_option,
     span_option,
     threads_option,
 )
@@ -28,7 +28,12 @@ from edge_agent.commands.codec_options import CodecChoice, codec_options
 from edge_agent.commands.connection_options import SERVED, Connection, connection_options
 from edge_agent.commands.cost_tables import format_stats
 from edge_agent.commands.prompts import read_template
-from edge_agent.commands.run_options import encrypt_option, template_option, timeout_option
+from edge_agent.commands.run_options import (
+    encrypt_option,
+    system_option,
+    template_option,
+    timeout_option,
+)
 from edge_agent.commands.sampling_options import Sampling, sampling_options
 from edge_agent.text.sampling import read_defaults
 
@@ -53,9 +58,9 @@ Ctrl-C stops an answer."""
 @connection_options
 @encrypt_option
 @codec_options
-@new_tokens_option(400)
+@answer_tokens_option(400)
 @sampling_options
-@click.option("--system", default="", help="The system prompt.")
+@system_option
 @template_option
 @dtype_option
 @threads_option

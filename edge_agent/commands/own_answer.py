@@ -4,10 +4,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.console.processes import freeze_loaded_objects, set_up_torch
+from common.errors import SettingsError
 from edge_agent.commands.question import Means, Question
+
+if TYPE_CHECKING:
+    from edge_agent.text.tokenizer import TextTokenizer
+
+
+def encode_question(question: Question, tokenizer: TextTokenizer) -> list[int]:
+    """The ids that the answer follows. Raises SettingsError."""
+    if not question.system:
+        return tokenizer.encode(question.prompt)
+    if not tokenizer.has_chat_template:
+        raise SettingsError(
+            "the model's tokenizer has no chat template, so --system has no place; `midspan chat "
+            "--chat-template FILE` takes one"
+        )
+    messages = [
+        {"role": "system", "content": question.system},
+        {"role": "user", "content": question.prompt},
+    ]
+    return tokenizer.render_chat(messages, None)
 
 
 class OwnAnswer:
@@ -26,20 +46,20 @@ class OwnAnswer:
     def _load(self, question: Question, means: Means, report: dict[str, Any]) -> Any:
         set_up_torch(means.threads or os.cpu_count())
         from edge_agent.text.ends import load_ends
-        from edge_agent.text.generation import start_generation
+        from edge_agent.text.generation import Generation
         from edge_agent.text.session import Session
         from edge_agent.text.tokenizer import TextTokenizer
 
         settings = means.codecs.read_settings(step_deadline_s=means.timeout_s)
         ends = load_ends(means.directory, means.span_text, means.dtype, report)
-        generation = start_generation(
-            Session(
-                ends, self._client, settings, means.codecs.find_calibration(ends), means.pool_key
-            ),
-            TextTokenizer(means.directory),
-            question.prompt,
-            question.max_new_tokens,
+        calibration = means.codecs.find_calibration(ends)
+        tokenizer = TextTokenizer(means.directory, means.tokenizer)
+        generation = Generation(
+            Session(ends, self._client, settings, calibration, means.pool_key),
+            tokenizer,
+            encode_question(question, tokenizer),
             question.drawing,
+            question.max_new_tokens,
             question.stops,
         )
         freeze_loaded_objects()

@@ -34,6 +34,7 @@ class Question:
     max_new_tokens: int
     drawing: SamplingSettings
     stops: tuple[str, ...]
+    system: str = ""  # with it the prompt is what a user says in a chat
 
     def check(self) -> None:
         """Raises SettingsError for what no model could go on with."""
@@ -43,12 +44,14 @@ class Question:
             if not stop:
                 raise SettingsError("--stop is empty; expected a string before which the text ends")
             check_text("--stop", stop)
+        check_text("--system", self.system)
 
     def can_be_served(self) -> bool:
         """Whether a request to an endpoint can say this, and means the same."""
         drawing = self.drawing
         return (
-            drawing.temperature <= MOST_SERVED_TEMPERATURE
+            not self.system
+            and drawing.temperature <= MOST_SERVED_TEMPERATURE
             and drawing.top_p >= LEAST_SERVED_TOP_P
             and abs(drawing.presence_penalty) <= MOST_SERVED_PENALTY
             and abs(drawing.frequency_penalty) <= MOST_SERVED_PENALTY
@@ -70,6 +73,7 @@ class Means:
     timeout_s: float
     threads: int | None
     given: frozenset[str]  # fields of `Route` that somebody said, so that no others will do
+    tokenizer: Path | None = None  # instead of the model's
 
     def check(self) -> None:
         """Raises SettingsError for options that mean nothing, CheckpointError for what is no model.
@@ -78,6 +82,8 @@ class Means:
         """
         self.connection.check(self.timeout_s)
         self.codecs.split()
+        if self.tokenizer is not None and not self.tokenizer.is_file():
+            raise SettingsError(f"--tokenizer {self.tokenizer} is no file")
         read_model_config(self.directory)
         self.read_span()
 
@@ -92,6 +98,8 @@ class Means:
 
     def fit(self, announcement: Announcement) -> bool:
         """Whether a running serve would answer as an engine with these would."""
+        if self.tokenizer is not None:
+            return False
         span = self.read_span()
         if span is not None and str(span) != announcement.span:
             return False

@@ -15,6 +15,7 @@ encrypt_option = click.option(
     metavar="POOL_KEY",
     help="Have what is stored encrypted for workers with this pool key (a .key file, or the text).",
 )
+system_option = click.option("-y", "--system", default="", help="The system prompt.")
 template_option = click.option(
     "--chat-template",
     type=click.Path(path_type=Path),

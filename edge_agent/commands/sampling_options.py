@@ -74,7 +74,10 @@ sampling_options = group_options(
     ),
     click.option("--top-k", type=int, help=f"0 is all.  {CHECKPOINTS.format('0')}"),
     click.option(
-        "--top-p", type=float, help=f"Of the likeliest tokens; 1 is all.  {CHECKPOINTS.format('1')}"
+        "-p",
+        "--top-p",
+        type=float,
+        help=f"Of the likeliest tokens; 1 is all.  {CHECKPOINTS.format('1')}",
     ),
     click.option(
         "--min-p",

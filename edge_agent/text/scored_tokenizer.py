@@ -6,21 +6,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.formats.tokenizer_bin import BEGIN_ID, END_ID, TOKENIZER_BIN, read_tokenizer, spell
+from common.formats.tokenizer_bin import BEGIN_ID, END_ID, TOKENIZER_BIN, read_tokenizer
 
 TEMPLATE = "chat_template.jinja"
 MARKS = {"bos_token": "<s>", "eos_token": "</s>"}  # as templates call them
 
 
 class ScoredTokenizer:
-    """The one of a model's directory. Raises CheckpointError if that is broken."""
+    """That of a file, with a chat template if one lies beside it. Raises CheckpointError."""
 
     all_special_ids = (BEGIN_ID, END_ID)
     eos_token_id = END_ID
 
-    def __init__(self, directory: Path) -> None:
-        self._tokens = read_tokenizer(directory / TOKENIZER_BIN)
-        template = directory / TEMPLATE
+    def __init__(self, file: Path) -> None:
+        self._tokens = read_tokenizer(file)
+        template = file.with_name(TEMPLATE)
         self.chat_template = template.read_text("utf-8") if template.exists() else None
 
     @staticmethod
@@ -58,10 +58,6 @@ class ScoredTokenizer:
         """A token's name; None beyond the vocabulary."""
         pieces = self._tokens.pieces
         return pieces[token_id].decode("utf-8", "replace") if token_id < len(pieces) else None
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """What a token writes."""
-        return spell(self._tokens.pieces[token_id])
 
     def decode(self, token_ids: Any, skip_special_tokens: bool) -> str:
         """Text; an unfinished character is a replacement character, as everywhere."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import CheckpointError, SettingsError, in_one_line
+from common.formats.tokenizer_bin import TOKENIZER_BIN
 from common.weights.model_files import check_plain_files
 from edge_agent.text.scored_tokenizer import ScoredTokenizer
 
@@ -30,18 +31,16 @@ BYTE_OF = _spell_bytes()
 
 
 class TextTokenizer:
-    """The tokenizer of a Hugging Face directory, or a llama2.c model's own.
+    """The tokenizer of a Hugging Face directory, or one of llama2.c, there or in `file`.
 
     Raises CheckpointError when there is none.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, file: Path | None = None) -> None:
         check_plain_files(directory)
-        self._tokenizer: Any = (
-            ScoredTokenizer(directory)
-            if ScoredTokenizer.is_in(directory)
-            else _load_tokenizer(directory)
-        )
+        if file is None and ScoredTokenizer.is_in(directory):
+            file = directory / TOKENIZER_BIN
+        self._tokenizer: Any = _load_tokenizer(directory) if file is None else ScoredTokenizer(file)
         self._special_ids = frozenset(self._tokenizer.all_special_ids)
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         self._is_byte_level = "ByteLevel" in repr(getattr(backend, "decoder", None))
@@ -87,8 +86,6 @@ class TextTokenizer:
         name = self.name(token_id)
         if self.is_special(token_id):
             return b""
-        if isinstance(self._tokenizer, ScoredTokenizer):
-            return self._tokenizer.token_bytes(token_id)
         if self._is_byte_level and all(character in BYTE_OF for character in name):
             return bytes(BYTE_OF[character] for character in name)
         if re.fullmatch("<0x[0-9A-F]{2}>", name):  # SentencePiece's

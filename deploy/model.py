@@ -110,9 +110,10 @@ def export_command(model_name: str, words: str, format_: str, target: Path) -> N
 def convert(
     source: Path, tokenizer: Path | None, to: str | None, version: int, target: Path
 ) -> None:
-    """Make a directory that --model takes of MODEL, a file of llama2.c; with --to the reverse.
+    """Make a directory that --model takes of MODEL, a file; with --to the reverse.
 
-    The tokenizer is llama2.c's own, to the last id.
+    The file is one of llama2.c, whose tokenizer is taken over to the last id, or a GGUF of a kind
+    that transformers reads.
     """
     if to is None:
         click.echo(import_file(source, tokenizer, target))
@@ -125,14 +126,21 @@ def import_file(source: Path, tokenizer: Path | None, target: Path) -> str:
     from common.console.processes import set_up_torch
 
     if not source.is_file():
-        raise SettingsError(f"{source} is no file; expected a checkpoint of llama2.c")
-    if tokenizer is None:
-        raise SettingsError(f"{source} needs the --tokenizer that it was trained with")
+        raise SettingsError(f"{source} is no file; expected one of llama2.c, or a GGUF")
     set_up_torch(1)
+    from common.formats.gguf_conversion import import_gguf, is_gguf
     from common.formats.llama2c_conversion import import_llama2c
     from common.weights.checkpoint import Checkpoint
 
-    return describe(import_llama2c(source, tokenizer, target), Checkpoint(target), target)
+    if is_gguf(source):
+        if tokenizer is not None:
+            raise SettingsError(f"--tokenizer does not go with {source}, which has one inside")
+        written = import_gguf(source, target)
+    elif tokenizer is None:
+        raise SettingsError(f"{source} needs the --tokenizer that it was trained with")
+    else:
+        written = import_llama2c(source, tokenizer, target)
+    return describe(written, Checkpoint(target), target)
 
 
 def export_file(source: str, tokenizer: Path | None, version: int, target: Path) -> str:

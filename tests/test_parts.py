@@ -24,6 +24,7 @@ from common.spans.parts import Parts, ends_of, full, middle_of, name_layer, read
 from common.weights.checkpoint import Checkpoint
 from common.weights.loading import load_span
 from common.weights.manifest import MANIFEST
+from common.weights.needs import measure_needs
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.text.ends import load_ends
 from edge_agent.text.tokenizer import TextTokenizer
@@ -225,6 +226,27 @@ def test_a_broken_manifest_is_refused(
     (device / MANIFEST).write_text(json.dumps(manifest | change))
     with pytest.raises(CheckpointError, match=words):
         Checkpoint(device)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "mixtral"])
+def test_any_part_tells_what_the_whole_model_needs(name: str, tmp_path: Path) -> None:
+    model = save_random_model(CONFIGS[name], tmp_path / "model")
+    device, worker = split(model, tmp_path)
+    want = measure_needs(Checkpoint(model), torch.float32)
+    for part in (device, worker):
+        assert measure_needs(Checkpoint(part), torch.float32) == want
+
+
+def test_a_device_joins_a_pool_that_has_more_than_it_lacks(
+    tmp_path: Path, demo_directory: Path
+) -> None:
+    checkpoint = Checkpoint(demo_directory)
+    write_parts(checkpoint, ends_of(Cut(3, 5), 8), tmp_path / "device")
+    service = {"model": checkpoint.fingerprint(), "part": "2-6"}
+    report = {"workers": [{"state": "ready", "services": [service]}]}
+    assert load_ends(tmp_path / "device", report=report).cut == Cut(2, 6)
+    service["part"] = "4-8"
+    assert load_ends(tmp_path / "device", report=report).cut == Cut(3, 5)
 
 
 def test_a_folder_with_something_in_it_is_not_written_to(tmp_path: Path) -> None:

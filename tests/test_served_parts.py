@@ -63,6 +63,22 @@ def test_the_part_of_most_workers_is_picked(served: dict[str, Any], part: str | 
 
 
 @pytest.mark.parametrize(
+    ("served", "part"),
+    [
+        (report(["2-6"], ["2-6"], ["1-7"]), "1-7"),  # the only one that has 2 to 7
+        (report(["2-7"], ["1-7"]), "1-7"),
+        (report(["2-7"], ["2-7"], ["1-7"]), "2-7"),
+        (report(["2-4"], ["4-7"]), "2-7"),
+        (report(["3-7"], ["2-6"]), None),
+    ],
+)
+def test_only_what_has_all_that_a_device_lacks_is_picked(
+    served: dict[str, Any], part: str | None
+) -> None:
+    assert pick_part(served, PRINT, num_layers=8, missing=Span(2, 7)) == part
+
+
+@pytest.mark.parametrize(
     ("served", "route"),
     [
         (report(["2-4"], ["4-6"], ["2-6"]), "2-6"),  # the fewest

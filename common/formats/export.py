@@ -58,7 +58,7 @@ def write_weights(
     if total == 1:
         files = ["model.safetensors"]
     for file, names in zip(files, shards, strict=True):
-        save_tensors({name: read(name) for name in names}, target / file)
+        save_tensors(names, read, target / file)
     if total > 1:
         pairs = zip(files, shards, strict=True)
         weight_map = {name: file for file, names in pairs for name in names}

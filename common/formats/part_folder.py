@@ -8,7 +8,7 @@ tokenizer, generation settings) goes along where the beginning does, calibration
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +60,7 @@ def write_parts(
     with new_folder(target):
         for file, names in content.items():
             path = target / f"{file}.{kind}"
-            save_tensors({name: checkpoint.read_stored(name) for name in names}, path)
+            save_tensors(names, checkpoint.read_stored, path)
             sizes[path.name] = path.stat().st_size
         copy_companions(checkpoint.directory, target, for_device=parts.begins or parts.ends)
         write_manifest(target, manifest)
@@ -102,9 +102,9 @@ def describe_model(checkpoint: Checkpoint, tensors: PartTensors, homes: dict[str
     return Manifest(KIND, checkpoint.name, tensors.layers, stored)
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(names: Sequence[str], read: Callable[[str], Tensor], path: Path) -> None:
     """Write a file of the kind that its suffix says. Raises CheckpointError if it cannot be."""
-    own = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}  # share nothing
+    own = {name: read(name).contiguous().clone() for name in names}  # which share no memory
     try:
         if path.suffix == ".safetensors":
             save_file(own, path, metadata={"format": "pt"})

@@ -123,8 +123,8 @@ def load_ends(
 ) -> ModelEnds:
     """Load head and tail from a Hugging Face directory; `span`, as `a-b`, is for the pool.
 
-    Without it those that a folder of parts leaves out, those that the pool serves, by a broker's
-    `report`, or the middle half.
+    Without it those that the pool serves, by a broker's `report`, those that a folder of parts
+    leaves out, or the middle half.
 
     Raises CheckpointError for a directory that cannot be used, SettingsError for a bad span.
     """
@@ -132,10 +132,11 @@ def load_ends(
     config = read_config(checkpoint)
     num_layers = config.num_hidden_layers
     fingerprint = checkpoint.fingerprint()
-    if span is None and checkpoint.parts is not None:
-        span = name_span(checkpoint.parts.around(num_layers))
+    missing = checkpoint.parts.around(num_layers) if checkpoint.parts is not None else None
     if span is None and report is not None:
-        span = pick_part(report, fingerprint, num_layers)
+        span = pick_part(report, fingerprint, num_layers, missing)
+    if span is None:
+        span = name_span(missing)
     parsed = parse_cut(span, num_layers)
     route = pick_route(report, fingerprint, parsed.middle) if report is not None else []
     torch_dtype = parse_dtype(dtype)

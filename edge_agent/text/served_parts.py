@@ -10,12 +10,18 @@ from common.errors import SettingsError
 from common.spans.cut import Span, check_middle, find_route, find_routes, read_span
 
 
-def pick_part(report: Mapping[str, Any], fingerprint: str, num_layers: int) -> str | None:
+def pick_part(
+    report: Mapping[str, Any], fingerprint: str, num_layers: int, missing: Span | None = None
+) -> str | None:
     """The layers that most workers serve, of those the most layers; None if none are served.
 
     Spans that follow on each other count as one. Those with the LM head are for edges that ask for
     them. `report` is a broker's, which passes on what
     workers call their parts: what is no span of the model is passed over.
+
+    Spans that follow on each other count as one. `report` is a broker's, which passes on what
+    workers call their parts: what is no span of the model is passed over, and what does not hold
+    all of `missing`, the layers that are not here.
     """
     served = _count_spans(report, fingerprint, num_layers)
     stretches = {
@@ -23,10 +29,17 @@ def pick_part(report: Mapping[str, Any], fingerprint: str, num_layers: int) -> s
         for first in {span.first for span in served}
         for stop, route in find_routes(served, first).items()
         if route and not stop[1]
+
+        for last, route in find_routes(served, first).items()
+        if route and _holds(Span(first, last), missing)
     }
     if not stretches:
         return None
     return str(max(stretches, key=lambda span: (stretches[span], len(span), -span.first)))
+
+
+def _holds(span: Span, missing: Span | None) -> bool:
+    return missing is None or (span.first <= missing.first and missing.last <= span.last)
 
 
 def pick_route(report: Mapping[str, Any], fingerprint: str, middle: Span) -> list[Span]:

@@ -11,6 +11,7 @@ import click
 
 from cloud_worker.options import Bounds, Models, bound_options, model_options
 from cloud_worker.start_times import StartTimes
+from common.adapters.choice import parse_choices
 from common.console.options import (
     Logs,
     broker_option,
@@ -95,6 +96,7 @@ def worker(
     logs.set_up()
     page = open_page(metrics)
     text_model, image_model = models.find_text_model(), models.find_image_model()
+    image_loras = parse_choices(models.image_loras)
     set_up_torch(threads, images=image_model is not None)
     from cloud_worker.loop.worker import Worker, WorkerSettings
     from cloud_worker.serving import ServingSettings, load_services
@@ -111,6 +113,8 @@ def worker(
         bounds.cache_mb << 20,
         pool_pair,
         bounds.stream_layers,
+
+        image_loras,
     )
     makers = load_services(
         text_model,

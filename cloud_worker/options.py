@@ -8,7 +8,13 @@ from pathlib import Path
 import click
 
 from common.console.option_types import COUNT
-from common.console.options import group_options, image_model_option, image_part_option, span_option
+from common.console.options import (
+    group_options,
+    image_lora_option,
+    image_model_option,
+    image_part_option,
+    span_option,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +25,7 @@ class Models:
     span_text: str | None
     image_model: str | None
     image_parts: tuple[str, ...]
+    image_loras: tuple[str, ...]
 
     def find_text_model(self) -> Path | None:
         """Raises CheckpointError."""
@@ -56,6 +63,7 @@ model_options = group_options(
         default=["unet", "inner"],
         more="; repeat it for both, inner alone reads the inner blocks only.",
     ),
+    image_lora_option,
 )
 
 

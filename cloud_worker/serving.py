@@ -17,6 +17,7 @@ from cloud_worker.state.stage_cache import CacheBudget
 from cloud_worker.state.store import KvStore
 from cloud_worker.text.executor import TextExecutor
 from cloud_worker.text.service import TextService
+from common.adapters.choice import LoraChoice
 from common.codecs.calibration import open_calibration
 from common.errors import SettingsError
 from common.protocol.messages import Service
@@ -50,6 +51,8 @@ class ServingSettings:
     cache_bytes: int = 1 << 30  # of all services of a worker together
     pool_key: KeyPair | None = None  # opens the keys of sessions that are encrypted at rest
     resident_layers: int | None = None  # of a language model, in memory at once; None: all
+
+    image_loras: Sequence[LoraChoice] = ()
 
 
 def load_services(
@@ -135,11 +138,12 @@ def load_image_services(
 
     Raises CheckpointError or SettingsError.
     """
+    from common.diffusion.lora import ImageLora
     from common.diffusion.schedulers import read_scheduler_config
     from common.diffusion.shapes import INNER, WHOLE
     from common.diffusion.unet import load_unet, open_unet
 
-    checkpoint = open_unet(directory)
+    checkpoint = open_unet(directory, [ImageLora(choice) for choice in settings.image_loras])
     parts = pick_image_parts(checkpoint.config_json, parts)
     widest = WHOLE if WHOLE in parts else INNER
     model = load_unet(

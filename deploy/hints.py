@@ -46,6 +46,7 @@ def suggest_ask(settings: PoolSettings, edge_endpoint: str) -> str:
 def suggest_image(settings: PoolSettings, edge_endpoint: str) -> str:
     """The command that asks this pool for a picture."""
     options = _unless_default("--image-model", settings.image_model, DEMO_IMAGE_MODEL)
+    options += _lora_options(settings)
     options += _edge_options(settings, edge_endpoint)
     return shlex.join(["midspan", "image", PICTURE, *options, "--stats"])
 
@@ -56,6 +57,7 @@ def suggest_worker(settings: PoolSettings, worker_endpoint: str, redis_url: str)
     if (settings.model, settings.image_model) != (DEMO_TEXT_MODEL, DEMO_IMAGE_MODEL):
         options += _unless_default("--model", settings.model, None)
         options += _unless_default("--image-model", settings.image_model, None)
+    options += _lora_options(settings)
     options += _unless_default("--span", settings.span, None)
     options += _unless_default("--calibration", settings.calibration, None)
     options += _unless_default("--dtype", settings.dtype, "float32")
@@ -66,6 +68,10 @@ def suggest_worker(settings: PoolSettings, worker_endpoint: str, redis_url: str)
         return f"{REDIS_URL}=… {shlex.join(['midspan', 'worker', *options])}"
     options += _unless_default("--redis-url", redis_url, DEFAULT_REDIS)
     return shlex.join(["midspan", "worker", *options])
+
+
+def _lora_options(settings: PoolSettings) -> list[str]:
+    return [word for lora in settings.image_loras for word in ("--image-lora", lora)]
 
 
 def _edge_options(settings: PoolSettings, edge_endpoint: str) -> list[str]:

@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -41,6 +41,7 @@ class PoolSettings:
     redis_url: str | None = None  # None: an embedded one
     redis_port: int | None = None  # of the embedded one, on loopback; None: a Unix socket only
     calibration: Path | None = None
+    image_loras: Sequence[str] = ()  # PATH or PATH@SCALE
     edge_endpoint: str = "tcp://127.0.0.1:*"
     worker_endpoint: str = "tcp://127.0.0.1:*"
     worker_options: list[str] = field(default_factory=list)
@@ -140,6 +141,8 @@ class LocalPool:
             options += ["--model", settings.model or DEMO_TEXT_MODEL]
         if settings.image_model is not None:
             options += ["--image-model", settings.image_model]
+        for lora in settings.image_loras:
+            options += ["--image-lora", lora]
         span = span or settings.span
         if span is not None:
             options += ["--span", span]

@@ -15,12 +15,14 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from common.adapters.choice import parse_choices
 from common.console.option_types import COUNT, WorkerRange
 from common.console.options import (
     Logs,
     add_options,
     dtype_option,
     group_options,
+    image_lora_option,
     image_model_option,
     log_options,
     model_option,
@@ -117,6 +119,7 @@ bound_options = add_options(
 @model_option
 @span_option(SERVED)
 @image_model_option
+@image_lora_option
 @connection_options
 @encrypt_option
 @codec_options
@@ -133,6 +136,7 @@ def serve(
     model_name: str | None,
     span_text: str | None,
     image_model: str | None,
+    image_loras: tuple[str, ...],
     connection: Connection,
     pool_key: str | None,
     codecs: CodecChoice,
@@ -161,6 +165,7 @@ def serve(
     directory = find_model(model_name)
     read_model_config(directory)  # complains now, if ever
     images = find_model(image_model) if image_model else None
+    chosen_loras = parse_choices(image_loras)
     pool_public = read_public(pool_key) if pool_key else None
     connection.check(timeout_s)  # complains of options now, if ever
     source = describe_source(directory, dtype, codecs)  # before the files are read
@@ -196,6 +201,7 @@ def serve(
                 dtype=dtype,
                 threads=share,
                 calibration=codecs.calibration,
+                image_loras=image_loras,
             )
             pool = stack.enter_context(kept_pool(settings, ScalingSettings(least, most)))
             access = PoolAccess([pool.edge_endpoint], None, timeout_s, None)
@@ -203,7 +209,7 @@ def serve(
             ends, access, codecs.read_settings(step_deadline_s=timeout_s),
             bounds=Bounds(max_sessions, max_waiting, keep_chats),
             calibration=codecs.find_calibration(ends), template=template,
-            image_model=images, api_keys=api_keys,
+            image_model=images, image_loras=chosen_loras, api_keys=api_keys,
         )  # fmt: skip
         stack.callback(services.close)
         freeze_loaded_objects()

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import click
 
+from common.adapters.choice import parse_choices
 from common.console.option_types import THREADS, WorkerRange
 from common.console.options import (
     calibration_option,
     dtype_option,
     endpoint_options,
+    image_lora_option,
     image_model_option,
     insecure_option,
     span_option,
@@ -32,6 +34,7 @@ from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
     help="Language model: a Hugging Face directory.  [default: both demo models]",
 )
 @image_model_option
+@image_lora_option
 @span_option("the middle half")
 @calibration_option
 @dtype_option
@@ -57,6 +60,7 @@ def up(
     worker_range: tuple[int, int],
     model: str | None,
     image_model: str | None,
+    image_loras: tuple[str, ...],
     span_text: str | None,
     calibration: Path | None,
     dtype: str,
@@ -89,6 +93,7 @@ def up(
     handle_signals((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), end)
     if model is None and image_model is None:
         model, image_model = DEMO_TEXT_MODEL, DEMO_IMAGE_MODEL
+    parse_choices(image_loras)  # complains now, if ever
     settings = PoolSettings(
         workers=least,
         model=model,
@@ -102,6 +107,7 @@ def up(
         keys=keys.expanduser() if keys else None,
         broker_options=[*(["--insecure"] if insecure else []), *hold_options(least)],
         calibration=calibration,
+        image_loras=image_loras,
         edge_endpoint=parse_endpoint(edge_endpoint, "--edge-endpoint"),
         worker_endpoint=parse_endpoint(worker_endpoint, "--worker-endpoint"),
     )

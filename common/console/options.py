@@ -30,6 +30,13 @@ model_option = click.option(
 )
 SPAN_HELP = "Layers that the pool computes, as a-b; 2:-2 leaves two on each side."
 image_model_option = click.option("--image-model", help=IMAGE_MODEL_HELP)
+image_lora_option = click.option(
+    "--image-lora",
+    "image_loras",
+    multiple=True,
+    metavar="PATH[@SCALE]",
+    help="A LoRA merged into the image model, on both sides; repeat it for several.",
+)
 calibration_option = click.option(
     "--calibration",
     type=click.Path(path_type=Path),

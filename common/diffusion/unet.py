@@ -14,7 +14,7 @@ Letters: n images of a batch (twice as many with guidance), h and w of the laten
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.diffusion.lora import UNET, ImageLora
 from common.diffusion.shapes import (
     INNER,
     OUTER,
@@ -49,10 +50,16 @@ class Conditioning:
         return {"text_embeds": self.text_embeds, "time_ids": self.time_ids}
 
 
-def open_unet(directory: Path) -> Checkpoint:
-    """The UNet's checkpoint inside a pipeline's directory. Raises CheckpointError."""
+def open_unet(directory: Path, loras: Sequence[ImageLora] = ()) -> Checkpoint:
+    """The UNet's checkpoint inside a pipeline's directory, changed. Raises CheckpointError."""
     read_index(directory)
-    return Checkpoint(directory / "unet", stem=STEM, config_key="_class_name", name=directory.name)
+    checkpoint = Checkpoint(
+        directory / "unet", stem=STEM, config_key="_class_name", name=directory.name
+    )
+    for lora in loras:
+        if lora.changes(UNET):
+            checkpoint.adapt(lora.for_unet(checkpoint.tensor_names, checkpoint.config_json))
+    return checkpoint
 
 
 def load_unet(

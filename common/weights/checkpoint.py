@@ -15,7 +15,7 @@ import math
 import mmap
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +27,9 @@ from common.weights.manifest import MANIFEST, SUFFIXES, find_file, read_manifest
 from common.weights.model_files import check_place, check_plain_file, read_json, read_model_config
 from common.weights.safetensors_places import Place, read_places
 from common.weights.torch_file import TorchFile
+
+if TYPE_CHECKING:
+    from common.adapters.adapter import Adapter
 
 # what a configuration says about files and tools rather than about the model
 VOLATILE_KEYS = {
@@ -63,6 +66,8 @@ class Checkpoint:
         self._open_files: dict[str, Any] = {}
         self._cache: dict[tuple[str, torch.dtype], Tensor] = {}
         self._places: dict[Path, dict[str, Place]] = {}
+
+        self._adapter: Adapter | None = None
         self._file_of = self._map_tensors()
         self._absent = self._list_absent()
 
@@ -75,6 +80,18 @@ class Checkpoint:
     def parts(self) -> Parts | None:
         """What a folder of parts holds; None for a directory that holds a model as it is."""
         return self._manifest.parts_in(self.directory) if self._manifest else None
+
+    def adapt(self, adapter: Adapter) -> None:
+        """Have tensors read with these changes from now on, after those of before.
+
+        Raises CheckpointError for a change that does not fit.
+        """
+        for name in adapter.names:
+            if name not in self._file_of:
+                raise CheckpointError(f"the adapter changes {name}, which {self.directory} lacks")
+            adapter.check(name, self.shape(name))
+        self._adapter = adapter if self._adapter is None else self._adapter.join(adapter)
+        self._cache.clear()
 
     def _read_config(self) -> dict[str, Any]:
         return read_model_config(self.directory, self._config_key)
@@ -195,6 +212,14 @@ class Checkpoint:
             raise CheckpointError(f"{self.directory}: {tensor_name}: {error}") from error
         return tensor
 
+        if wanted.is_floating_point and tensor.dtype not in PLAIN_TYPES:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{self.directory}: tensor {tensor_name} is stored as {kind}; expected float32, "
+                "float16 or bfloat16, for a quantized weight without its scale is another number"
+            )
+        return tensor if self._adapter is None else self._adapter.apply(tensor_name, tensor)
+
     def describe(self, tensor_name: str) -> tuple[str, tuple[int, ...], str]:
         """Type, shape and digest of a tensor."""
         if self._manifest is not None and not self.is_here(tensor_name):
@@ -263,6 +288,13 @@ class Checkpoint:
                     f"{MANIFEST} describes; the file is of other weights"
                 )
             digest.update(f"{name} {found}".encode())
+
+            view = self._slice(name)
+            shape = view.get_shape()
+            digest.update(f"{name} {view.get_dtype()} {shape}".encode())
+            digest.update(_sample(view, shape))
+        if self._adapter is not None:
+            digest.update(self._adapter.digest().encode())
         return digest.hexdigest()[:16]
 
 

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from common.adapters.choice import parse_choices
 from common.console.options import (
     IMAGE_MODEL_HELP,
     device_option,
     dtype_option,
+    image_lora_option,
     threads_option,
 )
 from common.console.outputs import check_directory, check_writable
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     show_default=True,
     help=IMAGE_MODEL_HELP,
 )
+@image_lora_option
 @connection_options
 @picture_options
 @click.option("--preview-every", type=click.IntRange(min=1), help="Save a preview every K steps.")
@@ -80,6 +83,7 @@ def image(
     prompt: str,
     output: Path,
     image_model: str,
+    image_loras: tuple[str, ...],
     connection: Connection,
     picture: Picture,
     preview_every: int | None,
@@ -110,14 +114,14 @@ def image(
     if noise_directory is not None:
         check_directory(noise_directory)
     pool_public = read_public(pool_key) if pool_key else None
-    directory = find_model(image_model)
+    directory, loras = find_model(image_model), parse_choices(image_loras)
     client = connection.connect(timeout_s)
     try:
         client.status()  # a broker that is not there is better known before models are loaded
         with waiting(f"loading {directory.resolve().name}", is_shown=not as_json):
             set_up_torch(threads or os.cpu_count(), images=True)
             maker = ImageMaker(
-                directory, client, picture.cut, dtype, device, timeout_s, pool_public
+                directory, client, picture.cut, dtype, device, timeout_s, pool_public, loras
             )
         for text in (prompt, picture.negative):
             warn_of_cut_off(maker, text)
@@ -128,7 +132,8 @@ def image(
         client.close()
     model = directory.resolve().name
     descriptions = [
-        describe_picture(settings, model, index, prompt_in_png) for index in range(settings.count)
+        describe_picture(settings, model, index, prompt_in_png, loras)
+        for index in range(settings.count)
     ]
     files = save_pictures(images, output, descriptions)
     stats = maker.stats.to_json()

@@ -10,6 +10,7 @@ from typing import Any
 from PIL.Image import Image
 from PIL.PngImagePlugin import PngInfo
 
+from common.adapters.choice import LoraChoice
 from common.errors import SettingsError
 from edge_agent.image.init_picture import digest_picture
 from edge_agent.image.maker import ImageSettings
@@ -18,7 +19,11 @@ KEY = "midspan"  # of the text in a PNG: a JSON object
 
 
 def describe_picture(
-    settings: ImageSettings, model: str, index: int, with_prompt: bool
+    settings: ImageSettings,
+    model: str,
+    index: int,
+    with_prompt: bool,
+    loras: Sequence[LoraChoice] = (),
 ) -> dict[str, Any]:
     """How picture `index` of `settings` can be made again."""
     prompts = {"prompt": settings.prompt, "negative_prompt": settings.negative_prompt}
@@ -34,6 +39,7 @@ def describe_picture(
         "codec_down": settings.codec_down,
         "reuse": settings.reuse,
         **describe_init_image(settings),
+        **({"loras": [f"{lora.path.name}@{lora.scale:g}" for lora in loras]} if loras else {}),
     }
 
 

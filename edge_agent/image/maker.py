@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from common.adapters.choice import LoraChoice
+from common.diffusion.lora import ImageLora
 from common.diffusion.schedulers import (
     OWN,
     check_resumable,
@@ -135,11 +137,13 @@ class ImageMaker:
         device: str = "cpu",
         deadline_s: float = 120.0,
         pool_key: bytes | None = None,
+        loras: Sequence[LoraChoice] = (),
     ) -> None:
         self._pool_key = pool_key
         self._cut = cut
         self._torch_dtype, self._device = parse_dtype(dtype), check_device(device)
-        checkpoint = open_unet(directory)
+        opened = [ImageLora(choice) for choice in loras]
+        checkpoint = open_unet(directory, opened)
         self._fingerprint = checkpoint.fingerprint()
         self._scheduler_config = read_scheduler_config(directory)
         outer = None
@@ -149,7 +153,7 @@ class ImageMaker:
         self.unet = RemoteUNet(client, config, outer, self._torch_dtype, self._device, deadline_s)
         checkpoint.close()
         self._pipelines = Pipelines(
-            directory, self.unet, self._scheduler_config, self._torch_dtype, self._device
+            directory, self.unet, self._scheduler_config, self._torch_dtype, self._device, opened
         )
 
     @property

@@ -7,11 +7,13 @@ made of. A refiner has the second only, and one text encoder instead of two.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from common.diffusion.lora import TEXT_ENCODERS, ImageLora
 from common.diffusion.schedulers import make_scheduler
 from common.diffusion.shapes import FROM_PICTURE, FROM_TEXT, SCORED, read_index
 from common.errors import CheckpointError
@@ -43,11 +45,15 @@ class Pipelines:
         scheduler_config: dict[str, Any],
         dtype: torch.dtype,
         device: torch.device | str,
+        loras: Sequence[ImageLora] = (),
     ) -> None:
         self._index = read_index(directory)
         self._scheduler = make_scheduler(scheduler_config, "ddim", 1)  # until a picture is made
         with LOADING:
             parts = self._load_parts(directory, dtype)
+        for lora in loras:
+            for name in TEXT_ENCODERS:
+                adapt_module(parts[name], lora, name)
         self._parts = parts | {"unet": unet}
         self._device = device
         self._made: dict[str, Any] = {}
@@ -97,6 +103,17 @@ class Pipelines:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{directory} cannot be loaded: {error}") from error
         return loaded | dict.fromkeys(missing)
+
+
+def adapt_module(module: Any, lora: ImageLora, part: str) -> None:
+    """Change a text encoder's weights. Raises CheckpointError for what it has not."""
+    weights = dict(module.named_parameters()) if module is not None else {}
+    names = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
+    adapter = lora.for_text_encoder(part, names)
+    for name in adapter.names:
+        weight = weights[name]
+        adapter.check(name, tuple(weight.shape))
+        weight.data = adapter.apply(name, weight.data).to(weight.dtype)
 
 
 def _load_part(directory: Path, part: str, dtype: torch.dtype) -> Any:

@@ -24,6 +24,7 @@ from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from common.adapters.choice import LoraChoice
 from common.errors import MidspanError, SettingsError, TooManySessions
 from edge_agent.engine.client import BrokerClient
 from edge_agent.image.maker import ImageMaker, ImageSettings, Progress
@@ -77,12 +78,14 @@ class ImageService:
         timeout_s: float = 120.0,
         pool_key: bytes | None = None,
         max_waiting: int = MAX_WAITING,
+        loras: Sequence[LoraChoice] = (),
     ) -> None:
         self.name = directory.resolve().name
         self._directory = directory
         self._connect = connect
         self._metrics = metrics
         self._timeout_s, self._pool_key = timeout_s, pool_key
+        self._loras = loras
         self._most_jobs = 1 + max_waiting
         self._thread = ThreadPoolExecutor(1, "midspan-images")
         self._client: BrokerClient | None = None  # of the thread, as the makers are
@@ -207,7 +210,7 @@ class ImageService:
         if cut not in self._makers:
             self._makers[cut] = ImageMaker(
                 self._directory, self._client, cut,
-                deadline_s=self._timeout_s, pool_key=self._pool_key,
+                deadline_s=self._timeout_s, pool_key=self._pool_key, loras=self._loras,
             )  # fmt: skip
         return self._makers[cut]
 

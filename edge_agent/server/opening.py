@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from common.adapters.choice import LoraChoice
 from common.codecs.calibration import Calibration
 from common.codecs.codec import make_codec
 from common.security.keys import ClientKeys
@@ -59,6 +60,7 @@ def open_services(
     calibration: Calibration | None = None,
     template: str | None = None,
     image_model: Path | None = None,
+    image_loras: Sequence[LoraChoice] = (),
     api_keys: Sequence[str] = (),
 ) -> Services:
     """What `make_app` is given; `close` it. Raises CheckpointError and SettingsError."""
@@ -79,7 +81,12 @@ def open_services(
     images = None
     if image_model is not None:
         images = ImageService(
-            image_model, pool.connect, metrics, timeout_s=pool.timeout_s, pool_key=pool.pool_key
+            image_model,
+            pool.connect,
+            metrics,
+            timeout_s=pool.timeout_s,
+            pool_key=pool.pool_key,
+            loras=image_loras,
         )
         metrics.watch("midspan_image_jobs", "Requests, the running one too.", lambda: images.jobs)
     for index, state in enumerate(("running", "waiting")):

@@ -1,0 +1,1 @@
+"""Changes to a checkpoint's weights that come in files of their own."""

@@ -1,0 +1,46 @@
+"""Which LoRA, and how much of it: what a command line says, before anything is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import SettingsError
+
+MAX_SCALE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class LoraChoice:
+    """A file or folder, and what its changes are multiplied with."""
+
+    path: Path
+    scale: float = 1.0
+
+
+def parse_choices(texts: Iterable[str]) -> tuple[LoraChoice, ...]:
+    """Raises SettingsError."""
+    return tuple(parse_choice(text) for text in texts)
+
+
+def parse_choice(text: str) -> LoraChoice:
+    """`PATH` or `PATH@SCALE`. Raises SettingsError."""
+    path, at, number = text.rpartition("@")
+    if not at or Path(text).expanduser().exists():
+        return LoraChoice(_check_exists(text))
+    try:
+        scale = float(number)
+    except ValueError:
+        return LoraChoice(_check_exists(text))
+    if not math.isfinite(scale) or abs(scale) > MAX_SCALE:
+        raise SettingsError(f"the LoRA {text!r} has scale {number}; at most {MAX_SCALE}")
+    return LoraChoice(_check_exists(path), scale)
+
+
+def _check_exists(text: str) -> Path:
+    path = Path(text).expanduser()
+    if not path.exists():
+        raise SettingsError(f"the LoRA {text!r} does not exist; expected PATH or PATH@SCALE")
+    return path

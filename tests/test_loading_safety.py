@@ -16,7 +16,7 @@ from test_span_model import CONFIGS
 
 import common.weights.model_files
 from common.diffusion.schedulers import read_scheduler_config
-from common.diffusion.unet import check_sdxl_directory
+from common.diffusion.shapes import read_index
 from common.errors import CheckpointError, MidspanError
 from common.spans.cut import Span
 from common.weights.checkpoint import Checkpoint
@@ -175,7 +175,7 @@ MALFORMED = {
         ("generation_config.json", load_ends),
         ("tokenizer_config.json", TextTokenizer),
         ("tokenizer.json", TextTokenizer),
-        ("model_index.json", check_sdxl_directory),
+        ("model_index.json", read_index),
         ("scheduler/scheduler_config.json", read_scheduler_config),
     ],
 )

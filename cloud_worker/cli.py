@@ -96,7 +96,8 @@ def worker(
     logs.set_up()
     page = open_page(metrics)
     text_model, image_model = models.find_text_model(), models.find_image_model()
-    image_loras = parse_choices(models.image_loras)
+    models.check_loras()
+    loras, image_loras = parse_choices(models.loras), parse_choices(models.image_loras)
     set_up_torch(threads, images=image_model is not None)
     from cloud_worker.loop.worker import Worker, WorkerSettings
     from cloud_worker.serving import ServingSettings, load_services
@@ -114,6 +115,8 @@ def worker(
         pool_pair,
         bounds.stream_layers,
 
+
+        loras,
         image_loras,
     )
     makers = load_services(

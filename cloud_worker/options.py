@@ -7,12 +7,14 @@ from pathlib import Path
 
 import click
 
+from common.adapters.choice import check_used
 from common.console.option_types import COUNT
 from common.console.options import (
     group_options,
     image_lora_option,
     image_model_option,
     image_part_option,
+    lora_option,
     span_option,
 )
 
@@ -25,6 +27,7 @@ class Models:
     span_text: str | None
     image_model: str | None
     image_parts: tuple[str, ...]
+    loras: tuple[str, ...]
     image_loras: tuple[str, ...]
 
     def find_text_model(self) -> Path | None:
@@ -38,6 +41,12 @@ class Models:
         from common.weights.demo_model import DEMO_IMAGE_MODEL
 
         return self._find(self.image_model, DEMO_IMAGE_MODEL)
+
+    def check_loras(self) -> None:
+        """Raises SettingsError for those that would change nothing."""
+        if self.model_name is not None or self.image_model is not None:
+            check_used(self.loras, self.model_name, "--lora", "--model")
+            check_used(self.image_loras, self.image_model, "--image-lora", "--image-model")
 
     def _find(self, name: str | None, demo: str) -> Path | None:
         from common.weights.demo_model import find_model
@@ -63,6 +72,7 @@ model_options = group_options(
         default=["unet", "inner"],
         more="; repeat it for both, inner alone reads the inner blocks only.",
     ),
+    lora_option,
     image_lora_option,
 )
 

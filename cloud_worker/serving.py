@@ -18,6 +18,7 @@ from cloud_worker.state.store import KvStore
 from cloud_worker.text.executor import TextExecutor
 from cloud_worker.text.service import TextService
 from common.adapters.choice import LoraChoice
+from common.adapters.peft import adapt_text_model
 from common.codecs.calibration import open_calibration
 from common.errors import SettingsError
 from common.protocol.messages import Service
@@ -52,6 +53,8 @@ class ServingSettings:
     pool_key: KeyPair | None = None  # opens the keys of sessions that are encrypted at rest
     resident_layers: int | None = None  # of a language model, in memory at once; None: all
 
+
+    loras: Sequence[LoraChoice] = ()
     image_loras: Sequence[LoraChoice] = ()
 
 
@@ -92,6 +95,7 @@ def load_text_service(
 ) -> ServiceMaker:
     """Load a span of a language model. Raises CheckpointError or SettingsError."""
     checkpoint = Checkpoint(directory)
+    adapt_text_model(checkpoint, settings.loras)
     config = read_config(checkpoint)
     if span_text is None and checkpoint.parts is not None:
         span_text = name_span(checkpoint.parts.only_span(config.num_hidden_layers))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.security.keys import BROKER
@@ -35,6 +36,7 @@ def describe_pool(pool: LocalPool) -> list[str]:
 def suggest_ask(settings: PoolSettings, edge_endpoint: str) -> str:
     """The command that asks this pool for a text."""
     options = _unless_default("--model", settings.model, DEMO_TEXT_MODEL)
+    options += _lora_options("--lora", settings.loras)
     if settings.span is not None:
         options += ["--span", settings.span]
     if settings.calibration is not None:
@@ -46,7 +48,7 @@ def suggest_ask(settings: PoolSettings, edge_endpoint: str) -> str:
 def suggest_image(settings: PoolSettings, edge_endpoint: str) -> str:
     """The command that asks this pool for a picture."""
     options = _unless_default("--image-model", settings.image_model, DEMO_IMAGE_MODEL)
-    options += _lora_options(settings)
+    options += _lora_options("--image-lora", settings.image_loras)
     options += _edge_options(settings, edge_endpoint)
     return shlex.join(["midspan", "image", PICTURE, *options, "--stats"])
 
@@ -57,7 +59,8 @@ def suggest_worker(settings: PoolSettings, worker_endpoint: str, redis_url: str)
     if (settings.model, settings.image_model) != (DEMO_TEXT_MODEL, DEMO_IMAGE_MODEL):
         options += _unless_default("--model", settings.model, None)
         options += _unless_default("--image-model", settings.image_model, None)
-    options += _lora_options(settings)
+    options += _lora_options("--lora", settings.loras)
+    options += _lora_options("--image-lora", settings.image_loras)
     options += _unless_default("--span", settings.span, None)
     options += _unless_default("--calibration", settings.calibration, None)
     options += _unless_default("--dtype", settings.dtype, "float32")
@@ -70,8 +73,8 @@ def suggest_worker(settings: PoolSettings, worker_endpoint: str, redis_url: str)
     return shlex.join(["midspan", "worker", *options])
 
 
-def _lora_options(settings: PoolSettings) -> list[str]:
-    return [word for lora in settings.image_loras for word in ("--image-lora", lora)]
+def _lora_options(option: str, loras: Sequence[str]) -> list[str]:
+    return [word for lora in loras for word in (option, lora)]
 
 
 def _edge_options(settings: PoolSettings, edge_endpoint: str) -> list[str]:

@@ -41,7 +41,8 @@ class PoolSettings:
     redis_url: str | None = None  # None: an embedded one
     redis_port: int | None = None  # of the embedded one, on loopback; None: a Unix socket only
     calibration: Path | None = None
-    image_loras: Sequence[str] = ()  # PATH or PATH@SCALE
+    loras: Sequence[str] = ()  # PATH or PATH@SCALE
+    image_loras: Sequence[str] = ()
     edge_endpoint: str = "tcp://127.0.0.1:*"
     worker_endpoint: str = "tcp://127.0.0.1:*"
     worker_options: list[str] = field(default_factory=list)
@@ -141,8 +142,9 @@ class LocalPool:
             options += ["--model", settings.model or DEMO_TEXT_MODEL]
         if settings.image_model is not None:
             options += ["--image-model", settings.image_model]
-        for lora in settings.image_loras:
-            options += ["--image-lora", lora]
+        for option, loras in (("--lora", settings.loras), ("--image-lora", settings.image_loras)):
+            for lora in loras:
+                options += [option, lora]
         span = span or settings.span
         if span is not None:
             options += ["--span", span]

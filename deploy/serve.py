@@ -15,7 +15,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from common.adapters.choice import parse_choices
+from common.adapters.choice import check_used, parse_choices
 from common.console.option_types import COUNT, WorkerRange
 from common.console.options import (
     Logs,
@@ -25,6 +25,7 @@ from common.console.options import (
     image_lora_option,
     image_model_option,
     log_options,
+    lora_option,
     model_option,
     span_option,
     threads_option,
@@ -119,6 +120,7 @@ bound_options = add_options(
 @model_option
 @span_option(SERVED)
 @image_model_option
+@lora_option
 @image_lora_option
 @connection_options
 @encrypt_option
@@ -136,6 +138,7 @@ def serve(
     model_name: str | None,
     span_text: str | None,
     image_model: str | None,
+    loras: tuple[str, ...],
     image_loras: tuple[str, ...],
     connection: Connection,
     pool_key: str | None,
@@ -165,10 +168,11 @@ def serve(
     directory = find_model(model_name)
     read_model_config(directory)  # complains now, if ever
     images = find_model(image_model) if image_model else None
-    chosen_loras = parse_choices(image_loras)
+    check_used(image_loras, image_model, "--image-lora", "--image-model")
+    text_choices, image_choices = parse_choices(loras), parse_choices(image_loras)
     pool_public = read_public(pool_key) if pool_key else None
     connection.check(timeout_s)  # complains of options now, if ever
-    source = describe_source(directory, dtype, codecs)  # before the files are read
+    source = describe_source(directory, dtype, codecs, text_choices)  # before the files are read
     if with_pool:
         check_own_pool()
     asked = None if with_pool or span_text else ask_for_report(connection)
@@ -185,7 +189,8 @@ def serve(
 
     handle_signals(ENDING, end)
     with waiting(f"loading {directory.resolve().name}"):
-        ends = load_ends(directory, span_text, dtype, asked.result() if asked else None)
+        report = asked.result() if asked else None
+        ends = load_ends(directory, span_text, dtype, report, text_choices)
     with contextlib.ExitStack() as stack:
         access = PoolAccess(connection.endpoints(), connection.keys(), timeout_s, pool_public)
         if with_pool:
@@ -201,6 +206,7 @@ def serve(
                 dtype=dtype,
                 threads=share,
                 calibration=codecs.calibration,
+                loras=loras,
                 image_loras=image_loras,
             )
             pool = stack.enter_context(kept_pool(settings, ScalingSettings(least, most)))
@@ -209,7 +215,7 @@ def serve(
             ends, access, codecs.read_settings(step_deadline_s=timeout_s),
             bounds=Bounds(max_sessions, max_waiting, keep_chats),
             calibration=codecs.find_calibration(ends), template=template,
-            image_model=images, image_loras=chosen_loras, api_keys=api_keys,
+            image_model=images, image_loras=image_choices, api_keys=api_keys,
         )  # fmt: skip
         stack.callback(services.close)
         freeze_loaded_objects()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from common.adapters.choice import parse_choices
+from common.adapters.choice import check_used, parse_choices
 from common.console.option_types import THREADS, WorkerRange
 from common.console.options import (
     calibration_option,
@@ -19,6 +19,7 @@ from common.console.options import (
     image_lora_option,
     image_model_option,
     insecure_option,
+    lora_option,
     span_option,
     workers_option,
 )
@@ -34,6 +35,7 @@ from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
     help="Language model: a Hugging Face directory.  [default: both demo models]",
 )
 @image_model_option
+@lora_option
 @image_lora_option
 @span_option("the middle half")
 @calibration_option
@@ -60,6 +62,7 @@ def up(
     worker_range: tuple[int, int],
     model: str | None,
     image_model: str | None,
+    loras: tuple[str, ...],
     image_loras: tuple[str, ...],
     span_text: str | None,
     calibration: Path | None,
@@ -93,7 +96,9 @@ def up(
     handle_signals((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), end)
     if model is None and image_model is None:
         model, image_model = DEMO_TEXT_MODEL, DEMO_IMAGE_MODEL
-    parse_choices(image_loras)  # complains now, if ever
+    check_used(loras, model, "--lora", "--model")
+    check_used(image_loras, image_model, "--image-lora", "--image-model")
+    parse_choices((*loras, *image_loras))  # complains now, if ever
     settings = PoolSettings(
         workers=least,
         model=model,
@@ -107,6 +112,7 @@ def up(
         keys=keys.expanduser() if keys else None,
         broker_options=[*(["--insecure"] if insecure else []), *hold_options(least)],
         calibration=calibration,
+        loras=loras,
         image_loras=image_loras,
         edge_endpoint=parse_endpoint(edge_endpoint, "--edge-endpoint"),
         worker_endpoint=parse_endpoint(worker_endpoint, "--worker-endpoint"),

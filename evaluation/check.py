@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from common.console.options import dtype_option, span_option
+from common.console.options import dtype_option, lora_option, span_option
 from common.console.tables import format_bytes, format_table
 from evaluation.options import json_option
 
@@ -20,14 +20,19 @@ CODEC = "int8"
 @click.command()
 @click.argument("model", required=False)
 @span_option("the middle half")
+@lora_option
 @dtype_option
 @json_option
-def check(model: str | None, span_text: str | None, dtype: str, as_json: bool) -> None:
+def check(
+    model: str | None, span_text: str | None, loras: tuple[str, ...], dtype: str, as_json: bool
+) -> None:
     """Say whether MODEL can be cut, what device and workers need for it, and what is sent.
 
     Reads its configuration and the headers of its files. A small twin of it, with random weights,
     is run whole and cut; a model whose twin comes out otherwise is refused, here as by all others.
     """
+    from common.adapters.choice import parse_choices
+    from common.adapters.peft import adapt_text_model
     from common.console.processes import set_up_torch
     from common.spans.cut import parse_cut
     from common.spans.twin_check import check_twin
@@ -38,6 +43,7 @@ def check(model: str | None, span_text: str | None, dtype: str, as_json: bool) -
 
     set_up_torch(1)
     checkpoint = Checkpoint(find_model(model))
+    adapt_text_model(checkpoint, parse_choices(loras))  # says what does not fit
     config = read_config(checkpoint)
     cut = parse_cut(span_text, config.num_hidden_layers)
     packs = check_twin(config)

@@ -25,6 +25,12 @@ def parse_choices(texts: Iterable[str]) -> tuple[LoraChoice, ...]:
     return tuple(parse_choice(text) for text in texts)
 
 
+def check_used(loras: Iterable[str], model: object, option: str, needed: str) -> None:
+    """Raises SettingsError for LoRAs of a model that is not there."""
+    if list(loras) and model is None:
+        raise SettingsError(f"{option} changes a model that is not served here; name it: {needed}")
+
+
 def parse_choice(text: str) -> LoraChoice:
     """`PATH` or `PATH@SCALE`. Raises SettingsError."""
     path, at, number = text.rpartition("@")

@@ -10,12 +10,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.adapters.adapter import Adapter, Change, LowRank, Replacement
 from common.adapters.choice import LoraChoice
 from common.adapters.lora_file import CONFIG, LoraFile, Pair, read_lora
 from common.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from common.weights.checkpoint import Checkpoint
 
 # settings of training, of where a LoRA came from, and those that its tensors show
 HARMLESS = {
@@ -86,6 +89,13 @@ def check_settings(config: Mapping[str, Any], where: str) -> None:
         )
 
 
+def adapt_text_model(checkpoint: Checkpoint, choices: Iterable[LoraChoice]) -> None:
+    """Have a language model's tensors read with these LoRAs. Raises CheckpointError."""
+    for choice in choices:
+        names, config = checkpoint.tensor_names, checkpoint.config_json
+        checkpoint.adapt(open_text_adapter(choice, names, config))
+
+
 def open_text_adapter(
     choice: LoraChoice, stored: Iterable[str], model_config: Mapping[str, Any]
 ) -> Adapter:
@@ -113,16 +123,19 @@ class TextAdapterReader:
         self._check_transposed()
 
     def read(self) -> Adapter:
+        """Whole tensors first: PEFT saves embeddings that it changes beside their change."""
         changes: dict[str, list[Change]] = {}
-        for module, pair in self._file.pairs.items():
-            name = self._names.find(f"{_plain(module)}.weight")
-            self._check_untied(name)
-            changes.setdefault(name, []).append(self._low_rank(_plain(module), pair))
         for name, tensor in self._file.whole.items():
-            stored = self._names.find(_plain(name))
-            self._check_untied(stored)
-            changes.setdefault(stored, []).append(Replacement(tensor))
+            changes.setdefault(self._find(_plain(name)), []).append(Replacement(tensor))
+        for module, pair in self._file.pairs.items():
+            change = self._low_rank(_plain(module), pair)
+            changes.setdefault(self._find(f"{_plain(module)}.weight"), []).append(change)
         return Adapter(changes)
+
+    def _find(self, name: str) -> str:
+        stored = self._names.find(name)
+        self._check_untied(stored)
+        return stored
 
     def _low_rank(self, module: str, pair: Pair) -> LowRank:
         assert pair.down is not None

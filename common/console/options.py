@@ -30,6 +30,14 @@ model_option = click.option(
 )
 SPAN_HELP = "Layers that the pool computes, as a-b; 2:-2 leaves two on each side."
 image_model_option = click.option("--image-model", help=IMAGE_MODEL_HELP)
+lora_option = click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="PATH[@SCALE]",
+    help="A LoRA's folder, as PEFT saves it, merged into the language model, on both sides; "
+    "repeat it for several.",
+)
 image_lora_option = click.option(
     "--image-lora",
     "image_loras",

@@ -10,9 +10,11 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+from common.adapters.choice import parse_choices
 from common.console.options import (
     answer_tokens_option,
     dtype_option,
+    lora_option,
     model_option,
     span_option,
     threads_option,
@@ -46,6 +48,7 @@ WAITING = "waiting for the first token"
 @click.command()
 @click.argument("prompt")
 @model_option
+@lora_option
 @span_option(SERVED)
 @connection_options
 @encrypt_option
@@ -67,6 +70,7 @@ WAITING = "waiting for the first token"
 def ask(
     prompt: str,
     model_name: str | None,
+    loras: tuple[str, ...],
     span_text: str | None,
     connection: Connection,
     pool_key: str | None,
@@ -96,6 +100,8 @@ def ask(
     means = Means(
         find_model(model_name), span_text, dtype, codecs, connection, pool_public, timeout_s,
         threads, list_given(), tokenizer,
+
+        threads, list_given(), parse_choices(loras),
     )  # fmt: skip
     means.check()
     drawing = sampling.read_settings(read_defaults(means.directory))

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from common.adapters.choice import parse_choices
 from common.console.options import (
     answer_tokens_option,
     dtype_option,
+    lora_option,
     model_option,
     span_option,
     threads_option,
@@ -54,6 +56,7 @@ Ctrl-C stops an answer."""
 
 @click.command()
 @model_option
+@lora_option
 @span_option(SERVED)
 @connection_options
 @encrypt_option
@@ -67,6 +70,7 @@ Ctrl-C stops an answer."""
 @timeout_option(60.0)
 def chat(
     model_name: str | None,
+    loras: tuple[str, ...],
     span_text: str | None,
     connection: Connection,
     pool_key: str | None,
@@ -86,7 +90,7 @@ def chat(
     """
     codecs.split()  # complains now, if ever
     pool_public = read_public(pool_key) if pool_key else None
-    directory = find_model(model_name)
+    directory, choices = find_model(model_name), parse_choices(loras)
     read_model_config(directory)  # complains now, if ever
     drawing = sampling.read_settings(read_defaults(directory))
     sampling.warn_of_greedy(drawing)
@@ -103,7 +107,7 @@ def chat(
         from edge_agent.text.ends import load_ends
         from edge_agent.text.tokenizer import TextTokenizer
 
-        ends = load_ends(directory, span_text, dtype, report)
+        ends = load_ends(directory, span_text, dtype, report, choices)
     settings = codecs.read_settings(step_deadline_s=timeout_s)
     with Engine(
         ends,

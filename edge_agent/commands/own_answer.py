@@ -58,6 +58,15 @@ class OwnAnswer:
             Session(ends, self._client, settings, calibration, means.pool_key),
             tokenizer,
             encode_question(question, tokenizer),
+
+        ends = load_ends(means.directory, means.span_text, means.dtype, report, means.loras)
+        generation = start_generation(
+            Session(
+                ends, self._client, settings, means.codecs.find_calibration(ends), means.pool_key
+            ),
+            TextTokenizer(means.directory),
+            question.prompt,
+            question.max_new_tokens,
             question.drawing,
             question.max_new_tokens,
             question.stops,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.adapters.choice import LoraChoice
 from common.errors import SettingsError
 from common.security.keys import ClientKeys
 from common.spans.cut import Span, parse_span, read_span
@@ -75,6 +77,8 @@ class Means:
     given: frozenset[str]  # fields of `Route` that somebody said, so that no others will do
     tokenizer: Path | None = None  # instead of the model's
 
+    loras: tuple[LoraChoice, ...] = ()
+
     def check(self) -> None:
         """Raises SettingsError for options that mean nothing, CheckpointError for what is no model.
 
@@ -103,7 +107,8 @@ class Means:
         span = self.read_span()
         if span is not None and str(span) != announcement.span:
             return False
-        if describe_source(self.directory, self.dtype, self.codecs) != announcement.source:
+        source = describe_source(self.directory, self.dtype, self.codecs, self.loras)
+        if source != announcement.source:
             return False
         route = self.describe_route()
         return all(getattr(route, name) == getattr(announcement.route, name) for name in self.given)
@@ -114,7 +119,9 @@ class Means:
         )
 
 
-def describe_source(directory: Path, dtype: str, codecs: CodecChoice) -> TextSource:
+def describe_source(
+    directory: Path, dtype: str, codecs: CodecChoice, loras: Sequence[LoraChoice] = ()
+) -> TextSource:
     """What a text depends on. Raises SettingsError for codecs that are none."""
     model, calibration = directory.resolve(), codecs.calibration
     if calibration is not None:
@@ -125,7 +132,13 @@ def describe_source(directory: Path, dtype: str, codecs: CodecChoice) -> TextSou
         dtype,
         codecs.split(),
         None if calibration is None else str(calibration),
+        tuple(_describe_lora(lora) for lora in loras),
     )
+
+
+def _describe_lora(lora: LoraChoice) -> str:
+    path = lora.path.resolve()
+    return f"{path}@{lora.scale:g} {digest_files(path if path.is_dir() else path.parent, None)}"
 
 
 def describe_route(

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from common.console.options import dtype_option, model_option, span_option, threads_option
+from common.adapters.choice import parse_choices
+from common.console.options import (
+    dtype_option,
+    lora_option,
+    model_option,
+    span_option,
+    threads_option,
+)
 from common.console.processes import set_up_torch
 from common.console.tables import format_table
 from common.console.waiting import waiting
@@ -52,6 +59,7 @@ class Scored:
     help="A continuation, with the space that it begins with; repeatable.",
 )
 @model_option
+@lora_option
 @span_option(SERVED)
 @connection_options
 @encrypt_option
@@ -66,6 +74,7 @@ def score(
     prompt: str,
     options: tuple[str, ...],
     model_name: str | None,
+    loras: tuple[str, ...],
     span_text: str | None,
     connection: Connection,
     pool_key: str | None,
@@ -84,7 +93,7 @@ def score(
     check_options(options)
     codecs.split()  # complains now, if ever
     pool_public = read_public(pool_key) if pool_key else None
-    directory = find_model(model_name)
+    directory, choices = find_model(model_name), parse_choices(loras)
     read_model_config(directory)
     client = connection.connect(timeout_s)
     report = client.status()
@@ -95,7 +104,7 @@ def score(
         from edge_agent.text.ends import load_ends
         from edge_agent.text.tokenizer import TextTokenizer
 
-        ends = load_ends(directory, span_text, dtype, report)
+        ends = load_ends(directory, span_text, dtype, report, choices)
     with Engine(
         ends,
         connection.endpoints(),

@@ -37,6 +37,7 @@ class TextSource:
     dtype: str
     codecs: tuple[str, str, str, str]  # prompt up and down, decode up and down
     calibration: str | None
+    loras: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

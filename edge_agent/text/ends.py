@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.adapters.choice import LoraChoice
+from common.adapters.peft import adapt_text_model
 from common.errors import CheckpointError
 from common.spans.attention import Segment
 from common.spans.cut import Cut, Span, parse_cut
@@ -120,6 +122,7 @@ def load_ends(
     span: str | None = None,
     dtype: str = "float32",
     report: Mapping[str, Any] | None = None,
+    loras: Sequence[LoraChoice] = (),
 ) -> ModelEnds:
     """Load head and tail from a Hugging Face directory; `span`, as `a-b`, is for the pool.
 
@@ -129,6 +132,7 @@ def load_ends(
     Raises CheckpointError for a directory that cannot be used, SettingsError for a bad span.
     """
     checkpoint = Checkpoint(directory)
+    adapt_text_model(checkpoint, loras)
     config = read_config(checkpoint)
     num_layers = config.num_hidden_layers
     fingerprint = checkpoint.fingerprint()

@@ -114,8 +114,6 @@ def worker(
         bounds.cache_mb << 20,
         pool_pair,
         bounds.stream_layers,
-
-
         loras,
         image_loras,
     )

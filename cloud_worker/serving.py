@@ -52,8 +52,6 @@ class ServingSettings:
     cache_bytes: int = 1 << 30  # of all services of a worker together
     pool_key: KeyPair | None = None  # opens the keys of sessions that are encrypted at rest
     resident_layers: int | None = None  # of a language model, in memory at once; None: all
-
-
     loras: Sequence[LoraChoice] = ()
     image_loras: Sequence[LoraChoice] = ()
 

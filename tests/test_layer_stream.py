@@ -13,6 +13,7 @@ from pools import PROMPTS, generate, reference_tokens
 from random_models import save_random_model
 from test_span_model import CONFIGS, WINDOWED
 from test_takeover import Answers
+from test_text_lora import low_rank, pair, save_lora
 from waiting import wait_until
 
 from cloud_worker.cli import worker
@@ -20,6 +21,7 @@ from cloud_worker.serving import ServingSettings, load_text_service
 from cloud_worker.state.memory_store import MemoryKvStore
 from cloud_worker.state.stage_cache import CacheBudget
 from cloud_worker.text.service import TextService
+from common.adapters.peft import adapt_text_model
 from common.errors import CheckpointError, SettingsError
 from common.spans.attention import Segment
 from common.spans.cut import Span
@@ -70,6 +72,17 @@ def test_weights_of_another_type_are_converted_at_each_turn(tmp_path: Path) -> N
         run(streamed, ROWS.bfloat16()),
         run(load_span(Checkpoint(directory), Span(1, 6), torch.bfloat16), ROWS.bfloat16()),
     )
+
+
+def test_what_an_adapter_changes_is_changed_at_each_turn(llama: Path, tmp_path: Path) -> None:
+    query = "model.layers.2.self_attn.q_proj"
+    choice = save_lora(tmp_path, pair(query, low_rank(32, 32)))
+    plain, changed, streamed = Checkpoint(llama), Checkpoint(llama), Checkpoint(llama)
+    for checkpoint in (changed, streamed):
+        adapt_text_model(checkpoint, [choice])
+    rows = run(load_span(streamed, Span(0, 6), resident=2))
+    assert equal(rows, run(load_span(changed, Span(0, 6))))
+    assert not equal(rows, run(load_span(plain, Span(0, 6))))
 
 
 def test_the_head_and_the_tail_can_be_streamed_too(llama: Path) -> None:

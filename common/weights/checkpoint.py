@@ -66,7 +66,6 @@ class Checkpoint:
         self._open_files: dict[str, Any] = {}
         self._cache: dict[tuple[str, torch.dtype], Tensor] = {}
         self._places: dict[Path, dict[str, Place]] = {}
-
         self._adapter: Adapter | None = None
         self._file_of = self._map_tensors()
         self._absent = self._list_absent()
@@ -182,8 +181,12 @@ class Checkpoint:
         """A tensor that is not shared: it is put together with others, or taken apart."""
         return self._get(tensor_name, dtype).to(dtype)
 
-    def place(self, tensor_name: str) -> Place:
-        """Where the bytes of a tensor are. Raises CheckpointError unless that is safetensors."""
+    def place(self, tensor_name: str) -> Place | None:
+        """Where the bytes of a tensor are; None where an adapter changes it.
+
+        Raises CheckpointError unless it is in a safetensors file.
+        """
+        self.check_is_here(tensor_name)
         path = self.directory / self._file_of[tensor_name]
         if path.suffix != ".safetensors":
             raise CheckpointError(
@@ -194,6 +197,8 @@ class Checkpoint:
         place = self._places[path].get(tensor_name)
         if place is None:
             raise _not_plain(self.directory, tensor_name, self._slice(tensor_name).get_dtype())
+        if self._adapter is not None and tensor_name in self._adapter.names:
+            return None
         return place
 
     def _get(self, tensor_name: str, wanted: torch.dtype) -> Tensor:
@@ -201,7 +206,7 @@ class Checkpoint:
         if wanted.is_floating_point and tensor.dtype not in PLAIN_TYPES:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise _not_plain(self.directory, tensor_name, kind)
-        return tensor
+        return tensor if self._adapter is None else self._adapter.apply(tensor_name, tensor)
 
     def read_stored(self, tensor_name: str) -> Tensor:
         """A tensor as it is stored, of whatever type."""
@@ -211,14 +216,6 @@ class Checkpoint:
         except SafetensorError as error:
             raise CheckpointError(f"{self.directory}: {tensor_name}: {error}") from error
         return tensor
-
-        if wanted.is_floating_point and tensor.dtype not in PLAIN_TYPES:
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise CheckpointError(
-                f"{self.directory}: tensor {tensor_name} is stored as {kind}; expected float32, "
-                "float16 or bfloat16, for a quantized weight without its scale is another number"
-            )
-        return tensor if self._adapter is None else self._adapter.apply(tensor_name, tensor)
 
     def describe(self, tensor_name: str) -> tuple[str, tuple[int, ...], str]:
         """Type, shape and digest of a tensor."""
@@ -288,11 +285,6 @@ class Checkpoint:
                     f"{MANIFEST} describes; the file is of other weights"
                 )
             digest.update(f"{name} {found}".encode())
-
-            view = self._slice(name)
-            shape = view.get_shape()
-            digest.update(f"{name} {view.get_dtype()} {shape}".encode())
-            digest.update(_sample(view, shape))
         if self._adapter is not None:
             digest.update(self._adapter.digest().encode())
         return digest.hexdigest()[:16]

@@ -2,7 +2,7 @@
 
 Tensors that are stored as the layer has them are read straight from the file, past the library's
 mapping of it: pages of a mapped file would stay in memory, and count as this process's. Those that
-the library puts together of several are made anew each time.
+the library puts together of several, or an adapter changes, are made anew each time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Piece:
     shape: tuple[int, ...]
     at: int
     size: int
-    place: Place | None  # None: it is made of several
+    place: Place | None  # None: it is made
 
 
 class LayerReader:

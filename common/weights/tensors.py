@@ -87,7 +87,7 @@ class WeightMap:
         return other
 
     def place(self, name: str, shape: tuple[int, ...]) -> Place | None:
-        """Where a parameter of this shape is stored; None if it is put together of others.
+        """Where a parameter of this shape is stored; None if it is made of what is.
 
         Raises CheckpointError where that is no place that can be read again and again.
         """
@@ -100,11 +100,19 @@ class WeightMap:
         return places[-1]
 
     def make(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
-        """Parameters that are put together of others, by name; nothing of the files stays open."""
-        origins = {id(o): o for o in map(self._find, shapes)}
+        """Parameters that are made of others or changed by an adapter, by name.
+
+        Nothing of the files stays open.
+        """
         made: dict[str, Tensor] = {}
-        for origin in origins.values():
-            made |= self._convert(origin, dtype, {})
+        for name in shapes:
+            if name in made:  # with another one of the same origin
+                continue
+            origin = self._find(name)
+            if origin.converter is None:
+                made[name] = self._checkpoint.read_once(origin.stored[-1][1], dtype)
+            else:
+                made |= self._convert(origin, dtype, {})
         for name, shape in shapes.items():
             if name not in made:
                 raise CheckpointError(f"{self._checkpoint.directory} has no tensor {name}")

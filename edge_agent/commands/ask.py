@@ -99,9 +99,7 @@ def ask(
     pool_public = read_public(pool_key) if pool_key else None
     means = Means(
         find_model(model_name), span_text, dtype, codecs, connection, pool_public, timeout_s,
-        threads, list_given(), tokenizer,
-
-        threads, list_given(), parse_choices(loras),
+        threads, list_given(), tokenizer, parse_choices(loras),
     )  # fmt: skip
     means.check()
     drawing = sampling.read_settings(read_defaults(means.directory))

@@ -51,22 +51,13 @@ class OwnAnswer:
         from edge_agent.text.tokenizer import TextTokenizer
 
         settings = means.codecs.read_settings(step_deadline_s=means.timeout_s)
-        ends = load_ends(means.directory, means.span_text, means.dtype, report)
+        ends = load_ends(means.directory, means.span_text, means.dtype, report, means.loras)
         calibration = means.codecs.find_calibration(ends)
         tokenizer = TextTokenizer(means.directory, means.tokenizer)
         generation = Generation(
             Session(ends, self._client, settings, calibration, means.pool_key),
             tokenizer,
             encode_question(question, tokenizer),
-
-        ends = load_ends(means.directory, means.span_text, means.dtype, report, means.loras)
-        generation = start_generation(
-            Session(
-                ends, self._client, settings, means.codecs.find_calibration(ends), means.pool_key
-            ),
-            TextTokenizer(means.directory),
-            question.prompt,
-            question.max_new_tokens,
             question.drawing,
             question.max_new_tokens,
             question.stops,

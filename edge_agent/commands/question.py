@@ -76,7 +76,6 @@ class Means:
     threads: int | None
     given: frozenset[str]  # fields of `Route` that somebody said, so that no others will do
     tokenizer: Path | None = None  # instead of the model's
-
     loras: tuple[LoraChoice, ...] = ()
 
     def check(self) -> None:

@@ -15,31 +15,27 @@ def pick_part(
 ) -> str | None:
     """The layers that most workers serve, of those the most layers; None if none are served.
 
-    Spans that follow on each other count as one. Those with the LM head are for edges that ask for
-    them. `report` is a broker's, which passes on what
-    workers call their parts: what is no span of the model is passed over.
-
     Spans that follow on each other count as one. `report` is a broker's, which passes on what
     workers call their parts: what is no span of the model is passed over, and what does not hold
-    all of `missing`, the layers that are not here.
+    all of `missing`, what is not here. Those with the LM head are for edges that lack that.
     """
     served = _count_spans(report, fingerprint, num_layers)
     stretches = {
         Span(first, *stop): sum(served[span] for span in route)
         for first in {span.first for span in served}
         for stop, route in find_routes(served, first).items()
-        if route and not stop[1]
-
-        for last, route in find_routes(served, first).items()
-        if route and _holds(Span(first, last), missing)
+        if route and _fits(Span(first, *stop), missing)
     }
     if not stretches:
         return None
     return str(max(stretches, key=lambda span: (stretches[span], len(span), -span.first)))
 
 
-def _holds(span: Span, missing: Span | None) -> bool:
-    return missing is None or (span.first <= missing.first and missing.last <= span.last)
+def _fits(span: Span, missing: Span | None) -> bool:
+    if missing is None:
+        return not span.with_end
+    holds = span.first <= missing.first and missing.last <= span.last
+    return holds and span.with_end == missing.with_end
 
 
 def pick_route(report: Mapping[str, Any], fingerprint: str, middle: Span) -> list[Span]:

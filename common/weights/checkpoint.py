@@ -25,7 +25,7 @@ from common.errors import CheckpointError
 from common.spans.parts import Parts
 from common.weights.manifest import MANIFEST, SUFFIXES, find_file, read_manifest
 from common.weights.model_files import check_place, check_plain_file, read_json, read_model_config
-from common.weights.safetensors_places import Place, read_places
+from common.weights.safetensors_places import Place, PlaceReader, read_places
 from common.weights.torch_file import TorchFile
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class Checkpoint:
         self._open_files: dict[str, Any] = {}
         self._cache: dict[tuple[str, torch.dtype], Tensor] = {}
         self._places: dict[Path, dict[str, Place]] = {}
+        self._reader = PlaceReader()
         self._adapter: Adapter | None = None
         self._file_of = self._map_tensors()
         self._absent = self._list_absent()
@@ -172,10 +173,19 @@ class Checkpoint:
         at = 0
         for name in new:
             tensor = block[at : at + sizes[name]].view(dtype).view(shapes[name])
-            tensor.copy_(self._get(name, dtype))
+            self._read_into(tensor, name, dtype)
             self._cache[name, dtype] = tensor
             at += _round_up(sizes[name])
         return {name: self._cache[name, dtype] for name in tensor_names}
+
+    def _read_into(self, tensor: Tensor, name: str, dtype: torch.dtype) -> None:
+        """Straight from the file where nothing has to be done to it."""
+        is_plain = self._file_of[name].endswith(".safetensors") and tensor.numel()
+        place = self.place(name) if is_plain and self.is_here(name) else None
+        if place is None or place.dtype != dtype:
+            tensor.copy_(self._get(name, dtype))
+        else:
+            self._reader.read_into(tensor.view(-1).view(torch.uint8), place)
 
     def read_once(self, tensor_name: str, dtype: torch.dtype) -> Tensor:
         """A tensor that is not shared: it is put together with others, or taken apart."""
@@ -259,12 +269,14 @@ class Checkpoint:
         """The same directory with files of its own, for another thread."""
         other = copy.copy(self)
         other._open_files, other._cache, other._places = {}, {}, {}
+        other._reader = PlaceReader()
         return other
 
     def close(self) -> None:
         """Forget files and tensors; tensors already handed out stay valid."""
         self._cache.clear()
         self._open_files.clear()
+        self._reader.close()
 
     def fingerprint(self) -> str:
         """16 hex digits that differ when the configuration or the weights do.

@@ -1,23 +1,18 @@
 """Read the weights of one layer, again and again, into memory that is there for them.
 
-Tensors that are stored as the layer has them are read straight from the file, past the library's
-mapping of it: pages of a mapped file would stay in memory, and count as this process's. Those that
+Tensors that are stored as the layer has them are read straight from the file. Those that
 the library puts together of several, or an adapter changes, are made anew each time.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from common.errors import CheckpointError
 from common.weights.checkpoint import ALIGNMENT
-from common.weights.safetensors_places import Place
+from common.weights.safetensors_places import Place, PlaceReader
 from common.weights.tensors import WeightMap
 
 
@@ -43,7 +38,7 @@ class LayerReader:
         self._dtype = dtype
         self._prefix = prefix
         self._pieces: list[Piece] = []
-        self._files: dict[Path, int] = {}
+        self._files = PlaceReader()
         at = 0
         for name, parameter in layer.named_parameters(remove_duplicate=False):
             size = parameter.numel() * dtype.itemsize
@@ -75,29 +70,8 @@ class LayerReader:
 
     def _read_piece(self, piece: Piece, place: Place, memory: Tensor) -> None:
         if place.dtype == self._dtype:
-            self._read_bytes(place, memory)
+            self._files.read_into(memory, place)
             return
         stored = torch.empty(place.size, dtype=torch.uint8)
-        self._read_bytes(place, stored)
+        self._files.read_into(stored, place)
         memory.view(self._dtype).copy_(stored.view(place.dtype))
-
-    def _read_bytes(self, place: Place, memory: Tensor) -> None:
-        left, at = memoryview(memory.numpy().data), place.offset
-        try:
-            while left:
-                count = os.preadv(self._open(place.path), [left], at)
-                if not count:
-                    raise CheckpointError(f"{place.path} has become shorter than it was")
-                left, at = left[count:], at + count
-        except OSError as error:
-            raise CheckpointError(f"{place.path} cannot be read: {error}") from error
-
-    def _open(self, path: Path) -> int:
-        if path not in self._files:
-            self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return self._files[path]
-
-    def __del__(self) -> None:
-        for descriptor in self._files.values():
-            with contextlib.suppress(OSError):
-                os.close(descriptor)

@@ -1,4 +1,7 @@
-"""Where the tensors of a safetensors file lie in it, for reading them without mapping the file.
+"""Where the tensors of a safetensors file lie in it, and their bytes, past the library's mapping.
+
+Pages of a mapped file stay in memory as long as the system likes, and count as this process's: a
+part that is copied out of one takes its weights' memory twice.
 
 The layout is of https://huggingface.co/docs/safetensors: eight bytes that count the header's, the
 header as JSON with each tensor's type, shape and place behind the header, then the values.
@@ -7,12 +10,14 @@ header as JSON with each tensor's type, shape and place behind the header, then 
 from __future__ import annotations
 
 import json
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from common.errors import CheckpointError
 
@@ -27,6 +32,41 @@ class Place:
     offset: int
     size: int
     dtype: torch.dtype
+
+
+class PlaceReader:
+    """Reads bytes of files, which it keeps open. Raises CheckpointError."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, int] = {}
+
+    def read_into(self, memory: Tensor, place: Place) -> None:
+        """Fill `memory`, as many bytes as the place has, uint8 on the CPU."""
+        if memory.numel() != place.size:
+            raise CheckpointError(
+                f"{place.path} has {place.size} bytes where its shape needs {memory.numel()}"
+            )
+        left, at = memoryview(memory.numpy().data), place.offset
+        try:
+            while left:
+                count = os.preadv(self._open(place.path), [left], at)
+                if not count:
+                    raise CheckpointError(f"{place.path} has become shorter than it was")
+                left, at = left[count:], at + count
+        except OSError as error:
+            raise CheckpointError(f"{place.path} cannot be read: {error}") from error
+
+    def _open(self, path: Path) -> int:
+        if path not in self._files:
+            self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._files[path]
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def read_places(path: Path) -> dict[str, Place]:

@@ -206,7 +206,7 @@ class Checkpoint:
             self._places[path] = read_places(path)
         place = self._places[path].get(tensor_name)
         if place is None:
-            raise _not_plain(self.directory, tensor_name, self._slice(tensor_name).get_dtype())
+            raise _not_plain(self.directory, tensor_name, self.read_stored(tensor_name).dtype)
         if self._adapter is not None and tensor_name in self._adapter.names:
             return None
         return place
@@ -214,8 +214,7 @@ class Checkpoint:
     def _get(self, tensor_name: str, wanted: torch.dtype) -> Tensor:
         tensor = self.read_stored(tensor_name)
         if wanted.is_floating_point and tensor.dtype not in PLAIN_TYPES:
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise _not_plain(self.directory, tensor_name, kind)
+            raise _not_plain(self.directory, tensor_name, tensor.dtype)
         return tensor if self._adapter is None else self._adapter.apply(tensor_name, tensor)
 
     def read_stored(self, tensor_name: str) -> Tensor:
@@ -302,7 +301,8 @@ class Checkpoint:
         return digest.hexdigest()[:16]
 
 
-def _not_plain(directory: Path, tensor_name: str, kind: str) -> CheckpointError:
+def _not_plain(directory: Path, tensor_name: str, dtype: torch.dtype) -> CheckpointError:
+    kind = str(dtype).removeprefix("torch.")
     return CheckpointError(
         f"{directory}: tensor {tensor_name} is stored as {kind}; expected float32, float16 or "
         "bfloat16, for a quantized weight without its scale is another number"

@@ -368,6 +368,20 @@ def test_a_text_comes_piece_by_piece_as_it_is_whole(tokenizer_file: Path, tmp_pa
     chat = [{"role": "user", "content": "ab"}]
     template = "{{ messages[0].content }}{{ 'a' if add_generation_prompt }}"
     assert tokenizer.render_chat(chat, template) == tokenizer.tokenize("aba", False)
+    marked = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}{{ bos_token }}a"
+    ids = tokenizer.render_chat([{"role": "user", "content": "<s>"}], marked)
+    assert ids == [*tokenizer.tokenize("<s>"), 2, *tokenizer.tokenize("a")]
+
+
+def test_a_file_that_could_not_be_written_whole_is_not_there(
+    tokenizer_file: Path, tmp_path: Path
+) -> None:
+    import_llama2c(pack_model(tmp_path, 0, Shape()), tokenizer_file, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5000])
+    with pytest.raises(CheckpointError, match="not a readable safetensors"):
+        export_llama2c(Checkpoint(tmp_path / "model"), tmp_path / "back.bin", 0)
+    assert not list(tmp_path.glob("back*"))
 
 
 @pytest.mark.parametrize(

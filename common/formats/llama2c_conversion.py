@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from common.errors import CheckpointError, SettingsError
 from common.formats.export import write_weights
@@ -100,13 +102,25 @@ def export_llama2c(checkpoint: Checkpoint, target: Path, version: int) -> Writte
         if piece.name != FREQUENCIES:
             check_tensor(checkpoint, piece)
     tables = iter(make_frequencies(header))
-    with target.open("wb") as file:
+    with new_file(target) as file:
         file.write(pack_header(header))
         for piece in pieces:
             is_table = piece.name == FREQUENCIES
             tensor = next(tables) if is_table else checkpoint.read_stored(piece.name)
             write_piece(file, piece, tensor, header.head_size)
     return Written(full(header.layers), {target.name: target.stat().st_size})
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[BinaryIO]:
+    """A file to write in the block: there when all of it is, and not before."""
+    draft = target.with_name(f"{target.name}.draft")
+    try:
+        with draft.open("wb") as file:
+            yield file
+        draft.replace(target)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def check_tensor(checkpoint: Checkpoint, piece: Piece) -> None:

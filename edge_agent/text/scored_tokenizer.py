@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ from typing import Any
 from common.formats.tokenizer_bin import BEGIN_ID, END_ID, TOKENIZER_BIN, read_tokenizer
 
 TEMPLATE = "chat_template.jinja"
-MARKS = {"bos_token": "<s>", "eos_token": "</s>"}  # as templates call them
+# what templates are given for the marks: characters that no text has, so none is taken for one
+BEGIN_MARK, END_MARK = "\ufdd0", "\ufdd1"
+MARKS = {"bos_token": BEGIN_MARK, "eos_token": END_MARK}
+MARK_IDS = {BEGIN_MARK: [BEGIN_ID], END_MARK: [END_ID]}
 
 
 class ScoredTokenizer:
@@ -32,7 +36,11 @@ class ScoredTokenizer:
         )
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": self._tokens.encode(text, begins=add_special_tokens)}
+        if add_special_tokens:
+            return {"input_ids": self._tokens.encode(text)}
+        pieces = re.split(f"([{BEGIN_MARK}{END_MARK}])", text)
+        encoded = (MARK_IDS.get(p) or self._tokens.encode(p, begins=False) for p in pieces)
+        return {"input_ids": [token_id for ids in encoded for token_id in ids]}
 
     def apply_chat_template(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import struct
@@ -374,14 +375,19 @@ def test_a_text_comes_piece_by_piece_as_it_is_whole(tokenizer_file: Path, tmp_pa
 
 
 def test_a_file_that_could_not_be_written_whole_is_not_there(
-    tokenizer_file: Path, tmp_path: Path
+    tokenizer_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import_llama2c(pack_model(tmp_path, 0, Shape()), tokenizer_file, tmp_path / "model")
-    file = tmp_path / "model" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-5000])
-    with pytest.raises(CheckpointError, match="not a readable safetensors"):
-        export_llama2c(Checkpoint(tmp_path / "model"), tmp_path / "back.bin", 0)
-    assert not list(tmp_path.glob("back*"))
+    checkpoint = Checkpoint(tmp_path / "model")
+    (tmp_path / "back.bin").write_text("of before")
+
+    def fail(name: str) -> torch.Tensor:
+        raise OSError(errno.EIO, "as of a broken disk")
+
+    monkeypatch.setattr(checkpoint, "read_stored", fail)
+    with pytest.raises(OSError, match="broken disk"):
+        export_llama2c(checkpoint, tmp_path / "back.bin", 0)
+    assert [path.read_text() for path in tmp_path.glob("back*")] == ["of before"]
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,14 @@ from common.spans.attention import Segment
 from common.spans.cut import Cut, Span
 from common.spans.parts import Parts, ends_of, full, middle_of, name_layer, read_parts
 from common.weights.checkpoint import Checkpoint
-from common.weights.loading import load_span
+from common.weights.loading import load_span, read_config
 from common.weights.manifest import MANIFEST
 from common.weights.needs import measure_needs
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.text.ends import load_ends
 from edge_agent.text.tokenizer import TextTokenizer
+from evaluation.families import PAGE, read_page
+from evaluation.small_models import write_small
 
 CUT = Cut(2, 4)
 
@@ -101,13 +103,15 @@ def test_the_layers_that_a_folder_is_for(text: str, around: str | None, only: st
     assert tuple(str(span) if span else None for span in spans) == (around, only)
 
 
-def run_cut(device: Path, worker: Path) -> torch.Tensor:
+def run_cut(
+    device: Path, worker: Path, cut: Cut = CUT, num_layers: int = 6, packs: bool = True
+) -> torch.Tensor:
     """Logits after a prompt, head and tail of one folder and the middle of another."""
     ends, middle = Checkpoint(device), Checkpoint(worker)
     parts = [
-        load_span(ends, CUT.head(), part="head"),
-        load_span(middle, CUT.middle),
-        load_span(ends, CUT.tail(6), part="tail"),
+        load_span(ends, cut.head(), part="head", packs=packs),
+        load_span(middle, cut.middle, packs=packs),
+        load_span(ends, cut.tail(num_layers), part="tail", packs=packs),
     ]
     head, inner, tail = (Segment(part.new_kv(), 0, PROMPT) for part in parts)
     rows = parts[1].run(parts[0].embed_and_run(make_ids(), [head]), [inner])
@@ -118,11 +122,11 @@ def make_ids() -> torch.Tensor:
     return torch.randint(2, 99, (PROMPT + 8,), generator=torch.Generator().manual_seed(5))[:PROMPT]
 
 
-def split(model: Path, target: Path) -> tuple[Path, Path]:
+def split(model: Path, target: Path, cut: Cut = CUT, num_layers: int = 6) -> tuple[Path, Path]:
     """The folders of a device and a worker, the one of safetensors and the other for exchange."""
     checkpoint = Checkpoint(model)
-    write_parts(checkpoint, ends_of(CUT, 6), target / "device")
-    write_parts(checkpoint, middle_of(CUT), target / "worker", "pth")
+    write_parts(checkpoint, ends_of(cut, num_layers), target / "device")
+    write_parts(checkpoint, middle_of(cut), target / "worker", "pth")
     return target / "device", target / "worker"
 
 
@@ -137,6 +141,21 @@ def test_folders_of_parts_compute_what_the_whole_model_does(name: str, tmp_path:
     assert torch.equal(run_cut(device, worker), want)
     assert {Checkpoint(device).fingerprint(), Checkpoint(worker).fingerprint()} == {fingerprint}
     assert {Checkpoint(device).name, Checkpoint(worker).name} == {"model"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", [f.family for f in read_page(PAGE.read_text()) if f.is_right])
+def test_every_family_that_is_computed_right_is_taken_apart(family: str, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    write_small(family, model)
+    num_layers = read_config(Checkpoint(model)).num_hidden_layers
+    cut = Cut(1, num_layers - 1)
+    device, worker = split(model, tmp_path, cut, num_layers)
+    whole = run_cut(model, model, cut, num_layers, packs=False)
+    assert torch.equal(run_cut(device, worker, cut, num_layers, packs=False), whole)
+    fingerprints = {Checkpoint(path).fingerprint() for path in (model, device, worker)}
+    assert len(fingerprints) == 1
 
 
 def test_a_folder_of_parts_has_the_files_of_its_parts_only(tmp_path: Path) -> None:
@@ -347,6 +366,8 @@ def test_a_model_comes_back_from_its_parts_as_transformers_reads_it(
     shutil.rmtree(model)
     export(Checkpoint(tmp_path / "parts"), full(6), "safetensors", tmp_path / "back")
     got = run_whole(tmp_path / "back", CONFIGS["llama-tied"], ids)
+    files = list((tmp_path / "back").glob("model*.safetensors"))
+    assert (len(files) > 1) is (limit == 1)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 

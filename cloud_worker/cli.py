@@ -116,6 +116,7 @@ def worker(
         bounds.stream_layers,
         loras,
         image_loras,
+        models.image_weights,
     )
     makers = load_services(
         text_model,

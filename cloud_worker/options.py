@@ -7,13 +7,14 @@ from pathlib import Path
 
 import click
 
-from common.adapters.choice import check_used
+from common.adapters.choice import check_used, check_weights
 from common.console.option_types import COUNT
 from common.console.options import (
     group_options,
     image_lora_option,
     image_model_option,
     image_part_option,
+    image_weights_option,
     lora_option,
     span_option,
 )
@@ -29,6 +30,7 @@ class Models:
     image_parts: tuple[str, ...]
     loras: tuple[str, ...]
     image_loras: tuple[str, ...]
+    image_weights: Path | None
 
     def find_text_model(self) -> Path | None:
         """Raises CheckpointError."""
@@ -47,6 +49,7 @@ class Models:
         if self.model_name is not None or self.image_model is not None:
             check_used(self.loras, self.model_name, "--lora", "--model")
             check_used(self.image_loras, self.image_model, "--image-lora", "--image-model")
+        check_weights(self.image_weights, self.image_model)
 
     def _find(self, name: str | None, demo: str) -> Path | None:
         from common.weights.demo_model import find_model
@@ -74,6 +77,7 @@ model_options = group_options(
     ),
     lora_option,
     image_lora_option,
+    image_weights_option,
 )
 
 

@@ -54,6 +54,7 @@ class ServingSettings:
     resident_layers: int | None = None  # of a language model, in memory at once; None: all
     loras: Sequence[LoraChoice] = ()
     image_loras: Sequence[LoraChoice] = ()
+    image_weights: Path | None = None  # a file instead of those in the model's directory
 
 
 def load_services(
@@ -145,7 +146,8 @@ def load_image_services(
     from common.diffusion.shapes import INNER, WHOLE
     from common.diffusion.unet import load_unet, open_unet
 
-    checkpoint = open_unet(directory, [ImageLora(choice) for choice in settings.image_loras])
+    loras = [ImageLora(choice) for choice in settings.image_loras]
+    checkpoint = open_unet(directory, loras, settings.image_weights)
     parts = pick_image_parts(checkpoint.config_json, parts)
     widest = WHOLE if WHOLE in parts else INNER
     model = load_unet(

@@ -49,6 +49,7 @@ def suggest_image(settings: PoolSettings, edge_endpoint: str) -> str:
     """The command that asks this pool for a picture."""
     options = _unless_default("--image-model", settings.image_model, DEMO_IMAGE_MODEL)
     options += _lora_options("--image-lora", settings.image_loras)
+    options += _unless_default("--image-weights", settings.image_weights, None)
     options += _edge_options(settings, edge_endpoint)
     return shlex.join(["midspan", "image", PICTURE, *options, "--stats"])
 
@@ -61,6 +62,7 @@ def suggest_worker(settings: PoolSettings, worker_endpoint: str, redis_url: str)
         options += _unless_default("--image-model", settings.image_model, None)
     options += _lora_options("--lora", settings.loras)
     options += _lora_options("--image-lora", settings.image_loras)
+    options += _unless_default("--image-weights", settings.image_weights, None)
     options += _unless_default("--span", settings.span, None)
     options += _unless_default("--calibration", settings.calibration, None)
     options += _unless_default("--dtype", settings.dtype, "float32")

@@ -43,6 +43,7 @@ class PoolSettings:
     calibration: Path | None = None
     loras: Sequence[str] = ()  # PATH or PATH@SCALE
     image_loras: Sequence[str] = ()
+    image_weights: Path | None = None
     edge_endpoint: str = "tcp://127.0.0.1:*"
     worker_endpoint: str = "tcp://127.0.0.1:*"
     worker_options: list[str] = field(default_factory=list)
@@ -142,6 +143,8 @@ class LocalPool:
             options += ["--model", settings.model or DEMO_TEXT_MODEL]
         if settings.image_model is not None:
             options += ["--image-model", settings.image_model]
+        if settings.image_weights is not None:
+            options += ["--image-weights", str(settings.image_weights)]
         for option, loras in (("--lora", settings.loras), ("--image-lora", settings.image_loras)):
             for lora in loras:
                 options += [option, lora]

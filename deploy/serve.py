@@ -15,7 +15,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from common.adapters.choice import check_used, parse_choices
+from common.adapters.choice import check_used, check_weights, parse_choices
 from common.console.option_types import COUNT, WorkerRange
 from common.console.options import (
     Logs,
@@ -24,6 +24,7 @@ from common.console.options import (
     group_options,
     image_lora_option,
     image_model_option,
+    image_weights_option,
     log_options,
     lora_option,
     model_option,
@@ -121,6 +122,7 @@ bound_options = add_options(
 @span_option(SERVED)
 @image_model_option
 @lora_option
+@image_weights_option
 @image_lora_option
 @connection_options
 @encrypt_option
@@ -139,6 +141,7 @@ def serve(
     span_text: str | None,
     image_model: str | None,
     loras: tuple[str, ...],
+    image_weights: Path | None,
     image_loras: tuple[str, ...],
     connection: Connection,
     pool_key: str | None,
@@ -168,6 +171,7 @@ def serve(
     directory = find_model(model_name)
     read_model_config(directory)  # complains now, if ever
     images = find_model(image_model) if image_model else None
+    check_weights(image_weights, image_model)
     check_used(image_loras, image_model, "--image-lora", "--image-model")
     text_choices, image_choices = parse_choices(loras), parse_choices(image_loras)
     pool_public = read_public(pool_key) if pool_key else None
@@ -208,6 +212,7 @@ def serve(
                 calibration=codecs.calibration,
                 loras=loras,
                 image_loras=image_loras,
+                image_weights=image_weights,
             )
             pool = stack.enter_context(kept_pool(settings, ScalingSettings(least, most)))
             access = PoolAccess([pool.edge_endpoint], None, timeout_s, None)
@@ -215,7 +220,8 @@ def serve(
             ends, access, codecs.read_settings(step_deadline_s=timeout_s),
             bounds=Bounds(max_sessions, max_waiting, keep_chats),
             calibration=codecs.find_calibration(ends), template=template,
-            image_model=images, image_loras=image_choices, api_keys=api_keys,
+            image_model=images, image_loras=image_choices, image_weights=image_weights,
+            api_keys=api_keys,
         )  # fmt: skip
         stack.callback(services.close)
         freeze_loaded_objects()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from common.adapters.choice import check_used, parse_choices
+from common.adapters.choice import check_used, check_weights, parse_choices
 from common.console.option_types import THREADS, WorkerRange
 from common.console.options import (
     calibration_option,
@@ -18,6 +18,7 @@ from common.console.options import (
     endpoint_options,
     image_lora_option,
     image_model_option,
+    image_weights_option,
     insecure_option,
     lora_option,
     span_option,
@@ -36,6 +37,7 @@ from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
 )
 @image_model_option
 @lora_option
+@image_weights_option
 @image_lora_option
 @span_option("the middle half")
 @calibration_option
@@ -63,6 +65,7 @@ def up(
     model: str | None,
     image_model: str | None,
     loras: tuple[str, ...],
+    image_weights: Path | None,
     image_loras: tuple[str, ...],
     span_text: str | None,
     calibration: Path | None,
@@ -96,6 +99,7 @@ def up(
     handle_signals((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), end)
     if model is None and image_model is None:
         model, image_model = DEMO_TEXT_MODEL, DEMO_IMAGE_MODEL
+    check_weights(image_weights, image_model)
     check_used(loras, model, "--lora", "--model")
     check_used(image_loras, image_model, "--image-lora", "--image-model")
     parse_choices((*loras, *image_loras))  # complains now, if ever
@@ -114,6 +118,7 @@ def up(
         calibration=calibration,
         loras=loras,
         image_loras=image_loras,
+        image_weights=image_weights,
         edge_endpoint=parse_endpoint(edge_endpoint, "--edge-endpoint"),
         worker_endpoint=parse_endpoint(worker_endpoint, "--worker-endpoint"),
     )

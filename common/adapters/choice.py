@@ -31,6 +31,19 @@ def check_used(loras: Iterable[str], model: object, option: str, needed: str) ->
         raise SettingsError(f"{option} changes a model that is not served here; name it: {needed}")
 
 
+def check_weights(weights: Path | None, model: object) -> None:
+    """Raises SettingsError for a file of weights that is not there, or without a configuration."""
+    if weights is None:
+        return
+    if model is None:
+        raise SettingsError(
+            "--image-weights has weights only; give --image-model, a directory in diffusers format "
+            "with configurations and tokenizers"
+        )
+    if not weights.is_file():
+        raise SettingsError(f"--image-weights {weights} is no file")
+
+
 def parse_choice(text: str) -> LoraChoice:
     """`PATH` or `PATH@SCALE`. Raises SettingsError."""
     path, at, number = text.rpartition("@")

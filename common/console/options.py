@@ -45,6 +45,12 @@ image_lora_option = click.option(
     metavar="PATH[@SCALE]",
     help="A LoRA merged into the image model, on both sides; repeat it for several.",
 )
+image_weights_option = click.option(
+    "--image-weights",
+    type=click.Path(path_type=Path),
+    help="SDXL's weights in one .safetensors file; configurations and tokenizers are those of "
+    "--image-model.",
+)
 calibration_option = click.option(
     "--calibration",
     type=click.Path(path_type=Path),

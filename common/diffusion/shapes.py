@@ -39,6 +39,12 @@ class ConditioningSizes:
 
 def read_index(directory: Path) -> dict[str, Any]:
     """model_index.json of an SDXL pipeline's directory. Raises CheckpointError if it is none."""
+    if directory.is_file():
+        raise CheckpointError(
+            f"{directory} is one file: give it as --image-weights, and as --image-model a "
+            "directory in diffusers format with configurations and tokenizers; weights need not be "
+            "in it"
+        )
     path = directory / "model_index.json"
     if not path.exists():
         raise CheckpointError(

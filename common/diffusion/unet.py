@@ -31,6 +31,7 @@ from common.diffusion.shapes import (
     find_sizes,
     read_index,
 )
+from common.diffusion.single_file import SingleFileUnet
 from common.errors import CheckpointError
 from common.weights.checkpoint import Checkpoint
 from common.weights.shapes import build_without_values
@@ -50,12 +51,20 @@ class Conditioning:
         return {"text_embeds": self.text_embeds, "time_ids": self.time_ids}
 
 
-def open_unet(directory: Path, loras: Sequence[ImageLora] = ()) -> Checkpoint:
-    """The UNet's checkpoint inside a pipeline's directory, changed. Raises CheckpointError."""
+def open_unet(
+    directory: Path, loras: Sequence[ImageLora] = (), weights: Path | None = None
+) -> Checkpoint:
+    """The UNet's checkpoint, changed, of a pipeline's directory; `weights` is a file with others.
+
+    Raises CheckpointError.
+    """
     read_index(directory)
-    checkpoint = Checkpoint(
-        directory / "unet", stem=STEM, config_key="_class_name", name=directory.name
-    )
+    if weights is not None:
+        checkpoint: Checkpoint = SingleFileUnet(directory, weights)
+    else:
+        checkpoint = Checkpoint(
+            directory / "unet", stem=STEM, config_key="_class_name", name=directory.name
+        )
     for lora in loras:
         if lora.changes(UNET):
             checkpoint.adapt(lora.for_unet(checkpoint.tensor_names, checkpoint.config_json))

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from common.adapters.choice import parse_choices
+from common.adapters.choice import check_weights, parse_choices
 from common.console.options import (
     IMAGE_MODEL_HELP,
     device_option,
     dtype_option,
     image_lora_option,
+    image_weights_option,
     threads_option,
 )
 from common.console.outputs import check_directory, check_writable
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     show_default=True,
     help=IMAGE_MODEL_HELP,
 )
+@image_weights_option
 @image_lora_option
 @connection_options
 @picture_options
@@ -83,6 +85,7 @@ def image(
     prompt: str,
     output: Path,
     image_model: str,
+    image_weights: Path | None,
     image_loras: tuple[str, ...],
     connection: Connection,
     picture: Picture,
@@ -115,13 +118,22 @@ def image(
         check_directory(noise_directory)
     pool_public = read_public(pool_key) if pool_key else None
     directory, loras = find_model(image_model), parse_choices(image_loras)
+    check_weights(image_weights, image_model)
     client = connection.connect(timeout_s)
     try:
         client.status()  # a broker that is not there is better known before models are loaded
         with waiting(f"loading {directory.resolve().name}", is_shown=not as_json):
             set_up_torch(threads or os.cpu_count(), images=True)
             maker = ImageMaker(
-                directory, client, picture.cut, dtype, device, timeout_s, pool_public, loras
+                directory,
+                client,
+                picture.cut,
+                dtype,
+                device,
+                timeout_s,
+                pool_public,
+                loras,
+                image_weights,
             )
         for text in (prompt, picture.negative):
             warn_of_cut_off(maker, text)
@@ -130,7 +142,7 @@ def image(
         )
     finally:
         client.close()
-    model = directory.resolve().name
+    model = image_weights.stem if image_weights else directory.resolve().name
     descriptions = [
         describe_picture(settings, model, index, prompt_in_png, loras)
         for index in range(settings.count)

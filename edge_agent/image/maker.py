@@ -138,12 +138,13 @@ class ImageMaker:
         deadline_s: float = 120.0,
         pool_key: bytes | None = None,
         loras: Sequence[LoraChoice] = (),
+        weights: Path | None = None,
     ) -> None:
         self._pool_key = pool_key
         self._cut = cut
         self._torch_dtype, self._device = parse_dtype(dtype), check_device(device)
         opened = [ImageLora(choice) for choice in loras]
-        checkpoint = open_unet(directory, opened)
+        checkpoint = open_unet(directory, opened, weights)
         self._fingerprint = checkpoint.fingerprint()
         self._scheduler_config = read_scheduler_config(directory)
         outer = None
@@ -153,8 +154,9 @@ class ImageMaker:
         self.unet = RemoteUNet(client, config, outer, self._torch_dtype, self._device, deadline_s)
         checkpoint.close()
         self._pipelines = Pipelines(
-            directory, self.unet, self._scheduler_config, self._torch_dtype, self._device, opened
-        )
+            directory, self.unet, self._scheduler_config, self._torch_dtype, self._device, opened,
+            weights,
+        )  # fmt: skip
 
     @property
     def stats(self) -> ImageStats:

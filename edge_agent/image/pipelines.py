@@ -18,6 +18,7 @@ from common.diffusion.schedulers import make_scheduler
 from common.diffusion.shapes import FROM_PICTURE, FROM_TEXT, SCORED, read_index
 from common.errors import CheckpointError
 from common.weights.model_files import check_plain_files
+from edge_agent.image.single_file import load_from_file
 
 FLAG = "force_zeros_for_empty_prompt"
 # part of a directory -> the library and the class that read it
@@ -46,11 +47,12 @@ class Pipelines:
         dtype: torch.dtype,
         device: torch.device | str,
         loras: Sequence[ImageLora] = (),
+        weights: Path | None = None,
     ) -> None:
         self._index = read_index(directory)
         self._scheduler = make_scheduler(scheduler_config, "ddim", 1)  # until a picture is made
         with LOADING:
-            parts = self._load_parts(directory, dtype)
+            parts = self._load_parts(directory, dtype, weights)
         for lora in loras:
             for name in TEXT_ENCODERS:
                 adapt_module(parts[name], lora, name)
@@ -89,7 +91,9 @@ class Pipelines:
             self._made[class_name] = pipeline
         return self._made[class_name]
 
-    def _load_parts(self, directory: Path, dtype: torch.dtype) -> dict[str, Any]:
+    def _load_parts(
+        self, directory: Path, dtype: torch.dtype, weights: Path | None
+    ) -> dict[str, Any]:
         import diffusers
 
         diffusers.utils.logging.set_verbosity_error()
@@ -99,7 +103,7 @@ class Pipelines:
         for part in wanted:
             check_plain_files(directory / part)
         try:
-            loaded = {part: _load_part(directory, part, dtype) for part in wanted}
+            loaded = {part: _load_part(directory, part, dtype, weights) for part in wanted}
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{directory} cannot be loaded: {error}") from error
         return loaded | dict.fromkeys(missing)
@@ -116,10 +120,12 @@ def adapt_module(module: Any, lora: ImageLora, part: str) -> None:
         weight.data = adapter.apply(name, weight.data).to(weight.dtype)
 
 
-def _load_part(directory: Path, part: str, dtype: torch.dtype) -> Any:
+def _load_part(directory: Path, part: str, dtype: torch.dtype, weights: Path | None) -> Any:
     import diffusers
     import transformers
 
+    if weights is not None and not part.startswith("tokenizer"):
+        return load_from_file(directory, weights, part, dtype)
     library, class_name = PARTS[part]
     if library == "diffusers":
         # the other way empties modules of other threads meanwhile, where accelerate is

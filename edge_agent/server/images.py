@@ -79,13 +79,14 @@ class ImageService:
         pool_key: bytes | None = None,
         max_waiting: int = MAX_WAITING,
         loras: Sequence[LoraChoice] = (),
+        weights: Path | None = None,
     ) -> None:
-        self.name = directory.resolve().name
+        self.name = weights.stem if weights else directory.resolve().name
         self._directory = directory
         self._connect = connect
         self._metrics = metrics
         self._timeout_s, self._pool_key = timeout_s, pool_key
-        self._loras = loras
+        self._loras, self._weights = loras, weights
         self._most_jobs = 1 + max_waiting
         self._thread = ThreadPoolExecutor(1, "midspan-images")
         self._client: BrokerClient | None = None  # of the thread, as the makers are
@@ -211,6 +212,7 @@ class ImageService:
             self._makers[cut] = ImageMaker(
                 self._directory, self._client, cut,
                 deadline_s=self._timeout_s, pool_key=self._pool_key, loras=self._loras,
+                weights=self._weights,
             )  # fmt: skip
         return self._makers[cut]
 

@@ -61,6 +61,7 @@ def open_services(
     template: str | None = None,
     image_model: Path | None = None,
     image_loras: Sequence[LoraChoice] = (),
+    image_weights: Path | None = None,
     api_keys: Sequence[str] = (),
 ) -> Services:
     """What `make_app` is given; `close` it. Raises CheckpointError and SettingsError."""
@@ -87,6 +88,7 @@ def open_services(
             timeout_s=pool.timeout_s,
             pool_key=pool.pool_key,
             loras=image_loras,
+            weights=image_weights,
         )
         metrics.watch("midspan_image_jobs", "Requests, the running one too.", lambda: images.jobs)
     for index, state in enumerate(("running", "waiting")):

@@ -29,6 +29,7 @@ from common.console.options import (
     lora_option,
     model_option,
     span_option,
+    span_seed_option,
     threads_option,
     workers_option,
 )
@@ -120,6 +121,7 @@ bound_options = add_options(
 @click.command()
 @model_option
 @span_option(SERVED)
+@span_seed_option
 @image_model_option
 @lora_option
 @image_weights_option
@@ -139,6 +141,7 @@ bound_options = add_options(
 def serve(
     model_name: str | None,
     span_text: str | None,
+    span_seed: int | None,
     image_model: str | None,
     loras: tuple[str, ...],
     image_weights: Path | None,
@@ -179,6 +182,7 @@ def serve(
     source = describe_source(directory, dtype, codecs, text_choices)  # before the files are read
     if with_pool:
         check_own_pool()
+        check_one_span(span_text)
     asked = None if with_pool or span_text else ask_for_report(connection)
     from edge_agent.server.running import DrainingServer, bind
 
@@ -189,12 +193,15 @@ def serve(
         set_up_torch(threads or share, images=images is not None)
         from edge_agent.server.app import make_app
         from edge_agent.server.opening import Bounds, PoolAccess, open_services
-        from edge_agent.text.ends import load_ends
+        from edge_agent.text.cuts import CutChoice
+        from edge_agent.text.ends import load_cuts
 
     handle_signals(ENDING, end)
     with waiting(f"loading {directory.resolve().name}"):
         report = asked.result() if asked else None
-        ends = load_ends(directory, span_text, dtype, report, text_choices)
+        cuts = load_cuts(directory, span_text, dtype, report, text_choices)
+    choice = CutChoice(cuts, span_seed)
+    name = cuts[0].name
     with contextlib.ExitStack() as stack:
         access = PoolAccess(connection.endpoints(), connection.keys(), timeout_s, pool_public)
         if with_pool:
@@ -205,7 +212,7 @@ def serve(
             settings = PoolSettings(
                 workers=least,
                 model=model_name or DEMO_TEXT_MODEL,
-                span=str(ends.cut.middle),
+                span=str(choice),
                 image_model=image_model,
                 dtype=dtype,
                 threads=share,
@@ -217,16 +224,16 @@ def serve(
             pool = stack.enter_context(kept_pool(settings, ScalingSettings(least, most)))
             access = PoolAccess([pool.edge_endpoint], None, timeout_s, None)
         services = open_services(
-            ends, access, codecs.read_settings(step_deadline_s=timeout_s),
+            cuts[0], access, codecs.read_settings(step_deadline_s=timeout_s),
             bounds=Bounds(max_sessions, max_waiting, keep_chats),
-            calibration=codecs.find_calibration(ends), template=template,
+            calibration=codecs.find_calibration(*cuts), choose_cut=choice, template=template,
             image_model=images, image_loras=image_choices, image_weights=image_weights,
             api_keys=api_keys,
         )  # fmt: skip
         stack.callback(services.close)
         freeze_loaded_objects()
         announcement = Announcement(
-            url_of(listener, reachable=True), ends.name, str(ends.cut.middle), source,
+            url_of(listener, reachable=True), name, str(choice), source,
             describe_route(list(access.brokers), access.keys, access.pool_key, timeout_s),
             api_keys[0] if api_keys else None, describe_process(),
         )  # fmt: skip
@@ -236,7 +243,7 @@ def serve(
         def on_ready() -> None:
             said.enter_context(announced(announcement))
             url = url_of(listener)
-            click.echo(f"serving {ends.name} at {url}\na page at {url.removesuffix('/v1')}")
+            click.echo(f"serving {name} at {url}\na page at {url.removesuffix('/v1')}")
             if with_pool:
                 (broker,) = access.brokers
                 click.echo(f"its pool, for midspan chat, image and status: --broker {broker}")
@@ -276,6 +283,12 @@ def url_of(listener: socket.socket, reachable: bool = False) -> str:
     if reachable:
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - not bound here
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+
+
+def check_one_span(span_text: str | None) -> None:
+    """Raises SettingsError for more than one, which workers of one kind cannot serve."""
+    if span_text is not None and "," in span_text:
+        raise SettingsError(f"--with-pool serves one span; --span names {span_text}")
 
 
 def check_own_pool() -> None:

@@ -120,6 +120,13 @@ def span_option(default: str, **attributes: Any) -> Decorator:
     )
 
 
+span_seed_option = click.option(
+    "--span-seed",
+    type=int,
+    help="With --span A-B,C-D: draws one for each session, as it would again.  [default: random]",
+)
+
+
 def workers_option(type_: WorkerRange, more: str = "", **attributes: Any) -> Decorator:
     """--workers, as `worker_range`: the least and the most; `more` is the end of its help."""
     return click.option(

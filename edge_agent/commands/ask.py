@@ -17,6 +17,7 @@ from common.console.options import (
     lora_option,
     model_option,
     span_option,
+    span_seed_option,
     threads_option,
     tokenizer_option,
 )
@@ -50,6 +51,7 @@ WAITING = "waiting for the first token"
 @model_option
 @lora_option
 @span_option(SERVED)
+@span_seed_option
 @connection_options
 @encrypt_option
 @codec_options
@@ -72,6 +74,7 @@ def ask(
     model_name: str | None,
     loras: tuple[str, ...],
     span_text: str | None,
+    span_seed: int | None,
     connection: Connection,
     pool_key: str | None,
     codecs: CodecChoice,
@@ -99,7 +102,7 @@ def ask(
     pool_public = read_public(pool_key) if pool_key else None
     means = Means(
         find_model(model_name), span_text, dtype, codecs, connection, pool_public, timeout_s,
-        threads, list_given(), tokenizer, parse_choices(loras),
+        threads, list_given(), tokenizer, parse_choices(loras), span_seed,
     )  # fmt: skip
     means.check()
     drawing = sampling.read_settings(read_defaults(means.directory))

@@ -18,6 +18,7 @@ from common.console.options import (
     lora_option,
     model_option,
     span_option,
+    span_seed_option,
     threads_option,
 )
 from common.console.processes import freeze_loaded_objects, set_up_torch
@@ -58,6 +59,7 @@ Ctrl-C stops an answer."""
 @model_option
 @lora_option
 @span_option(SERVED)
+@span_seed_option
 @connection_options
 @encrypt_option
 @codec_options
@@ -72,6 +74,7 @@ def chat(
     model_name: str | None,
     loras: tuple[str, ...],
     span_text: str | None,
+    span_seed: int | None,
     connection: Connection,
     pool_key: str | None,
     codecs: CodecChoice,
@@ -96,34 +99,36 @@ def chat(
     sampling.warn_of_greedy(drawing)
     template = read_template(chat_template) if chat_template else None
     client = connection.connect(timeout_s)
-    report = (
-        client.status()
-    )  # a broker that is not there is better known before the model is loaded
+    # a broker that is not there is better known before the model is loaded
+    report = client.status()
     client.close()
     with waiting(f"loading {directory.resolve().name}"):
         set_up_torch(threads or os.cpu_count())
         from edge_agent.engine.engine import Engine
         from edge_agent.text.chat import Chat
-        from edge_agent.text.ends import load_ends
+        from edge_agent.text.cuts import CutChoice
+        from edge_agent.text.ends import load_cuts
         from edge_agent.text.tokenizer import TextTokenizer
 
-        ends = load_ends(directory, span_text, dtype, report, choices)
+        cuts = load_cuts(directory, span_text, dtype, report, choices)
+    choice = CutChoice(cuts, span_seed)
     settings = codecs.read_settings(step_deadline_s=timeout_s)
     with Engine(
-        ends,
+        cuts[0],
         connection.endpoints(),
         settings,
         keys=connection.keys(),
         timeout_s=timeout_s,
-        calibration=codecs.find_calibration(ends),
+        calibration=codecs.find_calibration(*cuts),
         pool_key=pool_public,
+        choose_cut=choice,
     ) as engine:
         talk = Chat(
             engine, TextTokenizer(directory), drawing, max_new_tokens, system,
             template,
         )  # fmt: skip
         freeze_loaded_objects()
-        about = f"{ends.name}, layers {ends.cut.middle} in the pool, {codecs.codec} on the wire"
+        about = f"{cuts[0].name}, layers {choice} in the pool, {codecs.codec} on the wire"
         Terminal(talk, about).run()
         talk.close()
 

@@ -41,10 +41,21 @@ class CodecChoice:
         prompt = _split(self.codec_prefill or self.codec)
         return (*prompt, *_split(self.codec_decode or self.codec))
 
-    def find_calibration(self, ends: ModelEnds) -> Calibration | None:
-        """The calibration to use with these ends, if there is one. Raises CheckpointError."""
+    def find_calibration(self, ends: ModelEnds, *others: ModelEnds) -> Calibration | None:
+        """The calibration to use with these ends, if there is one. Raises CheckpointError.
+
+        There is none for several cuts, and SettingsError is raised for a codec that needs one.
+        """
         from common.codecs.calibration import open_calibration
 
+        if others:
+            for name in self.split():
+                if parse_codec(name).needs_calibration:
+                    raise SettingsError(
+                        f"codec {name} needs a calibration, which is of one span; --span names "
+                        f"{1 + len(others)}"
+                    )
+            return None
         span = (ends.cut.begin, ends.cut.end)
         return open_calibration(self.calibration, ends.directory, ends.fingerprint, span)
 

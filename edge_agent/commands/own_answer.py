@@ -45,13 +45,15 @@ class OwnAnswer:
 
     def _load(self, question: Question, means: Means, report: dict[str, Any]) -> Any:
         set_up_torch(means.threads or os.cpu_count())
+        from edge_agent.text.cuts import draw_span
         from edge_agent.text.ends import load_ends
         from edge_agent.text.generation import Generation
         from edge_agent.text.session import Session
         from edge_agent.text.tokenizer import TextTokenizer
 
         settings = means.codecs.read_settings(step_deadline_s=means.timeout_s)
-        ends = load_ends(means.directory, means.span_text, means.dtype, report, means.loras)
+        span = draw_span(means.span_text, means.span_seed)
+        ends = load_ends(means.directory, span, means.dtype, report, means.loras)
         calibration = means.codecs.find_calibration(ends)
         tokenizer = TextTokenizer(means.directory, means.tokenizer)
         generation = Generation(

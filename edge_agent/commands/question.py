@@ -77,6 +77,7 @@ class Means:
     given: frozenset[str]  # fields of `Route` that somebody said, so that no others will do
     tokenizer: Path | None = None  # instead of the model's
     loras: tuple[LoraChoice, ...] = ()
+    span_seed: int | None = None  # which of several spans is drawn
 
     def check(self) -> None:
         """Raises SettingsError for options that mean nothing, CheckpointError for what is no model.
@@ -88,23 +89,24 @@ class Means:
         if self.tokenizer is not None and not self.tokenizer.is_file():
             raise SettingsError(f"--tokenizer {self.tokenizer} is no file")
         read_model_config(self.directory)
-        self.read_span()
+        self.read_spans()
 
-    def read_span(self) -> Span | None:
-        """What is asked for. Raises SettingsError, CheckpointError."""
+    def read_spans(self) -> list[Span]:
+        """What is asked for, one of them or nothing. Raises SettingsError, CheckpointError."""
         if self.span_text is None:
-            return None
+            return []
         layers = read_model_config(self.directory).get("num_hidden_layers")
-        return (
-            parse_span(self.span_text, layers) if type(layers) is int else read_span(self.span_text)
-        )
+        return [
+            parse_span(text, layers) if type(layers) is int else read_span(text)
+            for text in self.span_text.split(",")
+        ]
 
     def fit(self, announcement: Announcement) -> bool:
         """Whether a running serve would answer as an engine with these would."""
         if self.tokenizer is not None:
             return False
-        span = self.read_span()
-        if span is not None and str(span) != announcement.span:
+        spans = self.read_spans()
+        if spans and ",".join(map(str, spans)) != announcement.span:
             return False
         source = describe_source(self.directory, self.dtype, self.codecs, self.loras)
         if source != announcement.source:

@@ -9,6 +9,7 @@ the pool, others are computed here. Sessions (edge_agent/text/text_session.py) a
 from __future__ import annotations
 
 import contextlib
+import functools
 import heapq
 import itertools
 import logging
@@ -36,6 +37,7 @@ from common.errors import (
 from common.protocol.messages import EndSession, StepKey
 from common.protocol.wire import encode_header
 from common.security.keys import ClientKeys
+from common.spans.cut import Cut, Span
 from edge_agent.engine.exchange import Answered, Ask, BrokerGone, Exchange, LinkRate
 from edge_agent.engine.link import BrokerLink, key_of
 from edge_agent.engine.streams import Conversation, Token, TokenStream, Wanted
@@ -99,8 +101,11 @@ class Engine:
         pool_key: bytes | None = None,
         max_sessions: int = MAX_SESSIONS,
         max_waiting: int = MAX_WAITING,
+        choose_cut: Callable[[], ModelEnds] | None = None,
     ) -> None:
-        self._ends = ends
+        """`choose_cut` gives the ends for each session, all of the model that `ends` are of."""
+        self._choose_cut = choose_cut or (lambda: ends)
+        self._detours: dict[Cut, list[Span]] = {}  # that sessions have found lately
         self._settings = settings or SessionSettings()
         self._calibration, self._pool_key = calibration, pool_key
         self._new_session()  # complains now, if ever
@@ -162,7 +167,10 @@ class Engine:
         return Conversation(self, self._new_session())
 
     def _new_session(self) -> TextSession:
-        return TextSession(self._ends, self._settings, self._calibration, self._pool_key)
+        ends, settings = self._choose_cut(), self._settings
+        if ends.cut in self._detours:
+            settings = replace(settings, route=self._detours[ends.cut])
+        return TextSession(ends, settings, self._calibration, self._pool_key)
 
     def count_answers(self) -> tuple[int, int]:
         """How many are being made, and how many wait."""
@@ -323,14 +331,14 @@ class Engine:
                 ),
             )
             tails, self._tails = self._tails, []
-            self._run_batch(
+            self._run_by_cut(
                 [(running, work.caches, work.rows) for running, work in tails],
-                lambda batch: self._ends.run_tails([(rows, caches) for _, caches, rows in batch]),
+                lambda ends, batch: ends.run_tails([(rows, caches) for _, caches, rows in batch]),
             )
             heads, self._heads = self._heads, []
-            self._run_batch(
+            self._run_by_cut(
                 [(running, work.caches, work.token_ids) for running, work in heads],
-                lambda batch: self._ends.run_heads([(ids, caches) for _, caches, ids in batch]),
+                lambda ends, batch: ends.run_heads([(ids, caches) for _, caches, ids in batch]),
             )
             encodings, self._encodings = self._encodings, []
             self._run_rows(
@@ -339,12 +347,24 @@ class Engine:
             )
         if self._scorings:  # one at a time: prompts that are scored are long
             running, work = self._scorings.popleft()
-            self._run_batch(
+            self._run_by_cut(
                 [(running, work.caches, work.rows)],
-                lambda batch: [self._ends.score_tail(rows, caches) for _, caches, rows in batch],
+                lambda ends, batch: [ends.score_tail(rows, caches) for _, caches, rows in batch],
             )
         if had_answers:
             self._batch_s += (time.monotonic() - begun_at - self._batch_s) / 8
+
+    def _run_by_cut(
+        self,
+        batch: list[tuple[_Running, Any, Any]],
+        compute: Callable[[ModelEnds, list[tuple[_Running, Any, Any]]], Sequence[Any]],
+    ) -> None:
+        """Sessions whose model is cut at the same place go together."""
+        groups: dict[Cut, list[tuple[_Running, Any, Any]]] = {}
+        for each in batch:
+            groups.setdefault(each[0].text.ends.cut, []).append(each)
+        for group in groups.values():
+            self._run_batch(group, functools.partial(compute, group[0][0].text.ends))
 
     def _run_rows(
         self,
@@ -352,9 +372,9 @@ class Engine:
         together: Callable[[Codec, list[RowWork]], Sequence[Any]],
     ) -> None:
         """Encode or decode single rows, those of one codec together; if that fails each alone."""
-        groups: dict[str, list[tuple[_Running, RowWork]]] = {}
+        groups: dict[tuple[str, int], list[tuple[_Running, RowWork]]] = {}
         for running, work in batch:
-            groups.setdefault(work.codec.name, []).append((running, work))
+            groups.setdefault((work.codec.name, work.width), []).append((running, work))
         for group in groups.values():
             works = [work for _, work in group]
             try:
@@ -541,7 +561,7 @@ class Engine:
             if running.ends_session:
                 self._end_session(running.text.session_id)
         if running.text.stats.detours:  # others need not find out
-            self._settings = replace(self._settings, route=running.text.route)
+            self._detours[running.text.ends.cut] = running.text.route
         running.stream.stats = running.text.stats
         running.stream.ended_by_itself = running.text.ended_by_itself
         with self._lock:

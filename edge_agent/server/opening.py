@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ def open_services(
     *,
     bounds: Bounds | None = None,
     calibration: Calibration | None = None,
+    choose_cut: Callable[[], ModelEnds] | None = None,
     template: str | None = None,
     image_model: Path | None = None,
     image_loras: Sequence[LoraChoice] = (),
@@ -72,7 +73,7 @@ def open_services(
     engine = Engine(
         ends, pool.brokers, session, keys=pool.keys, timeout_s=pool.timeout_s,
         calibration=calibration, pool_key=pool.pool_key,
-        max_sessions=bounds.max_sessions, max_waiting=bounds.max_waiting,
+        max_sessions=bounds.max_sessions, max_waiting=bounds.max_waiting, choose_cut=choose_cut,
     )  # fmt: skip
     text = TextService(
         ends, tokenizer, engine, defaults, metrics,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from common.adapters.choice import LoraChoice
 from common.adapters.peft import adapt_text_model
-from common.errors import CheckpointError
+from common.errors import CheckpointError, SettingsError
 from common.spans.attention import Segment
 from common.spans.cut import Cut, Span, parse_cut
 from common.spans.kv_rows import KvRows, make_layout
@@ -21,7 +21,7 @@ from common.spans.parts import name_span
 from common.spans.span_model import SpanModel
 from common.spans.twin_check import check_twin
 from common.weights.checkpoint import Checkpoint
-from common.weights.loading import context_length, load_span, parse_dtype, read_config
+from common.weights.loading import Part, context_length, load_span, parse_dtype, read_config
 from edge_agent.text.served_parts import pick_part, pick_route
 
 
@@ -131,45 +131,79 @@ def load_ends(
 
     Raises CheckpointError for a directory that cannot be used, SettingsError for a bad span.
     """
-    checkpoint = Checkpoint(directory)
-    adapt_text_model(checkpoint, loras)
-    config = read_config(checkpoint)
-    num_layers = config.num_hidden_layers
-    fingerprint = checkpoint.fingerprint()
-    missing = checkpoint.parts.around(num_layers) if checkpoint.parts is not None else None
-    if span is None and report is not None:
-        span = pick_part(report, fingerprint, num_layers, missing)
-    if span is None:
-        span = name_span(missing)
-    parsed = parse_cut(span, num_layers)
-    route = pick_route(report, fingerprint, parsed.middle) if report is not None else []
-    torch_dtype = parse_dtype(dtype)
-    packs = check_twin(config)
-    head = load_span(checkpoint, parsed.head(), torch_dtype, part="head", packs=packs)
-    ends = ModelEnds(
-        name=checkpoint.name,
-        directory=checkpoint.directory,
-        fingerprint=fingerprint,
-        cut=parsed,
-        hidden=head.hidden,
-        context=context_length(config),
-        vocabulary=config.vocab_size,
-        eos_ids=_read_eos_ids(checkpoint, config.eos_token_id),
-        head=head,
-        tail=_load_tail(checkpoint, parsed, num_layers, torch_dtype, packs),
-        layers=num_layers,
-        route=route,
-    )
-    checkpoint.close()
+    source = _Source(directory, loras)
+    ends = source.load(source.find_cut(span, report), dtype, report)
+    source.close()
     return ends
 
 
-def _load_tail(
-    checkpoint: Checkpoint, cut: Cut, num_layers: int, dtype: torch.dtype, packs: bool
-) -> SpanModel | NoTail:
-    if not cut.has_tail:
-        return NoTail()
-    return load_span(checkpoint, cut.tail(num_layers), dtype, part="tail", packs=packs)
+def load_cuts(
+    directory: str | Path,
+    spans: str | None = None,
+    dtype: str = "float32",
+    report: Mapping[str, Any] | None = None,
+    loras: Sequence[LoraChoice] = (),
+) -> list[ModelEnds]:
+    """As `load_ends`, for each of some spans, `a-b,c-d`; what two have in common is there once."""
+    source = _Source(directory, loras)
+    names = [None] if spans is None else spans.split(",")
+    cuts = [source.find_cut(name, report) for name in names]
+    for cut in cuts:
+        if cuts.count(cut) > 1:
+            raise SettingsError(f"--span {spans!r} names {cut.middle} twice")
+    ends = [source.load(cut, dtype, report) for cut in cuts]
+    source.close()
+    return ends
+
+
+class _Source:
+    """A model that one or more pairs of ends are loaded of."""
+
+    def __init__(self, directory: str | Path, loras: Sequence[LoraChoice]) -> None:
+        self._checkpoint = Checkpoint(directory)
+        adapt_text_model(self._checkpoint, loras)
+        self._config = read_config(self._checkpoint)
+        self._layers: int = self._config.num_hidden_layers
+        self._fingerprint = self._checkpoint.fingerprint()
+        self._packs: bool | None = None
+
+    def close(self) -> None:
+        self._checkpoint.close()
+
+    def find_cut(self, span: str | None, report: Mapping[str, Any] | None) -> Cut:
+        """Raises SettingsError."""
+        parts, layers = self._checkpoint.parts, self._layers
+        missing = parts.around(layers) if parts is not None else None
+        if span is None and report is not None:
+            span = pick_part(report, self._fingerprint, layers, missing)
+        if span is None:
+            span = name_span(missing)
+        return parse_cut(span, layers)
+
+    def load(self, cut: Cut, dtype: str, report: Mapping[str, Any] | None) -> ModelEnds:
+        """Raises CheckpointError, SettingsError."""
+        head = self._load_part(cut.head(), dtype, "head")
+        tail = self._load_part(cut.tail(self._layers), dtype, "tail") if cut.has_tail else NoTail()
+        return ModelEnds(
+            name=self._checkpoint.name,
+            directory=self._checkpoint.directory,
+            fingerprint=self._fingerprint,
+            cut=cut,
+            hidden=head.hidden,
+            context=context_length(self._config),
+            vocabulary=self._config.vocab_size,
+            eos_ids=_read_eos_ids(self._checkpoint, self._config.eos_token_id),
+            head=head,
+            tail=tail,
+            layers=self._layers,
+            route=pick_route(report, self._fingerprint, cut.middle) if report is not None else [],
+        )
+
+    def _load_part(self, span: Span, dtype: str, part: Part) -> SpanModel:
+        parsed = parse_dtype(dtype)
+        if self._packs is None:
+            self._packs = check_twin(self._config)
+        return load_span(self._checkpoint, span, parsed, part=part, packs=self._packs)
 
 
 def _read_eos_ids(checkpoint: Checkpoint, from_config: int | list[int] | None) -> frozenset[int]:

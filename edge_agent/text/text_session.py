@@ -211,6 +211,11 @@ class TextSession:
         return SessionAsks(opening, command, takes_detours=True)
 
     @property
+    def ends(self) -> ModelEnds:
+        """The model's, as it is cut for this session."""
+        return self._ends
+
+    @property
     def _prompt_codec(self) -> Codec:
         """In which the pool answers a prompt."""
         return self._down[self._names.index(self._settings.prompt_down)]

@@ -47,6 +47,10 @@ class EncodeRow:
     codec: Codec
     row: Tensor
 
+    @property
+    def width(self) -> int:
+        return self.row.shape[1]
+
     def do(self) -> bytes | MidspanError:
         try:
             return self.codec.encode(self.row)

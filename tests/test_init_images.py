@@ -177,7 +177,8 @@ def test_a_picture_is_made_to_fit_and_what_is_none_is_named(
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert read_picture(tmp_path / "clear.png", "it").getpixel((0, 0)) == (255, 255, 255)
     (tmp_path / "text.png").write_text("no picture")
-    for name in ("text.png", "none.png"):
+    Image.new("1", (1 << 13, (1 << 12) + 1)).save(tmp_path / "giant.png")
+    for name in ("text.png", "none.png", "giant.png"):
         with pytest.raises(SettingsError, match="--init-image x cannot be read as a picture"):
             read_picture(tmp_path / name, "--init-image x")
 

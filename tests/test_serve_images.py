@@ -22,7 +22,7 @@ from edge_agent.image.maker import ImageMaker, ImageSettings
 from edge_agent.server.images import ImageService
 from edge_agent.text.ends import ModelEnds
 
-IMAGES = "/v1/images/generations"
+IMAGES, EDITS = "/v1/images/generations", "/v1/images/edits"
 PROMPT = "a red house on a green hill under a blue sky"
 FEW: dict[str, Any] = {"steps": 2, "guidance": 2.0, "negative_prompt": "snow"}
 
@@ -159,3 +159,87 @@ def test_texts_are_answered_while_a_picture_is_made(endpoint: Endpoint) -> None:
 
     assert asyncio.run(both()) == 200
     wait_until(lambda: service.jobs == 0)
+
+
+# --- a picture to begin with
+
+
+@pytest.fixture(scope="module")
+def begin() -> Image.Image:
+    drawn = Image.new("RGB", (64, 64), (90, 140, 220))
+    drawn.paste((60, 130, 50), (0, 40, 64, 64))
+    return drawn
+
+
+def as_png(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_an_edit_is_the_picture_that_the_maker_begins_with_another(
+    endpoint: Endpoint, maker: ImageMaker, begin: Image.Image
+) -> None:
+    made = endpoint.openai.images.edit(
+        image=("begin.png", as_png(begin)), prompt=PROMPT, n=2, response_format="b64_json",
+        extra_body={"steps": 4, "guidance": 2.0, "seed": 5, "strength": 0.5,
+                    "negative_prompt": "7"},
+    )  # fmt: skip
+    for k, each in enumerate(made.data or []):
+        settings = ImageSettings(
+            PROMPT, "7", steps=4, guidance=2.0, seed=5 + k, init_image=begin, strength=0.5
+        )
+        (wanted,) = maker.make(settings)
+        assert np.array_equal(read_png(base64.b64decode(each.b64_json or "")), np.asarray(wanted))
+
+
+@pytest.mark.parametrize(
+    ("fields", "files", "param", "words"),
+    [
+        ({"prompt": "a"}, [], "image", "has 0 pictures called image; expected one"),
+        ({"prompt": "a"}, ["image[]", "image[]"], "image", "has 2 pictures"),
+        ({"prompt": "a"}, ["image", "mask"], "mask", "leave the mask out"),
+        ({}, ["image"], "prompt", "Field required"),
+        ({"prompt": "a", "strength": "2"}, ["image"], "strength", "less than or equal to 1"),
+        ({"prompt": "a", "strength": "0.01"}, ["image"], "strength", "leaves none of 20 steps"),
+        ({"prompt": "a", "n": "many"}, ["image"], "n", "valid integer"),
+        ({"prompt": "a", "size": "9999x9999"}, ["image"], "size", "at most 2048"),
+    ],
+)
+def test_what_is_wrong_with_an_edit_is_said_with_its_field(
+    endpoint: Endpoint,
+    begin: Image.Image,
+    fields: dict[str, str],
+    files: list[str],
+    param: str,
+    words: str,
+) -> None:
+    sent = [(name, ("a.png", as_png(begin), "image/png")) for name in files]
+    sent = sent or [("other", ("a.png", b"", "image/png"))]
+    response = endpoint.http.post(EDITS, data=fields, files=sent)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param), error
+    assert words in error["message"]
+
+
+def test_bodies_that_are_no_form_or_no_picture_and_forms_of_other_pages_are_refused(
+    endpoint: Endpoint, begin: Image.Image
+) -> None:
+    def post(body: bytes = b"", **headers: str) -> tuple[int, str]:
+        sent = {"content-type": "multipart/form-data; boundary=x"} | headers
+        response = endpoint.http.post(EDITS, content=body, headers=sent)
+        return response.status_code, response.json()["error"]["message"]
+
+    part = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+    assert post(part + as_png(begin)) == (400, "the form does not end, or has no parts")
+    assert post(b"--x\r\n\r\n\r\n--x--") == (400, "a part of the form has no name")
+    kind = "multipart/form-data"
+    assert post(**{"content-type": kind}) == (400, "the form names no boundary")
+    assert endpoint.http.post(EDITS, json={}).status_code == 415
+    assert endpoint.http.post(IMAGES, data={}, files={"a": b""}).status_code == 415
+    assert post(origin="http://elsewhere.example")[0] == 403
+    assert post(origin="null")[0] == 403
+    assert post(origin=endpoint.url)[0] == 400
+    files = {"image": ("a.png", b"none", "image/png")}
+    response = endpoint.http.post(EDITS, data={"prompt": "a"}, files=files)
+    assert "image cannot be read as a picture" in response.json()["error"]["message"]

@@ -13,6 +13,8 @@ from common.errors import SettingsError
 
 SIDE_MULTIPLE = 8  # the pipeline's own rule
 MAX_PIXELS = 1 << 22  # workers take no larger latents
+MAX_READ_PIXELS = 1 << 25  # of a file, which has to be decoded whole
+DEFAULT_STRENGTH = 0.3  # diffusers' own
 
 
 def read_picture(source: Path | IO[bytes], what: str) -> Image.Image:
@@ -21,6 +23,8 @@ def read_picture(source: Path | IO[bytes], what: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(source) as opened:
+                if opened.width * opened.height > MAX_READ_PIXELS:
+                    raise ValueError(f"it has more than {MAX_READ_PIXELS} pixels")
                 picture = ImageOps.exif_transpose(opened)
                 if picture.has_transparency_data:
                     picture = picture.convert("RGBA")

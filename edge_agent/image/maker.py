@@ -30,7 +30,7 @@ from common.protocol.messages import MAX_TIMESTEPS, ImageOpening
 from common.security.sealing import draw_key, seal
 from common.weights.loading import check_device, parse_dtype
 from edge_agent.engine.client import BrokerClient
-from edge_agent.image.init_picture import SIDE_MULTIPLE, fit_picture
+from edge_agent.image.init_picture import DEFAULT_STRENGTH, SIDE_MULTIPLE, fit_picture
 from edge_agent.image.pipelines import Pipelines
 from edge_agent.image.remote_unet import ImageStats, RemoteUNet, Travelled, list_codecs
 
@@ -57,7 +57,7 @@ class ImageSettings:
     codec_down: str = "int8"
     reuse: int = 1  # ask the pool every so many steps; only with cut inner
     init_image: Image.Image | None = None  # what the picture begins with
-    strength: float = 0.3  # how much of the steps is done anew, with an init image
+    strength: float = DEFAULT_STRENGTH  # how much of the steps is done anew, with an init image
 
     @property
     def seeds(self) -> list[int]:

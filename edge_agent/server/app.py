@@ -26,6 +26,7 @@ from edge_agent.server.schema import ChatRequest, CompletionRequest, ImageReques
 from edge_agent.server.text_service import TextService, no_such_model
 
 log = logging.getLogger("midspan.serve")
+NO_IMAGES = Fault(404, "no image model is served here; start with --image-model", param="model")
 SUMMARY = "Split inference: the prompt's text stays on this device, rows of hidden states do not."
 
 
@@ -100,10 +101,14 @@ def add_images(app: FastAPI, services: Services) -> None:
     @app.post("/v1/images/generations", response_model=None)
     async def images(http: Request, request: ImageRequest) -> Response:
         if services.images is None:
-            raise RequestFault(
-                Fault(404, "no image model is served here; start with --image-model", param="model")
-            )
+            raise RequestFault(NO_IMAGES)
         return await services.images.generate(http, request)
+
+    @app.post("/v1/images/edits", response_model=None)
+    async def edits(http: Request) -> Response:
+        if services.images is None:
+            raise RequestFault(NO_IMAGES)
+        return await services.images.edit(http)
 
     @app.get("/images/{name}.png", response_model=None)
     async def picture(name: str) -> Response:

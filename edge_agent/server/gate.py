@@ -2,7 +2,8 @@
 
 Without a key only this machine may ask, so a request must also be addressed to this machine: a
 page in a browser can have its own name lead here, but not say another one. That a body must be
-called JSON keeps such a page from sending one without asking the browser first.
+called JSON keeps such a page from sending one without asking the browser first. Forms, which
+pictures come in, a browser sends unasked: with the origin of the page, which must be ours.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from edge_agent.server.page import PATHS as PAGE_PATHS
 
 MAX_BODY_BYTES = 16 << 20
 OPEN_PATHS = ("/health", "/docs", "/openapi.json", *PAGE_PATHS)
+FORM, FORM_PATHS = "multipart/form-data", ("/v1/images/edits",)
 OPEN_PREFIX = "/images/"  # their names are secrets
 
 
@@ -86,8 +88,11 @@ class Gate:
                 code="invalid_api_key",
             )  # fmt: skip
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if scope["method"] == "POST" and kind != "application/json":
-            return Fault(415, f"the body is {kind or 'of no type'}; expected application/json")
+        expected = FORM if path in FORM_PATHS else "application/json"
+        if scope["method"] == "POST" and kind != expected:
+            return Fault(415, f"the body is {kind or 'of no type'}; expected {expected}")
+        if kind == FORM and not is_of_this_page(headers):
+            return Fault(403, "a page of another origin may not send forms here")
         return None
 
     def _has_key(self, headers: Headers) -> bool:
@@ -110,6 +115,12 @@ def bounded(receive: Receive) -> Receive:
         return message
 
     return receive_bounded
+
+
+def is_of_this_page(headers: Headers) -> bool:
+    """Whether no page sent a request, or one of ours: browsers say the origin of what they post."""
+    origin, host = headers.get("origin"), headers.get("host", "")
+    return origin is None or origin in (f"http://{host}", f"https://{host}")
 
 
 def is_this_machine(host: str) -> bool:

@@ -7,6 +7,7 @@ it, which is why nobody can guess it; the oldest go when there are too many.
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import random
 import re
@@ -20,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image
+from pydantic import ValidationError
 from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -27,12 +30,14 @@ from starlette.responses import Response, StreamingResponse
 from common.adapters.choice import LoraChoice
 from common.errors import MidspanError, SettingsError, TooManySessions
 from edge_agent.engine.client import BrokerClient
+from edge_agent.image.init_picture import DEFAULT_STRENGTH, read_picture
 from edge_agent.image.maker import ImageMaker, ImageSettings, Progress
 from edge_agent.server.errors import RequestFault, fault_of, refuse
+from edge_agent.server.forms import FormPart, read_form, to_json
 from edge_agent.server.image_events import Growth, Tell, as_base64, as_named_event, to_png
 from edge_agent.server.json_bodies import JsonResponse, as_event
 from edge_agent.server.metrics import Metrics
-from edge_agent.server.schema import ImageRequest
+from edge_agent.server.schema import EditRequest, ImageRequest
 from edge_agent.server.streaming import cancelled_with
 from edge_agent.server.text_service import no_such_model
 
@@ -43,6 +48,9 @@ MAX_KEPT = 64  # pictures that can be fetched
 MAX_SIDE = 2048
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 20, 2.5
 SEEDS = 1 << 64
+EDIT_TEXTS = {  # fields of a form that are no numbers
+    "prompt", "negative_prompt", "model", "size", "response_format", "output_format", "cut",
+}  # fmt: skip
 
 
 class ClientGone(MidspanError):
@@ -98,14 +106,23 @@ class ImageService:
     def jobs(self) -> int:
         return len(self._jobs)
 
-    async def generate(self, http: Request, request: ImageRequest) -> Response:
+    async def edit(self, http: Request) -> Response:
+        """As `generate`, of a form with a picture to begin with."""
+        parts = read_form(http.headers.get("content-type", ""), await http.body())
+        request = read_edit(parts)
+        picture = await asyncio.to_thread(read_init_image, parts)
+        return await self.generate(http, request, picture)
+
+    async def generate(
+        self, http: Request, request: ImageRequest, init_image: Image | None = None
+    ) -> Response:
         """OpenAI's response, or its events where they are asked for.
 
         Raises RequestFault, TooManySessions and what ImageMaker raises.
         """
         if request.model is not None and request.model != self.name:
             raise RequestFault(no_such_model(request.model, self.name))
-        job = Job(list_wanted(request), request)
+        job = Job(list_wanted(request, init_image), request)
         if len(self._jobs) >= self._most_jobs:
             raise TooManySessions(f"{len(self._jobs)} requests for pictures wait; try again later")
         self._jobs.append(job)
@@ -217,7 +234,31 @@ class ImageService:
         return self._makers[cut]
 
 
-def list_wanted(request: ImageRequest) -> list[ImageSettings]:
+def read_edit(parts: Sequence[FormPart]) -> EditRequest:
+    """What a form asks for besides its picture. Raises RequestFault, which names the field."""
+    body = to_json([part for part in parts if not part.is_file], EDIT_TEXTS)
+    try:
+        return EditRequest.model_validate_json(body)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = str(problem["loc"][0]) if problem["loc"] else None
+        raise refuse(f"{where}: {problem['msg'].removeprefix('Value error, ')}", where) from error
+
+
+def read_init_image(parts: Sequence[FormPart]) -> Image:
+    """The one picture of a form. Raises RequestFault."""
+    if any(part.name == "mask" for part in parts):
+        raise refuse("this server makes whole pictures anew; leave the mask out", "mask")
+    pictures = [part.content for part in parts if part.name == "image" and part.is_file]
+    if len(pictures) != 1:
+        raise refuse(f"the form has {len(pictures)} pictures called image; expected one", "image")
+    try:
+        return read_picture(io.BytesIO(pictures[0]), "image")
+    except SettingsError as error:
+        raise refuse(str(error), "image") from error
+
+
+def list_wanted(request: ImageRequest, init_image: Image | None = None) -> list[ImageSettings]:
     """Settings for each picture of a request. Raises RequestFault, which names the field."""
     width, height = parse_size(request.size)
     first = request.seed if request.seed is not None else random.getrandbits(32)
@@ -231,16 +272,26 @@ def list_wanted(request: ImageRequest) -> list[ImageSettings]:
             height=height,
             width=width,
             cut=request.cut or "unet",
+            init_image=init_image,
+            strength=read_strength(request),
         )
         for index in range(request.n or 1)
     ]
     try:
         wanted[0].check()
     except SettingsError as error:
-        fields = {"prompt": "prompt", "guidance": "guidance", "height": "size", "width": "size"}
+        fields = {
+            "prompt": "prompt", "guidance": "guidance", "height": "size", "width": "size",
+            "strength": "strength",
+        }  # fmt: skip
         param = next((param for word, param in fields.items() if f"the {word}" in str(error)), None)
         raise refuse(str(error), param) from error
     return wanted
+
+
+def read_strength(request: ImageRequest) -> float:
+    given = request.strength if isinstance(request, EditRequest) else None
+    return DEFAULT_STRENGTH if given is None else given
 
 
 def parse_size(text: str | None) -> tuple[int | None, int | None]:

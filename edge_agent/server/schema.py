@@ -236,3 +236,9 @@ class ImageRequest(Body):
     stream: bool | None = None
     partial_images: int | None = Field(default=None, ge=0, le=16, description="While streaming.")
     midspan: bool | None = Field(default=None, description="Say of each step what it cost.")
+
+
+class EditRequest(ImageRequest):
+    """A picture that begins with one; the fields of a form that are no files."""
+
+    strength: float | None = Field(default=None, gt=0, le=1, description="1 leaves nothing of it.")

@@ -18,6 +18,7 @@ from common.diffusion.shapes import WHOLE
 from common.errors import CheckpointError
 from common.weights.checkpoint import Checkpoint
 from common.weights.model_files import check_plain_file
+from common.weights.safetensors_places import Place, read_places
 
 UNET_PREFIX = "model.diffusion_model."
 
@@ -26,7 +27,7 @@ class SingleFileUnet(Checkpoint):
     """The UNet's tensors of such a file, by diffusers' names. Raises CheckpointError."""
 
     def __init__(self, directory: Path, weights: Path) -> None:
-        self._weights = weights
+        self._weights = weights.resolve()
         super().__init__(directory / "unet", config_key="_class_name", name=weights.stem)
 
     def _map_tensors(self) -> dict[str, str]:
@@ -37,6 +38,14 @@ class SingleFileUnet(Checkpoint):
             names = name_tensors(self.config_json)
             self._open_files[file_name] = RenamedFile(open_weights(self._weights), names)
         return self._open_files[file_name]
+
+    def place(self, tensor_name: str) -> Place | None:
+        """Where the bytes of a tensor are, which the file calls by another name."""
+        if self._weights not in self._places:
+            stored, names = read_places(self._weights), name_tensors(self.config_json)
+            found = {name: stored[called] for name, called in names.items() if called in stored}
+            self._places[self._weights] = found
+        return super().place(tensor_name)
 
 
 class RenamedFile:

@@ -85,7 +85,10 @@ def test_a_model_that_cannot_be_cut_is_refused_in_one_line(tmp_path: Path) -> No
         ({"num_hidden_layers": 7}, "has no tensor model.layers.6."),
         ({"intermediate_size": 65}, "its config.json needs (65, 32)"),
         ({"layer_types": ["linear_attention"] * 6}, "with linear_attention layers cannot be cut"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "holds quantized weights"),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            "quantized weights (quant_method 'fp8')",
+        ),
     ]:
         (directory / "config.json").write_text(json.dumps(values | change))
         done = check(str(directory))

@@ -77,11 +77,7 @@ def read_config(checkpoint: Checkpoint) -> Any:
             f"{checkpoint.directory}: transformers cannot read model type {kind!r}: "
             f"{in_one_line(error)}"
         ) from error
-    if getattr(config, "quantization_config", None):
-        raise CheckpointError(
-            f"{checkpoint.directory} holds quantized weights; midspan reads plain ones, for a "
-            "weight without its scale is another number"
-        )
+    _refuse_quantized(checkpoint, config)
     config = _find_text_part(config)
     if getattr(config, "is_encoder_decoder", False) or not hasattr(config, "num_hidden_layers"):
         raise CheckpointError(
@@ -95,6 +91,19 @@ def read_config(checkpoint: Checkpoint) -> Any:
             "of the tokens cannot be cut, for the workers have no tokens"
         )
     return config
+
+
+def _refuse_quantized(checkpoint: Checkpoint, config: Any) -> None:
+    """By the name of the method: who reads it knows which other release of a model to take."""
+    said = getattr(config, "quantization_config", None)
+    if not said:
+        return
+    settings = said if isinstance(said, dict) else getattr(said, "__dict__", {})
+    method = repr(settings.get("quant_method"))[:60]
+    raise CheckpointError(
+        f"{checkpoint.directory} holds quantized weights (quant_method {method}); midspan reads "
+        "plain ones, for a weight without its scale is another number"
+    )
 
 
 def _find_text_part(config: Any) -> Any:

@@ -86,8 +86,8 @@ def test_a_model_that_cannot_be_cut_is_refused_in_one_line(tmp_path: Path) -> No
         ({"intermediate_size": 65}, "its config.json needs (65, 32)"),
         ({"layer_types": ["linear_attention"] * 6}, "with linear_attention layers cannot be cut"),
         (
-            {"quantization_config": {"quant_method": "fp8"}},
-            "quantized weights (quant_method 'fp8')",
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "quantized weights (quant_method 'gptq')",
         ),
     ]:
         (directory / "config.json").write_text(json.dumps(values | change))

@@ -352,7 +352,7 @@ def test_a_configuration_without_a_width_is_refused_with_the_reason(tmp_path: Pa
 def test_quantized_weights_are_refused(tmp_path: Path) -> None:
     directory = save_random_model(LLAMA, tmp_path)
     values = json.loads((directory / "config.json").read_text())
-    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    quantization = {"quant_method": "awq", "bits": 4}
     (directory / "config.json").write_text(
         json.dumps(values | {"quantization_config": quantization})
     )

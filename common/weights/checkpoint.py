@@ -25,6 +25,7 @@ from common.errors import CheckpointError
 from common.spans.parts import Parts
 from common.weights.manifest import MANIFEST, SUFFIXES, find_file, read_manifest
 from common.weights.model_files import check_place, check_plain_file, read_json, read_model_config
+from common.weights.packed import find_packed
 from common.weights.safetensors_places import Place, PlaceReader, read_places
 from common.weights.torch_file import TorchFile
 
@@ -70,11 +71,22 @@ class Checkpoint:
         self._adapter: Adapter | None = None
         self._file_of = self._map_tensors()
         self._absent = self._list_absent()
+        self._packed = find_packed(self.config_json, self._file_of)
 
     @property
     def tensor_names(self) -> list[str]:
         """Of the whole model, also where only some of its files are here."""
         return sorted(self._file_of)
+
+    @property
+    def weight_names(self) -> list[str]:
+        """What can be read: tensors as they are stored, and what is made of codes and scales."""
+        parts = {name for packed in self._packed.values() for name in packed.stored}
+        return sorted((self._file_of.keys() - parts) | self._packed.keys())
+
+    def stored_of(self, name: str) -> list[str]:
+        """The stored tensors that a weight is made of."""
+        return self._packed[name].stored if name in self._packed else [name]
 
     @property
     def parts(self) -> Parts | None:
@@ -167,7 +179,7 @@ class Checkpoint:
         another order and change the last bits of results. A tensor that was read before is shared.
         """
         new = [n for n in dict.fromkeys(tensor_names) if (n, dtype) not in self._cache]
-        shapes = {name: self._slice(name).get_shape() for name in new}
+        shapes = {name: self.shape(name) for name in new}
         sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
         block = allocate(sum(_round_up(size) for size in sizes.values()))
         at = 0
@@ -180,8 +192,8 @@ class Checkpoint:
 
     def _read_into(self, tensor: Tensor, name: str, dtype: torch.dtype) -> None:
         """Straight from the file where nothing has to be done to it."""
-        is_plain = self._file_of[name].endswith(".safetensors") and tensor.numel()
-        place = self.place(name) if is_plain and self.is_here(name) else None
+        is_plain = name not in self._packed and self._file_of[name].endswith(".safetensors")
+        place = self.place(name) if is_plain and tensor.numel() else None
         if place is None or place.dtype != dtype:
             tensor.copy_(self._get(name, dtype))
         else:
@@ -192,10 +204,12 @@ class Checkpoint:
         return self._get(tensor_name, dtype).to(dtype)
 
     def place(self, tensor_name: str) -> Place | None:
-        """Where the bytes of a tensor are; None where an adapter changes it.
+        """Where the bytes of a tensor are; None where it is made, or changed by an adapter.
 
         Raises CheckpointError unless it is in a safetensors file.
         """
+        if tensor_name in self._packed:
+            return None
         self.check_is_here(tensor_name)
         path = self.directory / self._file_of[tensor_name]
         if path.suffix != ".safetensors":
@@ -212,7 +226,8 @@ class Checkpoint:
         return place
 
     def _get(self, tensor_name: str, wanted: torch.dtype) -> Tensor:
-        tensor = self.read_stored(tensor_name)
+        packed = self._packed.get(tensor_name)
+        tensor = packed.unpack(self.read_stored) if packed else self.read_stored(tensor_name)
         if wanted.is_floating_point and tensor.dtype not in PLAIN_TYPES:
             raise _not_plain(self.directory, tensor_name, tensor.dtype)
         return tensor if self._adapter is None else self._adapter.apply(tensor_name, tensor)
@@ -250,6 +265,11 @@ class Checkpoint:
 
     def shape(self, tensor_name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it."""
+        if tensor_name in self._packed:
+            return self._packed[tensor_name].shape(self._stored_shape)
+        return self._stored_shape(tensor_name)
+
+    def _stored_shape(self, tensor_name: str) -> tuple[int, ...]:
         if self._manifest is not None:
             return self._manifest.tensors[tensor_name].shape
         return tuple(self._slice(tensor_name).get_shape())

@@ -29,6 +29,7 @@ from common.spans.span_model import SpanModel
 from common.weights.buffers import fill_buffers, move_buffers
 from common.weights.checkpoint import Checkpoint, allocate
 from common.weights.layer_reader import LayerReader
+from common.weights.packed import METHODS, method_of
 from common.weights.shapes import build_without_values
 from common.weights.tensors import WeightMap
 
@@ -95,15 +96,15 @@ def read_config(checkpoint: Checkpoint) -> Any:
 
 def _refuse_quantized(checkpoint: Checkpoint, config: Any) -> None:
     """By the name of the method: who reads it knows which other release of a model to take."""
-    said = getattr(config, "quantization_config", None)
-    if not said:
+    if not getattr(config, "quantization_config", None):
         return
-    settings = said if isinstance(said, dict) else getattr(said, "__dict__", {})
-    method = repr(settings.get("quant_method"))[:60]
-    raise CheckpointError(
-        f"{checkpoint.directory} holds quantized weights (quant_method {method}); midspan reads "
-        "plain ones, for a weight without its scale is another number"
-    )
+    method = method_of(checkpoint.config_json) or "unnamed"
+    if method not in METHODS:
+        raise CheckpointError(
+            f"{checkpoint.directory} holds quantized weights (quant_method {method!r}); midspan "
+            f"reads plain ones, {' and '.join(METHODS)}"
+        )
+    del config.quantization_config  # the model is of plain layers: weights come as numbers
 
 
 def _find_text_part(config: Any) -> Any:

@@ -53,7 +53,7 @@ class WeightMap:
         self._checkpoint = checkpoint
         self._model = causal_lm
         self._tied = _tied_names(causal_lm)
-        self._origins = _find_origins(checkpoint.tensor_names, causal_lm)
+        self._origins = _find_origins(checkpoint.weight_names, causal_lm)
 
     def fill(
         self, kept: nn.Module, prefix: str, dtype: torch.dtype, device: torch.device | str
@@ -126,9 +126,10 @@ class WeightMap:
         Of several stored under names that mean the same, the one that is read.
         """
         origin = self._find(parameter)
+        names = [name for _, name in origin.stored]
         if origin.converter is None:
-            return [origin.stored[-1][1]]
-        return [stored for _, stored in origin.stored]
+            names = names[-1:]
+        return [stored for name in names for stored in self._checkpoint.stored_of(name)]
 
     def list_stored_buffers(self, kept: nn.Module, prefix: str) -> list[str]:
         """The stored tensors that are buffers of `kept`, a module called `prefix` in the model."""

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
+
 from common.errors import CheckpointError, SettingsError
 from common.formats.export import write_weights
 from common.formats.llama2c import (
@@ -106,7 +108,7 @@ def export_llama2c(checkpoint: Checkpoint, target: Path, version: int) -> Writte
         file.write(pack_header(header))
         for piece in pieces:
             is_table = piece.name == FREQUENCIES
-            tensor = next(tables) if is_table else checkpoint.read_stored(piece.name)
+            tensor = next(tables) if is_table else checkpoint.read_once(piece.name, torch.float32)
             write_piece(file, piece, tensor, header.head_size)
     return Written(full(header.layers), {target.name: target.stat().st_size})
 

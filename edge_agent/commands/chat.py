@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,16 +20,17 @@ from common.console.options import (
     span_seed_option,
     threads_option,
 )
-from common.console.processes import freeze_loaded_objects, set_up_torch
+from common.console.processes import freeze_loaded_objects
 from common.console.waiting import waiting
 from common.errors import MidspanError, SettingsError
 from common.security.keys import read_public
 from common.weights.demo_model import find_model
-from common.weights.model_files import read_model_config
 from edge_agent.commands.codec_options import CodecChoice, codec_options
 from edge_agent.commands.connection_options import SERVED, Connection, connection_options
 from edge_agent.commands.cost_tables import format_stats
+from edge_agent.commands.own_engine import open_engine
 from edge_agent.commands.prompts import read_template
+from edge_agent.commands.question import Means
 from edge_agent.commands.run_options import (
     encrypt_option,
     system_option,
@@ -91,44 +91,21 @@ def chat(
     Text is not sent. Rows of numbers are, and who holds the model's weights can turn those back
     into what was said.
     """
-    codecs.split()  # complains now, if ever
     pool_public = read_public(pool_key) if pool_key else None
-    directory, choices = find_model(model_name), parse_choices(loras)
-    read_model_config(directory)  # complains now, if ever
-    drawing = sampling.read_settings(read_defaults(directory))
+    means = Means(
+        find_model(model_name), span_text, dtype, codecs, connection, pool_public, timeout_s,
+        threads, loras=parse_choices(loras), span_seed=span_seed,
+    )  # fmt: skip
+    means.check()
+    drawing = sampling.read_settings(read_defaults(means.directory))
     sampling.warn_of_greedy(drawing)
     template = read_template(chat_template) if chat_template else None
-    client = connection.connect(timeout_s)
-    # a broker that is not there is better known before the model is loaded
-    report = client.status()
-    client.close()
-    with waiting(f"loading {directory.resolve().name}"):
-        set_up_torch(threads or os.cpu_count())
-        from edge_agent.engine.engine import Engine
+    with open_engine(means) as own:
         from edge_agent.text.chat import Chat
-        from edge_agent.text.cuts import CutChoice
-        from edge_agent.text.ends import load_cuts
-        from edge_agent.text.tokenizer import TextTokenizer
 
-        cuts = load_cuts(directory, span_text, dtype, report, choices)
-    choice = CutChoice(cuts, span_seed)
-    settings = codecs.read_settings(step_deadline_s=timeout_s)
-    with Engine(
-        cuts[0],
-        connection.endpoints(),
-        settings,
-        keys=connection.keys(),
-        timeout_s=timeout_s,
-        calibration=codecs.find_calibration(*cuts),
-        pool_key=pool_public,
-        choose_cut=choice,
-    ) as engine:
-        talk = Chat(
-            engine, TextTokenizer(directory), drawing, max_new_tokens, system,
-            template,
-        )  # fmt: skip
+        talk = Chat(own.engine, own.tokenizer, drawing, max_new_tokens, system, template)
         freeze_loaded_objects()
-        about = f"{cuts[0].name}, layers {choice} in the pool, {codecs.codec} on the wire"
+        about = f"{own.name}, layers {own.choice} in the pool, {codecs.codec} on the wire"
         Terminal(talk, about).run()
         talk.close()
 

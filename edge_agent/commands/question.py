@@ -74,7 +74,8 @@ class Means:
     pool_key: bytes | None
     timeout_s: float
     threads: int | None
-    given: frozenset[str]  # fields of `Route` that somebody said, so that no others will do
+    # fields of `Route` that somebody said, so that no others will do
+    given: frozenset[str] = frozenset()
     tokenizer: Path | None = None  # instead of the model's
     loras: tuple[LoraChoice, ...] = ()
     span_seed: int | None = None  # which of several spans is drawn

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,18 +16,18 @@ from common.console.options import (
     lora_option,
     model_option,
     span_option,
+    span_seed_option,
     threads_option,
 )
-from common.console.processes import set_up_torch
 from common.console.tables import format_table
-from common.console.waiting import waiting
 from common.errors import SettingsError
 from common.security.keys import read_public
 from common.weights.demo_model import find_model
-from common.weights.model_files import read_model_config
 from edge_agent.commands.codec_options import CodecChoice, codec_options
 from edge_agent.commands.connection_options import SERVED, Connection, connection_options
+from edge_agent.commands.own_engine import open_engine
 from edge_agent.commands.prompts import check_text, read_prompt
+from edge_agent.commands.question import Means
 from edge_agent.commands.run_options import encrypt_option, timeout_option
 
 if TYPE_CHECKING:
@@ -61,6 +60,7 @@ class Scored:
 @model_option
 @lora_option
 @span_option(SERVED)
+@span_seed_option
 @connection_options
 @encrypt_option
 @codec_options
@@ -76,6 +76,7 @@ def score(
     model_name: str | None,
     loras: tuple[str, ...],
     span_text: str | None,
+    span_seed: int | None,
     connection: Connection,
     pool_key: str | None,
     codecs: CodecChoice,
@@ -91,30 +92,14 @@ def score(
     """
     prompt = read_prompt(prompt)
     check_options(options)
-    codecs.split()  # complains now, if ever
     pool_public = read_public(pool_key) if pool_key else None
-    directory, choices = find_model(model_name), parse_choices(loras)
-    read_model_config(directory)
-    client = connection.connect(timeout_s)
-    report = client.status()
-    client.close()
-    with waiting(f"loading {directory.resolve().name}"):
-        set_up_torch(threads or os.cpu_count())
-        from edge_agent.engine.engine import Engine
-        from edge_agent.text.ends import load_ends
-        from edge_agent.text.tokenizer import TextTokenizer
-
-        ends = load_ends(directory, span_text, dtype, report, choices)
-    with Engine(
-        ends,
-        connection.endpoints(),
-        codecs.read_settings(step_deadline_s=timeout_s),
-        keys=connection.keys(),
-        timeout_s=timeout_s,
-        calibration=codecs.find_calibration(ends),
-        pool_key=pool_public,
-    ) as engine:
-        scored = score_options(engine, TextTokenizer(directory), prompt, options)
+    means = Means(
+        find_model(model_name), span_text, dtype, codecs, connection, pool_public, timeout_s,
+        threads, loras=parse_choices(loras), span_seed=span_seed,
+    )  # fmt: skip
+    means.check()
+    with open_engine(means) as own:
+        scored = score_options(own.engine, own.tokenizer, prompt, options)
     click.echo(
         json.dumps(to_json(scored), ensure_ascii=False) if as_json else format_scores(scored)
     )

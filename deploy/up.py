@@ -107,7 +107,7 @@ def up(
         workers=least,
         model=model,
         image_model=image_model,
-        span=span_text.replace(":", "-") if span_text else None,
+        span=span_text,
         dtype=dtype,
         threads=threads or max(1, (os.cpu_count() or 1) // most),
         redis_url=redis_url,

@@ -205,12 +205,14 @@ def test_a_device_that_is_not_there_is_named(pool: LocalPool) -> None:
 def test_up_starts_again_what_dies_and_drains_on_a_signal(tmp_path: Path) -> None:
     endpoints = [f"ipc://{tmp_path}/edges", f"ipc://{tmp_path}/workers"]
     command = midspan_command(
-        "up", "--workers", "1", "--edge-endpoint", endpoints[0], "--worker-endpoint", endpoints[1]
-    )
+        "up", "--workers", "1", "--span", "1:-1",
+        "--edge-endpoint", endpoints[0], "--worker-endpoint", endpoints[1],
+    )  # fmt: skip
     up = Child("up", command, tmp_path)
     try:
         up.wait_for("ready: edges at")
         (worker,) = status_of(endpoints[0])["workers"]
+        assert "1-7" in [service["part"] for service in worker["services"]]
         os.kill(worker["pid"], signal.SIGKILL)
         up.wait_for("w1 was killed by signal 9 (SIGKILL); starting w2")
         ask = run_midspan("ask", PROMPTS[0], "--broker", endpoints[0], "-n", "5", "--timeout", "30")

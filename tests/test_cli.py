@@ -215,7 +215,8 @@ def test_up_starts_again_what_dies_and_drains_on_a_signal(tmp_path: Path) -> Non
         assert "1-7" in [service["part"] for service in worker["services"]]
         os.kill(worker["pid"], signal.SIGKILL)
         up.wait_for("w1 was killed by signal 9 (SIGKILL); starting w2")
-        ask = run_midspan("ask", PROMPTS[0], "--broker", endpoints[0], "-n", "5", "--timeout", "30")
+        options = ["--broker", endpoints[0], "--span", "1:-1", "-n", "5", "--timeout", "30"]
+        ask = run_midspan("ask", PROMPTS[0], *options)
         assert ask.returncode == 0, ask.stderr
     finally:
         up.stop()

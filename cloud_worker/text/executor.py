@@ -50,9 +50,9 @@ class TextExecutor:
         if self._context is not None and step.end > self._context:
             raise ProtocolError(f"step ends at row {step.end}; the context has {self._context}")
         self._check_calibration(task)
-        self._check_reply(task)
         if max(step.reply_codec, *(part.codec for part in step.parts)) >= len(opening.codecs):
             raise ProtocolError(f"step names a codec beyond the {len(opening.codecs)} it opened")
+        self._check_reply(task)
         for part in step.parts:
             if part.name != BOUNDARY or len(part.shape) != 1 or not part.shape[0]:
                 raise ProtocolError(f"step has a part {part.name!r} {part.shape}; expected rows")

@@ -37,9 +37,14 @@ def wait_until_gone(pids: list[int]) -> None:
 def is_alive(pid: int) -> bool:
     """Whether a process runs; one that has ended and was not yet waited for does not."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return state_of(pid) != "Z"
     except OSError:
         return False
+
+
+def state_of(pid: int) -> str:
+    """R for one that runs, T for one that is stopped, Z for one that has ended."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def command_line(pid: int) -> bytes:
@@ -89,6 +94,7 @@ def test_up_ends_when_it_is_told_to_while_its_workers_start(
     pids = children_of(up.pid)
     (worker,) = filter(is_worker, pids)
     os.kill(worker, signal.SIGSTOP)  # so that it is never there
+    wait_until(lambda: state_of(worker) == "T")  # till then SIGTERM would end it at once
     up.signal(number)
     try:
         wait_until(lambda: has_pending(worker, signal.SIGTERM))

@@ -115,12 +115,19 @@ def save_tensors(names: Sequence[str], read: Callable[[str], Tensor], path: Path
 
 
 def copy_companions(source: Path, target: Path, for_device: bool) -> None:
-    """Copy what lies beside the weights; a worker needs nothing that tells of texts."""
+    """Copy what lies beside the weights; a worker needs nothing that tells of texts.
+
+    Raises CheckpointError for a calibration that cannot be copied.
+    """
     for path in sorted(source.iterdir()):
         if path.name == CONFIG or (for_device and _is_companion(path)):
             shutil.copyfile(path, target / path.name)
     if (source / "calibration").is_dir():
-        shutil.copytree(source / "calibration", target / "calibration")
+        try:
+            shutil.copytree(source / "calibration", target / "calibration")
+        except shutil.Error as error:  # which lists files, and names no errno
+            _, path, reason = error.args[0][0]
+            raise CheckpointError(f"{path} cannot be written: {reason}") from error
 
 
 def _is_companion(path: Path) -> bool:

@@ -8,11 +8,12 @@ import pytest
 import torch
 from pools import PROMPTS, generate
 
+from common.codecs.codec import make_codec
 from common.errors import SettingsError
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.engine.engine import Engine
 from edge_agent.text.ends import ModelEnds
-from edge_agent.text.logprobs import TokenLogprob
+from edge_agent.text.logprobs import TokenLogprob, rank
 from edge_agent.text.sampler import Sampler
 from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.text_session import SCORED_ROWS, uniform_settings
@@ -171,3 +172,10 @@ def test_a_bias_beyond_the_vocabulary_is_refused(engine: Engine, demo_ends: Mode
     beyond = SamplingSettings(logit_bias={demo_ends.vocabulary: 1.0})
     with pytest.raises(SettingsError, match=f"logit bias names token {demo_ends.vocabulary}"):
         list(engine.submit([1], 1, beyond))
+
+
+def test_tokens_that_the_codec_left_out_are_not_among_the_likeliest() -> None:
+    codec = make_codec("top2", "down", None)
+    logits = codec.decode(codec.encode(LOGITS[None]), 1, len(LOGITS), torch.float32)
+    (scored,) = rank(logits, [1], TOP)
+    assert [token_id for token_id, _ in scored.top] == [1, 2]

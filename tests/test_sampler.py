@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.codecs.codec import make_codec
 from common.errors import NonFiniteError, SettingsError
 from edge_agent.text.sampler import Forward, Sampler, score, write
 from edge_agent.text.sampling import SamplingSettings
@@ -175,3 +176,12 @@ def test_continuations_of_several_lengths_score_in_one_batch_what_each_does_alon
         want = sum(float(logprobs[len(prompt) - 1 + at, token]) for at, token in enumerate(option))
         assert got == pytest.approx(want, abs=1e-4)
     assert scores[-1] == 0.0
+
+
+def test_a_token_that_the_codec_left_out_is_not_chosen_when_the_others_are_banned() -> None:
+    codec = make_codec("top2", "down", None)
+    logits = codec.decode(codec.encode(LOGITS[None]), 1, len(LOGITS), torch.float32)[0]
+    for temperature in (0.0, 1.0, 1e4):
+        sampler = Sampler(SamplingSettings(temperature, logit_bias={1: -100, 2: -100}))
+        with pytest.raises(SettingsError, match="leave no token"):
+            sampler.pick(logits, [0])

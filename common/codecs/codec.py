@@ -36,6 +36,7 @@ from common.errors import NonFiniteError, ProtocolError, SettingsError
 CAST_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ZSTD_LEVEL = 3
 NO_CHANCE = -1e30  # the logit of a token that `topK` has left out
+LEFT_OUT = -1e20  # below this are such logits only, whatever temperature and penalties do to them
 RAW, COMPRESSED = b"\x00", b"\x01"
 
 

@@ -22,6 +22,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from common.codecs.codec import LEFT_OUT
 from common.errors import NonFiniteError, SettingsError
 from edge_agent.text.sampling import BAN, SamplingSettings
 
@@ -77,7 +78,7 @@ class Sampler:
             raise NonFiniteError("the model's logits hold NaN or infinity; is the dtype too small?")
         if self._processors:
             logits = self._processors(torch.tensor([token_ids]), logits[None].float().clone())[0]
-            if not torch.isfinite(logits.max()):
+            if not LEFT_OUT < logits.max() < torch.inf:
                 raise SettingsError(
                     "temperature, bias and penalties leave no token with a probability"
                 )

@@ -145,7 +145,7 @@ def import_file(source: Path, tokenizer: Path | None, target: Path) -> str:
 
 def export_file(source: str, tokenizer: Path | None, version: int, target: Path) -> str:
     """What has been written."""
-    check_writable(target, tokenizer)
+    check_targets(target, tokenizer)
     checkpoint, _ = open_model(source)
     from common.formats.llama2c_conversion import export_llama2c, export_tokenizer
 
@@ -153,6 +153,21 @@ def export_file(source: str, tokenizer: Path | None, version: int, target: Path)
         export_tokenizer(checkpoint, tokenizer)
     written = export_llama2c(checkpoint, target, version)
     return f"{target} holds {checkpoint.name}, {format_bytes(sum(written.file_bytes.values()))}."
+
+
+def check_targets(target: Path, tokenizer: Path | None) -> None:
+    """Refuse a device or a pipe, which a file would replace, and one file for both.
+
+    Raises SettingsError, CheckpointError.
+    """
+    from common.weights.model_files import check_plain_file
+
+    for file in (target, tokenizer):
+        if file is not None:
+            check_plain_file(file)
+    if target == tokenizer:
+        raise SettingsError(f"--output and --tokenizer are both {target}; expected two files")
+    check_writable(target, tokenizer)
 
 
 def open_model(name: str) -> tuple[Checkpoint, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import random
 import struct
 from dataclasses import dataclass
@@ -524,3 +525,13 @@ def test_what_convert_lacks_is_named(tmp_path: Path) -> None:
         "model", "convert", "stories-llama", "--to", "llama2c", "-o", str(tmp_path / "x.bin")
     )
     assert "rms_norm_eps is 1e-06" in line
+
+
+def test_a_converted_file_replaces_no_pipe_and_no_device(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    words = ("model", "convert", "stories-llama", "--to", "llama2c")
+    for target in (str(pipe), "/dev/full"):
+        assert error_line(*words, "-o", target) == f"Error: {target} is no plain file"
+    both = (*words, "-o", str(tmp_path / "a"), "--tokenizer", str(tmp_path / "a"))
+    assert "are both" in error_line(*both)

@@ -308,7 +308,7 @@ def test_what_could_not_be_written_whole_leaves_an_empty_folder(tmp_path: Path) 
     model = save_random_model(CONFIGS["llama"], tmp_path / "model")
     (model / "calibration").mkdir()
     (model / "calibration" / "2-4").symlink_to("nowhere")
-    with pytest.raises(CheckpointError, match="calibration/2-4 cannot be written: .*No such file"):
+    with pytest.raises(CheckpointError, match=r"calibration/2-4 cannot be written: .*No such file"):
         write_parts(Checkpoint(model), full(6), tmp_path / "whole")
     assert list((tmp_path / "whole").iterdir()) == []
 

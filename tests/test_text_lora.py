@@ -155,6 +155,7 @@ def no_config(directory: Path) -> None:
         ({}, {"fan_in_fan_out": True}, "weights of llama are not stored transposed"),
         ({}, {"r": 4}, "says rank 4 for model.layers.0.self_attn.q_proj, which has 2"),
         ({}, {"alpha_pattern": {"(": 1}}, "alpha_pattern"),
+        ({}, {"rank_pattern": ["q_proj"]}, "rank_pattern"),
         ({}, {"lora_alpha": "much"}, "has alpha 'much'; expected a number"),
         ({f"{Q_PROJ}.lora_magnitude_vector": (16,)}, {}, "is a DoRA"),
         ({f"{Q_PROJ}.lora_B.bias": (16,)}, {}, r"q_proj\.lora_B\.bias, which nothing"),

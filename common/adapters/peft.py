@@ -62,6 +62,8 @@ class PeftScales:
 
     def _find(self, name: str, module: str, otherwise: Any) -> Any:
         patterns = self._config.get(name) or {}
+        if not isinstance(patterns, dict):
+            raise CheckpointError(f"{self._where} has {name} {patterns!r}; expected an object")
         for pattern, value in patterns.items():
             try:
                 if re.match(rf"(.*\.)?({pattern})$", module):

@@ -104,10 +104,16 @@ def describe(facts: dict[str, Any], needs: Needs) -> str:
             "",
             f"The device has head and tail, a worker the middle, in {facts['dtype']}; KV is kept "
             f"for each token of each session. A token of a prompt sends {format_bytes(row)} up, "
-            f"one of an answer as many up and down (codec {CODEC}).",
+            f"one of an answer as many up {_say_down(facts)} (codec {CODEC}).",
             f"A text has at most {context:,} tokens." if context else "It names no longest text.",
         ]
     )
+
+
+def _say_down(facts: dict[str, Any]) -> str:
+    if not facts["span"].endswith("e"):
+        return "and down"
+    return "and has its logits, of all the vocabulary or with topK of the likeliest, down"
 
 
 def _parts(needs: Needs) -> list[tuple[str, PartNeeds]]:

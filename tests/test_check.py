@@ -78,6 +78,11 @@ def test_weights_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     measure_needs(checkpoint, torch.float32).cut(Cut(2, 4))
 
 
+def test_logits_come_down_where_there_is_no_tail() -> None:
+    assert "one of an answer as many up and has its logits" in check("--span", "6:").output
+    assert "one of an answer as many up and down" in check("--span", "2:6").output
+
+
 def test_a_model_that_cannot_be_cut_is_refused_in_one_line(tmp_path: Path) -> None:
     directory = save_random_model(CONFIGS["llama"], tmp_path)
     values = json.loads((directory / "config.json").read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     UNet2DConditionModel,
 )
-from forks import run_midspan
+from forks import error_line, run_midspan
 from PIL import Image
 from test_images import EXACT, PROMPT, WAYS, Makers, difference
 from test_unet import FOUR_LEVELS
@@ -196,6 +197,13 @@ def test_a_strength_that_cannot_be_is_named(
 ) -> None:
     with pytest.raises(SettingsError, match=words):
         dataclasses.replace(BEGUN, init_image=picture, **changes).check()
+
+
+def test_options_of_a_first_picture_that_mean_nothing_are_named(tmp_path: Path) -> None:
+    assert "--strength is how much of --init-image" in error_line("image", "x", "--strength", "0.5")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert f"--init-image {pipe} is no file" in error_line("image", "x", "--init-image", str(pipe))
 
 
 def test_the_command_begins_with_a_picture_and_says_so_in_the_file(

@@ -139,12 +139,25 @@ def test_a_pass_that_cannot_read_its_layers_fails_and_the_next_goes_on(tmp_path:
     directory = save_random_model(CONFIGS["llama"], tmp_path)
     model = load_span(Checkpoint(directory), Span(0, 6), resident=2)
     before, path = run(model), directory / "model.safetensors"
-    whole = path.read_bytes()
+    whole, was = path.read_bytes(), path.stat()
     os.truncate(path, len(whole) // 2)
     with pytest.raises(CheckpointError, match=r"model.safetensors has become shorter than it was"):
         run(model)
     path.write_bytes(whole)
+    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
     assert equal(run(model), before)
+
+
+def test_weights_that_were_written_over_are_not_computed_with(tmp_path: Path) -> None:
+    directory = save_random_model(CONFIGS["llama"], tmp_path)
+    model = load_span(Checkpoint(directory), Span(0, 6), resident=2)
+    path = directory / "model.safetensors"
+    others = bytearray(path.read_bytes())
+    others[-4000:] = bytes(4000)
+    with path.open("r+b") as file:
+        file.write(others)
+    with pytest.raises(CheckpointError, match=r"has been written to since it was opened"):
+        run(model)
 
 
 class CountedReader:

@@ -392,3 +392,11 @@ def test_the_command_exports_the_parts_that_words_name(tmp_path: Path) -> None:
     assert files == {"mid.00000.pth", "mid.00001.pth", "mid.00004.pth"}
     line = error_line("model", "export", "stories-llama", "--parts", "0-9", "-o", str(tmp_path))
     assert "'0-9' is out of range; the model has 8 layers" in line
+
+
+def test_others_may_read_weights_as_they_may_other_files(
+    demo_directory: Path, tmp_path: Path
+) -> None:
+    write_parts(Checkpoint(demo_directory), read_parts("2-3", 8), tmp_path / "part")
+    files = [tmp_path / "part" / name for name in ("mid.00002.safetensors", "parts.json")]
+    assert len({path.stat().st_mode for path in files}) == 1

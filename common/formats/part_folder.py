@@ -7,6 +7,7 @@ tokenizer, generation settings) goes along where the beginning does, calibration
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -108,6 +109,7 @@ def save_tensors(names: Sequence[str], read: Callable[[str], Tensor], path: Path
     try:
         if path.suffix == ".safetensors":
             save_file(own, path, metadata={"format": "pt"})
+            path.chmod(0o666 & ~_read_umask())  # the library leaves them to their owner alone
         else:
             torch.save(own, path)
     except (SafetensorError, RuntimeError) as error:
@@ -133,3 +135,10 @@ def copy_companions(source: Path, target: Path, for_device: bool) -> None:
 def _is_companion(path: Path) -> bool:
     is_one = path.suffix in COMPANIONS or path.name in COMPANION_NAMES
     return is_one and path.is_file() and not path.name.endswith(OF_WEIGHTS)
+
+
+def _read_umask() -> int:
+    """What new files are not allowed; there is no other way to read it than to set it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

@@ -32,6 +32,7 @@ class Place:
     offset: int
     size: int
     dtype: torch.dtype
+    written_at: int  # the file's time, in ns: of bytes written later nobody knows whose they are
 
 
 class PlaceReader:
@@ -53,6 +54,11 @@ class PlaceReader:
                 if not count:
                     raise CheckpointError(f"{place.path} has become shorter than it was")
                 left, at = left[count:], at + count
+            if os.fstat(self._open(place.path)).st_mtime_ns != place.written_at:
+                raise CheckpointError(
+                    f"{place.path} has been written to since it was opened; start again with what "
+                    "it is now"
+                )
         except OSError as error:
             raise CheckpointError(f"{place.path} cannot be read: {error}") from error
 
@@ -75,8 +81,9 @@ def read_places(path: Path) -> dict[str, Place]:
         with path.open("rb") as file:
             (header_size,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(header_size))
+            written_at = os.fstat(file.fileno()).st_mtime_ns
         return {
-            name: _place_of(path, 8 + header_size, said)
+            name: _place_of(path, 8 + header_size, said, written_at)
             for name, said in header.items()
             if name != "__metadata__" and said["dtype"] in TYPES
         }
@@ -84,6 +91,6 @@ def read_places(path: Path) -> dict[str, Place]:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-def _place_of(path: Path, values_at: int, said: dict[str, Any]) -> Place:
+def _place_of(path: Path, values_at: int, said: dict[str, Any], written_at: int) -> Place:
     begin, end = said["data_offsets"]
-    return Place(path, values_at + begin, end - begin, TYPES[said["dtype"]])
+    return Place(path, values_at + begin, end - begin, TYPES[said["dtype"]], written_at)

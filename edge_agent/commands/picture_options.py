@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from common.console.option_types import COUNT, SEED
 from common.console.options import group_options, image_part_option
@@ -61,7 +62,12 @@ class Picture:
         from edge_agent.image.init_picture import read_picture
 
         if self.init_image is None:
+            context = click.get_current_context()
+            if context.get_parameter_source("strength") is ParameterSource.COMMANDLINE:
+                raise SettingsError("--strength is how much of --init-image is done anew; give one")
             return None
+        if self.init_image.exists() and not self.init_image.is_file():
+            raise SettingsError(f"--init-image {self.init_image} is no file")
         return read_picture(self.init_image, f"--init-image {self.init_image}")
 
     def warn_of_negative(self) -> None:

@@ -51,7 +51,8 @@ of causal language models that it has, **{right} are computed right**.
 
 Of each family a small model with random weights is saved as a Hugging Face directory, cut by the
 code that loads real models, at 1:n-1 and at 0:n, and compared with the same model whole: a prompt
-and single tokens, the prompt in two pieces, and two sessions in one batch.
+and single tokens, the prompt in two pieces, and two sessions in one batch; where layers keep a
+state of the whole text, also after a cut-back, and from a state that came back from its bytes.
 
 | word | meaning |
 |---|---|

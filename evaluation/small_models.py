@@ -28,10 +28,16 @@ LEFT_OUT = {
 }  # fmt: skip
 # where the library's example lacks a kind of layer that its models have
 WITH_CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": LAYERS}
+WITH_STATES = {
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "num_hidden_layers": LAYERS,
+}
 PLAIN_LAYERS = {"hidden_size_per_layer_input": 0}  # as the larger Gemma 4 have
 EXAMPLES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3], "num_hidden_layers": LAYERS},
     "gemma4": {"text_config": PLAIN_LAYERS},
     "gemma4_text": PLAIN_LAYERS,
+    "granitemoehybrid": WITH_STATES,
     "lfm2": WITH_CONVOLUTIONS,
     "lfm2_moe": WITH_CONVOLUTIONS,
 }

@@ -89,7 +89,7 @@ def test_a_model_that_cannot_be_cut_is_refused_in_one_line(tmp_path: Path) -> No
     for change, words in [
         ({"num_hidden_layers": 7}, "has no tensor model.layers.6."),
         ({"intermediate_size": 65}, "its config.json needs (65, 32)"),
-        ({"layer_types": ["linear_attention"] * 6}, "with linear_attention layers cannot be cut"),
+        ({"layer_types": ["indexed_attention"] * 6}, "with indexed_attention layers cannot be cut"),
         (
             {"quantization_config": {"quant_method": "gptq", "bits": 4}},
             "quantized weights (quant_method 'gptq')",

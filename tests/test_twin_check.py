@@ -344,8 +344,8 @@ def test_a_twin_has_dense_layers_and_experts_where_the_model_has(tmp_path: Path)
 
 
 def test_a_configuration_without_a_width_is_refused_with_the_reason(tmp_path: Path) -> None:
-    config = AutoConfig.for_model("mamba")
-    with pytest.raises(CheckpointError, match=r"mamba models cannot be checked: .* None and 768"):
+    config = AutoConfig.for_model("rwkv")
+    with pytest.raises(CheckpointError, match=r"rwkv models cannot be checked: .* None and 4096"):
         check_twin(config, tmp_path)
 
 

@@ -1,8 +1,8 @@
 """Whole blobs in a KvStore: a row of bytes each, written in pieces of a chunk.
 
 What an image session leaves in the store are blobs: its conditioning, and its latents after a step.
-A blob has a generation. A newer one replaces an older one as a whole, and a writer of an older one
-is refused, by the fence that guards KV rows.
+So is the state of a text in layers that have one. A blob has a generation. A newer one replaces an
+older one as a whole, and a writer of an older one is refused, by the fence that guards KV rows.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from common.errors import StoreUnavailable
 LARGEST = 256 << 20
 CHECK_LIMIT_S = 2.0
 CONDITIONING_ITEM, LATENTS = "conditioning", "latents"
+STATE = "state"  # of a text, in layers that keep one for all of it
 
 
 @dataclass(slots=True)
@@ -37,6 +38,7 @@ class _Save:
     generation: int
     step: int
     account: str
+    then: Callable[[], None] | None
     written: int = 0
 
 
@@ -58,6 +60,10 @@ class Blobs:
         """Whether nothing is on its way into the store."""
         return not self._saves
 
+    def is_saving(self, key: bytes) -> bool:
+        """Whether a blob of that key is on its way into the store."""
+        return key in self._saves
+
     def save(
         self,
         key: bytes,
@@ -66,13 +72,17 @@ class Blobs:
         blob: bytes,
         seal: RowSeal,
         account: str = "",
+        then: Callable[[], None] | None = None,
     ) -> None:
-        """Begin to write a blob, unless that is under way; an older one is then dropped."""
+        """Begin to write a blob, unless that is under way; an older one is then dropped.
+
+        `then` is called once all of it is there.
+        """
         under_way = self._saves.get(key)
         if not self._store.is_up() or (under_way and under_way.generation == generation):
             return
         stored = seal.seal(blob, generation, len(blob), 0)
-        self._saves[key] = _Save(stored, generation, step, account)
+        self._saves[key] = _Save(stored, generation, step, account, then)
         self._write_next(key)
 
     def load(
@@ -119,6 +129,8 @@ class Blobs:
             is_over = isinstance(event, CommitRefused) and event.code == "over"
             self._stats["commits_over_share"] += is_over
             del self._saves[event.session_key]  # done, overtaken, or for the edge to send again
+            if isinstance(event, Committed) and save.then is not None:
+                save.then()
 
     def _write_next(self, key: bytes) -> None:
         save = self._saves[key]
@@ -148,5 +160,5 @@ def item_key(session_key: bytes, item: str) -> bytes:
 
 
 def item_keys(session_key: bytes) -> list[bytes]:
-    """Of all items that are blobs."""
+    """Of all items of an image that are blobs."""
     return [item_key(session_key, item) for item in (CONDITIONING_ITEM, LATENTS)]

@@ -22,7 +22,7 @@ CODEC = "int8"
 def compute_test_rows(executor: TextExecutor, service: Service) -> bytes:
     """Compute a step of two rows and look at what comes out. Raises MidspanError.
 
-    Returns the KV of those rows, as it would lie in the store.
+    Returns the KV of those rows, and the state after them, as they would lie in the store.
     """
     hidden = executor.model.hidden
     rows = torch.randn(ROWS, hidden, generator=torch.Generator().manual_seed(0))
@@ -38,4 +38,5 @@ def compute_test_rows(executor: TextExecutor, service: Service) -> bytes:
     if isinstance(reply, str):
         raise MidspanError(f"this worker cannot compute its own test step: {reply}")
     make_codec(CODEC, "down").decode(reply, ROWS, executor.model.reply_width)
-    return kv.read_bytes(0, ROWS)
+    state = kv.states.pack(kv.states.current) if kv.states is not None else b""
+    return kv.read_bytes(0, ROWS) + state or bytes(1)  # of layers that keep nothing

@@ -1,4 +1,9 @@
-"""Text sessions on a worker: a stage is KV rows, committed behind the reply."""
+"""Text sessions on a worker: a stage is KV rows, committed behind the reply.
+
+And a state, where layers keep one of the whole text. It is saved now and then, for it has the same
+size after any number of tokens: a worker that takes over goes on from the last one that was, and
+has the rows after it computed again.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ from collections.abc import Sequence
 from cloud_worker.loop.batcher import Batcher, Task
 from cloud_worker.loop.outbox import Outbox
 from cloud_worker.loop.stage_service import ROWS, StageService
+from cloud_worker.state.blobs import LARGEST, STATE, item_key
 from cloud_worker.state.row_seals import RowSeal
 from cloud_worker.state.stage_cache import CacheBudget
 from cloud_worker.state.store import (
@@ -32,6 +38,8 @@ from common.security.keys import KeyPair
 
 log = logging.getLogger("midspan.worker")
 
+LEAST_ROWS_PER_STATE = 32  # between two states in the store
+STATE_BYTES_PER_ROW = 128 << 10  # and at least so many that states take no more than this for each
 OVER_SHARE_S = 30.0  # until a session is tried again whose edge has its share of the store
 
 
@@ -62,6 +70,9 @@ class TextService(StageService[TextStage]):
         self._row_bytes = layout.row_bytes
         self._shape = f"{service.model} {service.part} {layout.dtype} {self._row_bytes}"
         self._pool = executor.model.new_pool(budget.limit_bytes)
+        state_bytes = executor.model.states_layout.state_bytes
+        self._rows_per_state = max(LEAST_ROWS_PER_STATE, state_bytes // STATE_BYTES_PER_ROW)
+        self._saves_states = executor.model.keeps_states and state_bytes < LARGEST
 
     # --- what the worker asks
 
@@ -73,7 +84,7 @@ class TextService(StageService[TextStage]):
         return super().is_settled() and not uncommitted
 
     def count_uncommitted(self) -> int:
-        return sum(stage.final - stage.committed for stage in self._stages)
+        return sum(stage.final - stage.committed for stage in self._stages if stage.is_dirty)
 
     def tidy(self) -> None:
         """Commit what failed to be committed, and forget what is too much."""
@@ -120,24 +131,61 @@ class TextService(StageService[TextStage]):
             raise ProtocolError("the session has a newer generation")
 
     def _lacking(self, task: Task, stage: TextStage) -> list[str]:
-        return [ROWS] if stage.kv.length != task.step.position else []
+        return [] if stage.kv.goes_on_at(task.step.position) else [ROWS]
 
     def _rows_in(self, stage: TextStage) -> int:
         return stage.kv.length
 
     def _forget_stored(self, session_key: bytes) -> None:
         self._store.begin_delete(session_key)
+        if self._saves_states:
+            self._blobs.forget(item_key(session_key, STATE))
 
     def _load(self, task: Task, stage: TextStage, item: str) -> None:
-        step = task.step
         self.stats["takeovers"] += 1
+        if stage.kv.states is None:
+            self._load_rows(task, stage, task.step.position)
+            return
+        key, generation = stage.key, task.step.generation
+        self._blobs.load(
+            item_key(key, STATE), generation, stage.seal,
+            lambda blob: self._on_state_read(key, generation, blob),
+        )  # fmt: skip
+
+    def _load_rows(self, task: Task, stage: TextStage, end: int) -> None:
+        step = task.step
         self._store.begin_load(
             Load(
                 stage.key, self._shape_of(stage), step.generation, step.fork, stage.kv.length,
-                step.position, self._stored_row_bytes(stage),
+                end, self._stored_row_bytes(stage),
                 lambda part: self._take_rows(stage.key, step.generation, part),
             )
         )  # fmt: skip
+
+    def _on_state_read(self, session_key: bytes, generation: int, blob: bytes) -> None:
+        """Go on from a state of the store, if it is newer than ours; its rows are read next."""
+        loading, stage = self._loading.get(session_key), self._stages.find(session_key)
+        if loading is None or stage is None or stage.generation != generation:
+            return
+        kv, states = stage.kv, stage.kv.states
+        assert states is not None
+        state = states.unpack(blob)
+        if state is None or not kv.length < state.position <= loading.task.step.position:
+            self._count_lacking(loading.task, stage)
+            self._on_item_read(session_key, ROWS)
+            return
+        states.adopt(state)
+        stage.saved, stage.save_from = state.position, state.position + self._rows_per_state
+        if self._row_bytes:
+            self._load_rows(loading.task, stage, state.position)
+            return
+        kv.length = stage.final = state.position
+        self._count_lacking(loading.task, stage)
+        self._on_item_read(session_key, ROWS)
+
+    def _count_lacking(self, task: Task, stage: TextStage) -> None:
+        """What the store did not have the edge is asked for."""
+        self.stats["rows_asked"] += task.step.position - stage.kv.length
 
     def _take_rows(self, session_key: bytes, generation: int, part: Part) -> bool:
         """Put rows of a load into the stage that waits for them; whether it wants the next."""
@@ -183,7 +231,7 @@ class TextService(StageService[TextStage]):
             return
         self.stats["loads_given_up"] += event.given_up
         stage.cut_back(step.position)
-        self.stats["rows_asked"] += step.position - stage.kv.length
+        self._count_lacking(loading.task, stage)
         self._on_item_read(event.session_key, ROWS)
 
     # --- computing
@@ -201,7 +249,7 @@ class TextService(StageService[TextStage]):
             self.stats["rows"] += task.step.rows
             self._reply(
                 task, stage, body, started_at,
-                rows=task.reply_rows, committed=stage.committed,
+                rows=task.reply_rows, committed=stage.stored,
             )  # fmt: skip
         self._outbox.when_answered(lambda: self._commit_all([stage for _, stage in pairs]))
         self._budget.evict(keep={stage.key for _, stage in pairs})
@@ -211,7 +259,27 @@ class TextService(StageService[TextStage]):
     def _commit_all(self, stages: Sequence[TextStage]) -> None:
         for stage in stages:
             if self._stages.find(stage.key) is stage:  # it may have been evicted
+                self._save_state(stage)
                 self._commit(stage)
+
+    def _save_state(self, stage: TextStage) -> None:
+        """Begin to save the last final state, if it is worth it by now."""
+        states, key = stage.kv.states, item_key(stage.key, STATE)
+        if states is None or not self._saves_states or not self._store.is_up():
+            return
+        state = states.newest(stage.final)
+        if state.position < stage.save_from or self._blobs.is_saving(key):
+            return
+        generation = stage.generation
+
+        def note() -> None:
+            if stage.generation == generation:
+                stage.saved = state.position
+
+        stage.save_from = state.position + self._rows_per_state
+        self._blobs.save(
+            key, generation, stage.last_step, states.pack(state), stage.seal, stage.account, note
+        )
 
     def _commit(self, stage: TextStage) -> None:
         """Begin to commit the next piece that the store does not have, unless one is under way."""

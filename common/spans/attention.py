@@ -24,6 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from common.spans.capped_attention import capped_attention
 from common.spans.kv_rows import KvRows, make_layout
+from common.spans.states import CONVOLUTION, RECURRENT, StatePass
 
 ATTENTION_NAME = "midspan"
 # what models hand to every attention function; others would be ignored, and results be wrong
@@ -60,7 +61,38 @@ class Keeping:
     chunks: Mapping[int, int] = field(default_factory=dict)
 
 
-class PackedCache:
+class _StateKeeping:
+    """What transformers' Cache offers to layers that keep a state of the whole text."""
+
+    states: StatePass
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self.states.find((layer_idx, CONVOLUTION, state_idx))
+
+    def update_conv_state(
+        self,
+        conv_states: Tensor,
+        layer_idx: int,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+    ) -> Tensor:
+        return self.states.convolve(
+            (layer_idx, CONVOLUTION, state_idx), conv_states, conv_kernel_size
+        )
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self.states.find((layer_idx, RECURRENT, state_idx))
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0
+    ) -> Tensor:
+        return self.states.replace((layer_idx, RECURRENT, state_idx), recurrent_states)
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return False
+
+
+class PackedCache(_StateKeeping):
     """Stands in for transformers' Cache while one batch goes through one span."""
 
     is_compileable = False
@@ -73,11 +105,20 @@ class PackedCache:
         self._keeping = keeping
         self._rows = [segment.rows for segment in segments]
         self._masks: dict[tuple[int, int, int | None, int | None], Tensor] = {}
+        # of one session: a span with states is run by one at a time
+        self.states = StatePass(segments[0].kv.states, segments[0].start)
         for segment in segments:
             segment.kv.reserve(segment.end)
         # all views at once: one by one, in each layer, they would take as long as attention
         self._write = [s.kv.write_views(s.start, s.end) for s in segments]
         self._read = [s.kv.read_views(s.end) for s in segments]
+
+    def finish(self) -> None:
+        """The batch has gone through: its rows and states are the sessions' own now."""
+        for segment in self.segments:
+            segment.kv.length = segment.end
+            if segment.kv.states is not None:
+                segment.kv.states.advance(segment.end, self.states.values)
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
@@ -148,7 +189,7 @@ class PackedCache:
         return self._masks[key]
 
 
-class ProbeCache:
+class ProbeCache(_StateKeeping):
     """Stands in for transformers' Cache while one row goes through, to see what a model keeps."""
 
     is_compileable = False
@@ -158,6 +199,7 @@ class ProbeCache:
         self.attended: set[int] = set()  # layers whose attention came by
         self.expands = False
         self.segments = [Segment(KvRows(make_layout([], torch.float32)), 0, 1)]
+        self.states = StatePass(None, 0)
         self._last: tuple[int, Tensor, Tensor] | None = None
 
     def update(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from common.spans.kv_pool import SlotPool, Slots
+from common.spans.states import States
 
 MIN_CAPACITY = 64  # rows; of a slot, too
 ByteRows: TypeAlias = "np.ndarray[tuple[int, int], np.dtype[np.uint8]]"  # (rows, row bytes)
@@ -61,7 +62,7 @@ def make_layout(
         at = value_at + value_shape[0] * value_shape[1]
     layer_values = tuple(k[0] * k[1] + v[0] * v[1] for k, v in shapes)
     alike = {shape for pair in shapes for shape in pair}
-    shape = alike.pop() if len(alike) == 1 else None
+    shape = alike.pop() if len(alike) == 1 and at else None
     return KvLayout(tuple(slots), at, dtype, layer_values, shape)
 
 
@@ -78,9 +79,14 @@ class KvRows:
         layout: KvLayout,
         device: torch.device | str = "cpu",
         pool: SlotPool | None = None,
+        states: States | None = None,
     ) -> None:
-        """`pool` has slots of `slot_bytes(layout)`, in the memory of the CPU."""
+        """`pool` has slots of `slot_bytes(layout)`, in the memory of the CPU.
+
+        `states` are those of a span that has layers without rows; both end at the same token.
+        """
         self.layout = layout
+        self.states = states
         self.length = 0
         self.buffer = torch.empty(0, layout.row_values, dtype=layout.dtype, device=device)
         self._pool = pool
@@ -92,7 +98,22 @@ class KvRows:
 
     @property
     def capacity_bytes(self) -> int:
-        return self.capacity * self.layout.row_bytes
+        held = self.states.held_bytes if self.states is not None else 0
+        return self.capacity * self.layout.row_bytes + held
+
+    def goes_on_at(self, position: int) -> bool:
+        """Whether the next row may be this one: rows and states end before it."""
+        ends = self.length if self.states is None else self.states.position
+        return self.length == ends == position
+
+    def cut_back(self, position: int) -> None:
+        """Forget the rows from `position` on.
+
+        Where there are states, those from the newest state on that is not beyond it.
+        """
+        self.length = min(self.length, position)
+        if self.states is not None:
+            self.length = self.states.cut_back(self.length)
 
     def reserve(self, rows: int) -> None:
         """Make room for `rows` rows in all, keeping the valid ones."""
@@ -112,7 +133,7 @@ class KvRows:
 
     def release(self) -> None:
         """Forget all rows and give the memory back."""
-        self.length = 0
+        self.cut_back(0)
         self._move(self.buffer.new_empty(0, self.layout.row_values), None)
 
     def _pooled(self, pool: SlotPool, slots: Slots) -> Tensor:
@@ -163,4 +184,4 @@ class KvRows:
 def _slice(rows: Tensor, at: int, shape: tuple[int, int]) -> Tensor:
     """(T, row values) -> the (T, H, D) that starts at column `at`."""
     heads, size = shape
-    return rows[:, at : at + heads * size].view(-1, heads, size)
+    return rows[:, at : at + heads * size].view(len(rows), heads, size)

@@ -166,6 +166,12 @@ def takes(model: Any, name: str) -> bool:
     return hands_on and base is not model and takes(base, name)
 
 
+def name_cache(model: Any) -> str:
+    """What a model's forward calls its cache."""
+    names = ("past_key_values", "cache_params")  # the second in models of state spaces alone
+    return next((name for name in names if takes(model, name)), names[0])
+
+
 def make_part(
     causal_lm: Any,
     layers: nn.ModuleList,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -27,12 +27,15 @@ from common.spans.attention import (
 )
 from common.spans.cut import Span
 from common.spans.kv_pool import SlotPool
-from common.spans.kv_rows import KvLayout, KvRows, make_layout, slot_bytes
-from common.spans.passage import Gate, takes
+from common.spans.kv_rows import KvRows, make_layout, slot_bytes
+from common.spans.passage import Gate, name_cache, takes
+from common.spans.states import RECURRENT, State, StateLayout, States, layout_of
 
 log = logging.getLogger("midspan.model")
 
 RESERVE_ROWS = 4096  # of KV for which a pool has memory ready
+FORGETFUL_LAYERS = {"moe", "mlp"}  # without attention, keep nothing
+STATE_LAYERS = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}  # keep one state of a text
 
 
 class SpanModel:
@@ -66,12 +69,22 @@ class SpanModel:
         self._causal_lm = causal_lm
         self._positions_are_given = takes(decoder, "position_ids")
         self._rows_are_chosen = takes(causal_lm, "logits_to_keep")
+        self._cache_name = name_cache(decoder)
         self._keeping = Keeping(span.first, chunks=_chunks(causal_lm.config))
-        self.packs_sessions, self.layout = self._probe(packs)
+        self.states_layout = StateLayout()
+        self.goes_by_row = False  # from a state on
+        self.layout = make_layout([], dtype)
+        self.packs_sessions = self._probe(packs)
 
     def new_kv(self, pool: SlotPool | None = None) -> KvRows:
         """An empty KV cache for one session, in a pool's slots if there is one."""
-        return KvRows(self.layout, self.device, pool)
+        states = States(self.states_layout, self.device) if self.keeps_states else None
+        return KvRows(self.layout, self.device, pool, states)
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether some layers keep a state of the whole text, and no rows."""
+        return bool(self.states_layout.names)
 
     def new_pool(self, limit_bytes: int) -> SlotPool | None:
         """Memory for the KV of many sessions; None if they are elsewhere than in the CPU's."""
@@ -87,8 +100,9 @@ class SpanModel:
         token_ids = token_ids.to(self.device)
         outputs = []
         for part, group in self._by_pass(token_ids, segments):
-            self._decoder(input_ids=part[None], **self._arguments(group))
-            outputs.append(self._finish(group))
+            cache = PackedCache(group, self._keeping)
+            self._decoder(input_ids=part[None], **self._arguments(cache))
+            outputs.append(self._finish(cache))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @torch.inference_mode()
@@ -99,8 +113,9 @@ class SpanModel:
         """
         outputs = []
         for part, group in self._by_pass(rows, segments):
-            self._decoder(input_ids=self._enter(part), **self._arguments(group))
-            outputs.append(self._finish(group))
+            cache = PackedCache(group, self._keeping)
+            self._decoder(input_ids=self._enter(part), **self._arguments(cache))
+            outputs.append(self._finish(cache))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @torch.inference_mode()
@@ -116,7 +131,7 @@ class SpanModel:
 
         `wanted` says of each session after how many of its last rows.
         """
-        counts = iter(wanted)
+        counts = self._count_by_pass(segments, wanted)
         outputs = []
         for part, group in self._by_pass(rows, segments):
             outputs.append(self._run_tail(part, group, self._choose(group, counts)))
@@ -124,7 +139,7 @@ class SpanModel:
 
     def _choose(self, group: Sequence[Segment], counts: Iterator[int]) -> int | Tensor:
         """Which rows of a pass are wanted: so many of its last, or the indices of all."""
-        wanted = [next(counts) for _ in group]
+        wanted = list(itertools.islice(counts, len(group)))
         if len(group) == 1 and wanted[0]:
             return wanted[0]
         ends = itertools.accumulate(segment.rows for segment in group)
@@ -136,55 +151,71 @@ class SpanModel:
     @torch.inference_mode()
     def logits(self, rows: Tensor, segment: Segment, last: int = 1) -> Tensor:
         """Tail only: boundary rows (T, D) to the logits after the last ones, (last, vocabulary)."""
-        return self._run_tail(rows, [segment], last)
+        return self.chosen_logits(rows, [segment], [last])
 
     def _by_pass(
         self, rows: Tensor, segments: Sequence[Segment]
     ) -> list[tuple[Tensor, list[Segment]]]:
         """What goes through in one pass: all sessions, or one at a time where they cannot."""
+        for segment in segments:
+            if segment.kv.states is not None:
+                segment.kv.states.begin(segment.rows)
+        segments = [part for segment in segments for part in self._split(segment)]
         if self.packs_sessions or len(segments) == 1:
-            return [(rows, list(segments))]
+            return [(rows, segments)]
         parts = torch.split(rows, [segment.rows for segment in segments])
         return [(part, [segment]) for part, segment in zip(parts, segments, strict=True)]
+
+    def _split(self, segment: Segment) -> list[Segment]:
+        """A session's rows by pass: one by one where the library can go on from a state so only."""
+        if not self.goes_by_row or segment.start == 0:
+            return [segment]
+        return [Segment(segment.kv, row, 1) for row in range(segment.start, segment.end)]
+
+    def _count_by_pass(self, segments: Sequence[Segment], wanted: Sequence[int]) -> Iterator[int]:
+        """Of how many last rows of each part of `_split` logits are wanted."""
+        for segment, count in zip(segments, wanted, strict=True):
+            left = segment.rows
+            for part in self._split(segment):
+                left -= part.rows
+                yield min(max(0, count - left), part.rows)
 
     def _enter(self, rows: Tensor) -> Tensor:
         """Let rows enter at the first layer; returns what stands for their tokens, (1, T)."""
         self._gate.enter(rows.to(self.device))
         return torch.zeros(1, rows.shape[0], dtype=torch.long, device=self.device)
 
-    def _finish(self, segments: list[Segment]) -> Tensor:
-        for segment in segments:
-            segment.kv.length = segment.end
+    def _finish(self, cache: PackedCache) -> Tensor:
+        cache.finish()
         return self._gate.take()
 
     def _run_tail(self, rows: Tensor, segments: list[Segment], wanted: int | Tensor) -> Tensor:
         assert self._part == "tail", "only the tail holds the LM head"
         chosen = {"logits_to_keep": wanted} if self._rows_are_chosen else {}
-        output = self._causal_lm(input_ids=self._enter(rows), **chosen, **self._arguments(segments))
-        for segment in segments:
-            segment.kv.length = segment.end
+        cache = PackedCache(segments, self._keeping)
+        output = self._causal_lm(input_ids=self._enter(rows), **chosen, **self._arguments(cache))
+        cache.finish()
         logits: Tensor = output.logits[0]
         if self._rows_are_chosen:
             return logits
         return logits[-wanted:] if isinstance(wanted, int) else logits[wanted]
 
-    def _arguments(self, segments: list[Segment]) -> dict[str, Any]:
-        cache = PackedCache(segments, self._keeping)
-        positions = [position for s in segments for position in range(s.start, s.end)]
+    def _arguments(self, cache: PackedCache) -> dict[str, Any]:
+        positions = [position for s in cache.segments for position in range(s.start, s.end)]
         return self._arguments_with(cache, positions, self.packs_sessions)
 
     def _arguments_with(
         self, cache: PackedCache | ProbeCache, positions: list[int], packs: bool
     ) -> dict[str, Any]:
-        arguments: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+        arguments: dict[str, Any] = {self._cache_name: cache, "use_cache": True}
         if self._positions_are_given:
             arguments["position_ids"] = torch.tensor([positions], device=self.device)
         if packs:
             arguments["packed"] = cache
         return arguments
 
-    def _probe(self, packs: bool) -> tuple[bool, KvLayout]:
-        """Whether sessions share a pass, and what each layer puts into its cache.
+    def _probe(self, packs: bool) -> bool:
+        """Whether sessions share a pass; finds out what each layer keeps of a text.
 
         Raises CheckpointError if the layers run in none of the ways that we know: with our
         attention, with the one that the library takes by itself, and with its plainest.
@@ -198,7 +229,8 @@ class SpanModel:
                 register_attention()
             config._attn_implementation = name
             try:
-                return name == ATTENTION_NAME, self._probe_layout(packs=name == ATTENTION_NAME)
+                self._probe_layout(packs=name == ATTENTION_NAME)
+                return bool(name == ATTENTION_NAME)
             except Exception as error:  # whatever a foreign model's code raises
                 log.debug("%s attention: %s", name, error)
                 reasons.append(in_one_line(error))
@@ -207,27 +239,79 @@ class SpanModel:
         )
 
     @torch.inference_mode()
-    def _probe_layout(self, packs: bool) -> KvLayout:
+    def _probe_layout(self, packs: bool) -> None:
         """Run one row through, to see what each layer puts into its cache."""
         cache = ProbeCache()
         if len(self.span):
-            ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-            if self._part != "head":
-                generator = torch.Generator().manual_seed(0)
-                rows = torch.randn(1, self.hidden, generator=generator)  # zeros would look alike
-                ids = self._enter(rows.to(self.dtype))
-            self._decoder(input_ids=ids, **self._arguments_with(cache, [0], packs))
-            if not cache.shapes:
+            self._decoder(input_ids=self._enter_any(1), **self._arguments_with(cache, [0], packs))
+            types = _types_of(self._causal_lm.config, self.span)
+            if not cache.shapes and not cache.states.values and not types <= FORGETFUL_LAYERS:
                 raise ValueError("they keep nothing of a text in the library's cache")
         if packs and cache.attended != cache.shapes.keys():
             raise ValueError("not all of its attention goes through the library's interface")
         self._keeping = replace(self._keeping, expands=packs and cache.expands)
         nothing = ((0, 0), (0, 0))
         layers = range(self.span.first, self.span.last)
-        foreign = cache.shapes.keys() - set(layers)
+        stateful = {layer for layer, _, _ in cache.states.values}
+        self._check_states(stateful, packs)
+        self.states_layout = layout_of(cache.states.values)
+        foreign = (cache.shapes.keys() | stateful) - set(layers)
         if foreign:
             raise ValueError(f"its layers keep what belongs to layer {min(foreign)}")
-        return make_layout([cache.shapes.get(layer, nothing) for layer in layers], self.dtype)
+        self.layout = make_layout([cache.shapes.get(n, nothing) for n in layers], self.dtype)
+        self.goes_by_row = self.keeps_states and not self._goes_on()
+
+    def _enter_any(self, rows: int) -> Tensor:
+        """Let some rows enter, or be embedded; returns their tokens, (1, T)."""
+        if self._part == "head":
+            return torch.zeros(1, rows, dtype=torch.long, device=self.device)
+        generator = torch.Generator().manual_seed(0)
+        states = torch.randn(rows, self.hidden, generator=generator)  # zeros would look alike
+        return self._enter(states.to(self.dtype))
+
+    def _goes_on(self) -> bool:
+        """Whether rows that go through together take up the states before them.
+
+        The library's older state spaces do so for single rows only. It is seen by giving them
+        other states: where what they leave is the same, these have not been looked at.
+        """
+        kv = self.new_kv()
+        states = kv.states
+        assert states is not None
+        self._pass_any(kv, 0, 1)
+        first = states.current
+        self._pass_any(kv, 1, 2)
+        one = states.current.values
+        kv.cut_back(1)
+        others = {n: v + (n[1] == RECURRENT) for n, v in first.values.items()}
+        states.adopt(State(1, others))
+        self._pass_any(kv, 1, 2)
+        other = states.current.values
+        return not any(torch.equal(one[name], other[name]) for name in one if name[1] == RECURRENT)
+
+    def _pass_any(self, kv: KvRows, start: int, rows: int) -> None:
+        cache = PackedCache([Segment(kv, start, rows)], self._keeping)
+        positions = list(range(start, start + rows))
+        arguments = self._arguments_with(cache, positions, packs=False)
+        self._decoder(input_ids=self._enter_any(rows), **arguments)
+        cache.finish()
+
+    def _check_states(self, stateful: Set[int], packs: bool) -> None:
+        """Raise ValueError for layers that keep their state in a way that we do not know."""
+        if stateful and packs:
+            raise ValueError("its layers keep a state of the whole text")
+        types = getattr(self._causal_lm.config, "layer_types", None) or ()
+        for layer, kind in enumerate(types[: self.span.last]):
+            if layer >= self.span.first and kind in STATE_LAYERS and layer not in stateful:
+                raise ValueError(
+                    f"layer {layer} keeps its state elsewhere than in the library's cache"
+                )
+
+
+def _types_of(config: Any, span: Span) -> set[str]:
+    """What the configuration calls the layers of a span; empty names where it does not say."""
+    types = getattr(config, "layer_types", None)
+    return set(types[span.first : span.last]) if types else {""}
 
 
 def _chunks(config: Any) -> dict[int, int]:

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -32,7 +33,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from common.errors import CheckpointError, in_one_line
 from common.spans.attention import Segment
 from common.spans.cut import Cut
-from common.spans.passage import choose_arguments
+from common.spans.kv_rows import ByteRows, KvRows
+from common.spans.passage import choose_arguments, name_cache
 from common.spans.span_model import SpanModel
 from common.spans.twin_config import Kind, keep_layers, kind_of, layers_name, narrow, pick_layers
 from common.weights.checkpoint import VOLATILE_KEYS, Checkpoint
@@ -110,6 +112,8 @@ def _compare_with(
     beside = parts.run_beside_another(ids)
     differences = [_difference(logits, wanted[0]) for logits in got]
     differences.append(_difference(beside, torch.cat([wanted[0][:PROMPT], wanted[0][-1:]])))
+    if parts.keep_states:
+        differences += [_difference(g, wanted[0][-len(g) :]) for g in parts.run_from_states(ids)]
     return Comparison(
         same_bits=all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True)),
         difference=max(differences, key=lambda d: (d != d, d)),  # NaN is the largest
@@ -223,7 +227,8 @@ def _run_whole(model: nn.Module, ids: Tensor, pieces: Sequence[int]) -> Tensor:
     logits, start = [], 0
     for piece in torch.split(ids, list(pieces)):
         given = choose_arguments(model, len(piece), start)
-        output = model(input_ids=piece[None], past_key_values=cache, use_cache=True, **given)
+        given[name_cache(model)] = cache
+        output = model(input_ids=piece[None], use_cache=True, **given)
         logits.append(output.logits[0])
         start += len(piece)
     return torch.cat(logits)
@@ -243,17 +248,45 @@ class _Parts:
     def packs_sessions(self) -> bool:
         return all(part.packs_sessions for part in self._parts)
 
+    @property
+    def keep_states(self) -> bool:
+        return any(part.keeps_states for part in self._parts)
+
     def run(self, ids: Tensor, pieces: Sequence[int]) -> Tensor:
         """Logits after each token, (T, vocabulary)."""
+        return self._run_on(ids, pieces, [part.new_kv() for part in self._parts], 0)
+
+    def _run_on(
+        self, ids: Tensor, pieces: Sequence[int], caches: Sequence[KvRows], start: int
+    ) -> Tensor:
+        """Logits after each token of a text that goes on at row `start`."""
         head, middle, tail = self._parts
-        caches = [part.new_kv() for part in self._parts]
-        logits, start = [], 0
+        logits = []
         for piece in torch.split(ids, list(pieces)):
             segments = [Segment(kv, start, len(piece)) for kv in caches]
             rows = middle.run(head.embed_and_run(piece, [segments[0]]), [segments[1]])
             logits.append(tail.logits(rows, segments[2], last=len(piece)))
             start += len(piece)
         return torch.cat(logits)
+
+    def run_from_states(self, ids: Tensor) -> list[Tensor]:
+        """Ends of the text as computed after a cut-back, and from what a store would bring.
+
+        What was cut off is other tokens, which nothing may remember.
+        """
+        caches = [part.new_kv() for part in self._parts]
+        ends = []
+        self._run_on(ids[:PROMPT], [PROMPT], caches, 0)
+        for pieces in ([1, 1], [LENGTH - PROMPT]):
+            self._run_on(ids[: sum(pieces)], pieces, caches, PROMPT)
+            for kv in caches:
+                kv.cut_back(PROMPT)
+            ends.append(self._run_on(ids[PROMPT:], [LENGTH - PROMPT], caches, PROMPT))
+            for kv in caches:
+                kv.cut_back(PROMPT)
+        copies = [_copy(part, kv, PROMPT) for part, kv in zip(self._parts, caches, strict=True)]
+        ends.append(self._run_on(ids[PROMPT:], [1] * (LENGTH - PROMPT), copies, PROMPT))
+        return ends
 
     def run_beside_another(self, ids: Tensor) -> Tensor:
         """The end of the text in one batch with another's beginning: its prompt's logits, its last.
@@ -272,6 +305,23 @@ class _Parts:
         rows = head.embed_and_run(torch.cat([ids[3 : 3 + OTHER], ids[PROMPT:]]), both[0])
         last = tail.last_logits(middle.run(rows, both[1]), both[2])
         return torch.cat([early, last[1:]])
+
+
+def _copy(part: SpanModel, kv: KvRows, rows: int) -> KvRows:
+    """The first rows of a session, and their state, by way of their bytes."""
+    copy = part.new_kv()
+    stored = np.frombuffer(kv.read_bytes(0, rows), np.uint8).reshape(rows, -1)
+
+    def read(into: ByteRows) -> int:
+        into[:] = stored
+        return rows
+
+    copy.length = copy.take_rows(0, rows, read)
+    if kv.states is not None and copy.states is not None:
+        state = copy.states.unpack(kv.states.pack(kv.states.newest(rows)))
+        assert state is not None, "a state is not what was packed"
+        copy.states.adopt(state)
+    return copy
 
 
 def _difference(got: Tensor, want: Tensor) -> float:

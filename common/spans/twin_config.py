@@ -46,8 +46,15 @@ LIMITS = [
         (r"(_size|_dim|_inner|_rank|_width)$|^dim_", WIDTH),
     )
 ]
+# heads of a state space, their size, and by how much all are wider than the model
+MIXERS = (
+    ("num_heads", "head_dim", "expand"),
+    ("mamba_num_heads", "mamba_head_dim", "expand"),
+    ("mamba_n_heads", "mamba_d_head", "mamba_expand"),
+)
 UNTOUCHED = {"rope_parameters", "rope_scaling", "id2label", "label2id", "per_layer_config"}
 EXCEPTIONS = "per_layer_config"  # what single layers have otherwise, by index
+LAYER_LIST = "layers_block_type"  # says how many there are where no number does
 LAYER_INDICES = re.compile(r"(layers|layer_ids|idxs|indices|layer_idx)$")
 # says where a layer is, or of how many, not what it is
 INDEX_NAME = re.compile(r"(^|_)(idx|id|index|number|layers)$")
@@ -87,6 +94,7 @@ def narrow(config: Any) -> Values:
         _shorten_factors(rope, new.head_size)
     if "qk_rope_head_dim" in small and "qk_nope_head_dim" in small:
         _agree_on_split_heads(values, small)
+    _agree_on_mixers(values, small, old, new)
     return small
 
 
@@ -98,14 +106,14 @@ def layers_name(config: Any) -> str:
 
 def keep_layers(values: Values, name: str, kept: Sequence[int]) -> Values:
     """The same configuration with these layers only, by its lists of and about layers."""
-    count = values[name]
+    count = values.get(name) or len(values[LAYER_LIST])
     cut = {key: _keep_in(key, value, kept, count) for key, value in values.items()}
     if isinstance(values.get(EXCEPTIONS), dict):
         given = {int(index): value for index, value in values[EXCEPTIONS].items()}
         cut[EXCEPTIONS] = {new: given[old] for new, old in enumerate(kept) if old in given}
     if "attention_types" in cut and "attention_layers" in cut:  # GPT-Neo says it twice
         cut["attention_types"] = [[cut["attention_layers"], 1]]
-    return cut | {name: len(kept)}
+    return cut | ({name: len(kept)} if name in values else {})
 
 
 def _keep_in(name: str, value: Any, kept: Sequence[int], count: int) -> Any:
@@ -157,6 +165,8 @@ def _switches(module: nn.Module) -> Kind:
 def _read_sizes(config: Any) -> Sizes:
     heads = _read(config, "num_attention_heads")
     hidden = _read(config, "hidden_size")
+    if heads is None and _is_count(hidden) and set(_layer_types(config)) == {"linear_attention"}:
+        return Sizes(1, hidden, hidden)
     if not _is_count(heads) or not _is_count(hidden):
         raise CheckpointError(
             f"{config.model_type} models cannot be checked: their configuration gives no single "
@@ -164,6 +174,10 @@ def _read_sizes(config: Any) -> Sizes:
         )
     head_size = _read(config, "head_dim")
     return Sizes(heads, hidden, head_size if _is_count(head_size) else hidden // heads)
+
+
+def _layer_types(config: Any) -> Sequence[str]:
+    return getattr(config, "layer_types", None) or ()
 
 
 def _read(config: Any, name: str) -> Any:
@@ -259,6 +273,16 @@ def _kv_heads(count: int, old: Sizes, new: Sizes) -> int:
     if old == new or count == 1:
         return count
     return new.heads if count == old.heads else new.heads // 2
+
+
+def _agree_on_mixers(values: Values, small: Values, old: Sizes, new: Sizes) -> None:
+    """The heads of a state space are as wide as all of it, where they were."""
+    for heads, size, factor in MIXERS:
+        if not all(_is_count(values.get(name)) for name in (heads, size, factor)):
+            continue
+        if values[heads] * values[size] == values[factor] * old.hidden:
+            small[size] = min(values[size], HEAD_SIZE)
+            small[heads] = small[factor] * new.hidden // small[size]
 
 
 def _agree_on_split_heads(values: Values, small: Values) -> None:

@@ -25,7 +25,7 @@ from common.errors import CheckpointError, SettingsError, in_one_line
 from common.spans.cut import Span
 from common.spans.layer_stream import LayerStream, choose_streamed
 from common.spans.passage import forget_parameters, make_part, outside, rehearse, takes
-from common.spans.span_model import SpanModel
+from common.spans.span_model import FORGETFUL_LAYERS, STATE_LAYERS, SpanModel
 from common.weights.buffers import fill_buffers, move_buffers
 from common.weights.checkpoint import Checkpoint, allocate
 from common.weights.layer_reader import LayerReader
@@ -42,7 +42,9 @@ WITH_TEXT_PARTS = {
     "internvl", "lighton_ocr", "llama4", "llava", "llava_next", "llava_next_video",
     "llava_onevision", "mistral3", "ovis2", "smolvlm", "vipllava",
 }  # fmt: skip
-KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+KNOWN_LAYERS = {
+    "full_attention", "sliding_attention", "chunked_attention", *STATE_LAYERS, *FORGETFUL_LAYERS
+}  # fmt: skip
 CHANGING_ROPES = ("longrope", "dynamic")
 MAX_LAYERS = 1024  # eight times what the deepest models have
 
@@ -131,7 +133,7 @@ def _check_layer_counts(checkpoint: Checkpoint, values: dict[str, Any]) -> None:
 
 
 def _refuse_unknown_layers(checkpoint: Checkpoint, config: Any) -> None:
-    """Raise CheckpointError for layers that keep something else of a text than rows of KV."""
+    """Raise CheckpointError for layers that keep something else of a text than we know."""
     foreign = _layer_types(config) - KNOWN_LAYERS
     if foreign:
         raise CheckpointError(

@@ -406,7 +406,8 @@ class Engine:
                 results = compute(part)
             except Exception as error:  # whatever one session's numbers do, others go on
                 for caches, head, tail in lengths:
-                    caches.head.length, caches.tail.length = head, tail
+                    caches.head.cut_back(head)
+                    caches.tail.cut_back(tail)
                 if len(part) == 1:
                     self._finish(part[0][0], error)
                 else:

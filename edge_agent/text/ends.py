@@ -116,6 +116,12 @@ class EndCaches:
     head: KvRows
     tail: KvRows
 
+    def cut_back(self, position: int) -> int:
+        """Forget the rows from `position` on; returns how many both still have."""
+        for kv in (self.head, self.tail):
+            kv.cut_back(position)
+        return min(self.head.length, self.tail.length)
+
 
 def load_ends(
     directory: str | Path,

@@ -312,13 +312,15 @@ class TextSession:
     def cut_back(self, position: int) -> int:
         """Forget all rows from `position` on; returns how many are left.
 
-        Rows that were encoded together go together, so those may be fewer than `position`.
+        Rows that were encoded together go together, and layers with states go back to one that
+        they have, so those may be fewer than `position`.
         """
         position = min(position, self._caches.tail.length)
         before = len(self._log)
         left = self._log.cut_back(position)
         # an error may have left more in head and tail than ever went into the log
-        self._caches.head.length = self._caches.tail.length = left
+        while (kept := self._caches.cut_back(left)) < left:
+            left = self._log.cut_back(kept)
         del self._token_ids[left:]
         if left == before:
             return left

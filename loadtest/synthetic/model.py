@@ -32,6 +32,7 @@ from common.spans.attention import Segment
 from common.spans.cut import Cut, parse_cut
 from common.spans.kv_rows import make_layout
 from common.spans.span_model import SpanModel
+from common.spans.states import StateLayout
 from common.weights.checkpoint import Checkpoint
 from common.weights.loading import context_length, read_config
 from edge_agent.text.ends import ModelEnds
@@ -132,6 +133,7 @@ class SyntheticSpan(SpanModel):
         self.reply_width = shape.hidden
         size = (shape.key_heads, shape.head_size)
         self.layout = make_layout([(size, size)] * layers, self.dtype)
+        self.states_layout = StateLayout()
         self._batch_s = batch_s
 
     @torch.inference_mode()

@@ -160,5 +160,5 @@ def item_key(session_key: bytes, item: str) -> bytes:
 
 
 def item_keys(session_key: bytes) -> list[bytes]:
-    """Of all items of an image that are blobs."""
-    return [item_key(session_key, item) for item in (CONDITIONING_ITEM, LATENTS)]
+    """Of all items that are blobs, of images and of texts."""
+    return [item_key(session_key, item) for item in (CONDITIONING_ITEM, LATENTS, STATE)]

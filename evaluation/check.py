@@ -62,6 +62,7 @@ def check(
                 "layers": str(part.span),
                 "weight_bytes": part.weight_bytes,
                 "kv_bytes_per_token": part.kv_bytes,
+                "state_bytes_per_session": part.state_bytes,
             }
             for name, part in _parts(needs)
         },
@@ -95,6 +96,8 @@ def describe(facts: dict[str, Any], needs: Needs) -> str:
     )
     row = facts["row_bytes"]
     context = facts["context"]
+    states = [f"{format_bytes(p.state_bytes)} in the {name}" for name, p in _parts(needs)]
+    has_states = any(part.state_bytes for _, part in _parts(needs))
     return "\n".join(
         [
             f"{facts['model']} ({facts['family']}, {facts['layers']} layers) can be cut: a small "
@@ -105,6 +108,11 @@ def describe(facts: dict[str, Any], needs: Needs) -> str:
             f"The device has head and tail, a worker the middle, in {facts['dtype']}; KV is kept "
             f"for each token of each session. A token of a prompt sends {format_bytes(row)} up, "
             f"one of an answer as many up {_say_down(facts)} (codec {CODEC}).",
+            *(
+                [f"A session's state takes {', '.join(states)}, up to four times."]
+                if has_states
+                else []
+            ),
             f"A text has at most {context:,} tokens." if context else "It names no longest text.",
         ]
     )

@@ -17,12 +17,13 @@ from cloud_worker.state.redis_store import RedisKvStore
 from common.errors import CheckpointError
 from common.protocol.messages import Need, StepReply
 from common.spans.attention import Keeping, PackedCache, Segment
-from common.spans.cut import Span
+from common.spans.cut import Cut, Span
 from common.spans.kv_rows import KvRows, make_layout
 from common.spans.states import CONVOLUTION, RECURRENT, State, StatePass, States, layout_of
 from common.spans.twin_check import check_twin
 from common.weights.checkpoint import Checkpoint
 from common.weights.loading import load_span, read_config
+from common.weights.needs import measure_needs
 from deploy.embedded_redis import EmbeddedRedis
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.engine.client import BrokerClient
@@ -257,6 +258,30 @@ def test_a_session_is_cut_back_to_what_texts_share(
     written = list(session.generate(ids, 12, GREEDY, keep_open=True))
     other = (ids + written)[:shared] + draw_ids(3, seed=shared)
     assert list(session.generate(other, 6, GREEDY)) == reference(whole, other, 6)
+
+
+@pytest.mark.parametrize("family", [FAMILY, "mamba2"])
+def test_check_says_what_a_sessions_state_takes(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    write_small(family, tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    needs = measure_needs(checkpoint, torch.float32).cut(Cut(1, 3))
+    middle = load_span(checkpoint, Span(1, 3))
+    assert needs.middle.state_bytes == middle.states_layout.state_bytes > 0
+    assert needs.middle.kv_bytes == middle.layout.row_bytes
+
+
+def test_a_span_without_any_rows_is_taken_over(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    write_small("mamba2", tmp_path)
+    store = MemoryKvStore()
+    first, second = (Server(tmp_path, store, name) for name in ("w1", "w2"))
+    feed(first, [ROWS])
+    task = first.task(1, ROWS, 1)
+    reply, body = second.compute(task)
+    assert isinstance(reply, StepReply)
+    assert (reply.committed, second.service.stats["rows_asked"]) == (ROWS, 0)
+    assert body == first.compute(task)[1]
 
 
 def test_the_guard_sees_a_state_that_a_later_step_has_changed(

@@ -179,6 +179,7 @@ class TextService(StageService[TextStage]):
         if self._row_bytes:
             self._load_rows(loading.task, stage, state.position)
             return
+        kv.reserve(state.position)  # rows without bytes
         kv.length = stage.final = state.position
         self._count_lacking(loading.task, stage)
         self._on_item_read(session_key, ROWS)

@@ -7,7 +7,8 @@ meta device has none of, and fails; by then the layer has said it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import nn
 
 from common.spans.attention import ProbeCache
 from common.spans.cut import Cut, Span
-from common.spans.passage import outside, rehearse, weighted_modules
+from common.spans.passage import name_cache, outside, rehearse, weighted_modules
+from common.spans.span_model import FORGETFUL_LAYERS
 from common.weights.buffers import fill_buffers
 from common.weights.checkpoint import Checkpoint
 from common.weights.loading import build_on_meta, find_decoder, read_config
@@ -30,6 +32,7 @@ class PartNeeds:
     span: Span
     weight_bytes: int
     kv_bytes: int | None  # None if a layer has not said what it keeps
+    state_bytes: int = 0  # that each session takes, however long its text is
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +54,15 @@ class ModelNeeds:
     before: int
     behind: int
     boundary: int
+    state_bytes: Sequence[int] = ()  # by layer, where any has a state
 
     def of(self, span: Span) -> PartNeeds:
         """Of some layers alone, and what lies behind them if that belongs to the span."""
         kept = self.kv_bytes[span.first : span.last]
         kv = None if None in kept else sum(size or 0 for size in kept)
         stored = sum(self.weight_bytes[span.first : span.last])
-        return PartNeeds(span, stored + self.behind * span.with_end, kv)
+        states = sum(self.state_bytes[span.first : span.last])
+        return PartNeeds(span, stored + self.behind * span.with_end, kv, states)
 
     def cut(self, cut: Cut) -> Needs:
         """Of the three parts."""
@@ -86,10 +91,11 @@ def measure_needs(checkpoint: Checkpoint, dtype: torch.dtype) -> ModelNeeds:
         sum(tensor.numel() * tensor.itemsize for tensor in layer.state_dict().values())
         for layer in layers
     ]
-    kept = _kept_by_layer(causal_lm, layers, dtype)
+    kept, states = _kept_by_layer(causal_lm, layers, dtype)
     return ModelNeeds(
-        stored, [kept.get(i) for i in range(len(layers))], before, behind, rehearsal.boundary.width
-    )
+        stored, [kept.get(i) for i in range(len(layers))], before, behind, rehearsal.boundary.width,
+        [states[i] for i in range(len(layers))],
+    )  # fmt: skip
 
 
 def _bytes_within(root: nn.Module, layers: nn.ModuleList, names: frozenset[str]) -> int:
@@ -100,21 +106,29 @@ def _bytes_within(root: nn.Module, layers: nn.ModuleList, names: frozenset[str])
 
 
 @torch.inference_mode()
-def _kept_by_layer(causal_lm: Any, layers: nn.ModuleList, dtype: torch.dtype) -> dict[int, int]:
-    """Bytes that each layer puts into the cache for a token."""
+def _kept_by_layer(
+    causal_lm: Any, layers: nn.ModuleList, dtype: torch.dtype
+) -> tuple[dict[int, int], Counter[int]]:
+    """Bytes that each layer puts into the cache for a token, and for a text however long."""
     cache = ProbeCache()
     for layer in layers:
         layer.forward = _goes_on(layer.forward)
     causal_lm.to("meta")
     try:
         ids = torch.zeros(1, 1, dtype=torch.long, device="meta")
-        causal_lm(input_ids=ids, past_key_values=cache, use_cache=True)
+        causal_lm(input_ids=ids, use_cache=True, **{name_cache(causal_lm): cache})
     except Exception:  # noqa: S110 - behind the last layer there is nothing to learn
         pass
-    return {
+    states: Counter[int] = Counter()
+    for (index, _, _), value in cache.states.values.items():
+        states[index] += value.numel() * value.itemsize
+    types = enumerate(getattr(causal_lm.config, "layer_types", None) or ())
+    forgetful = {index: 0 for index, kind in types if kind in FORGETFUL_LAYERS}
+    rows = {
         index: sum(heads * size for heads, size in shapes) * dtype.itemsize
         for index, shapes in cache.shapes.items()
     }
+    return forgetful | dict.fromkeys(states, 0) | rows, states
 
 
 def _goes_on(forward: Callable[..., Any]) -> Callable[..., Any]:

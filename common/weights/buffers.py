@@ -2,7 +2,8 @@
 
 A model that is built on the meta device has none of them; the library fills them with the code that
 also draws initial weights. So that code runs with a module's weights hidden, and twice, over
-different values: what is the same both times was filled.
+different values: what is the same both times was filled. What it does not fill may have been
+computed as the model was built (common/weights/shapes.py).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import CheckpointError
+from common.weights.shapes import COMPUTED
 
 
 @torch.no_grad()
@@ -29,12 +31,18 @@ def fill_buffers(
     One that the library does not fill stays on the meta device, or raises CheckpointError.
     """
     for name, module in modules:
+        computed = module.__dict__.get(COMPUTED, {})
+        if not leave_unknown:  # nobody asks again
+            module.__dict__.pop(COMPUTED, None)
         empty = [n for n, b in module._buffers.items() if b is not None and b.is_meta]
         if not empty:
             continue
         once, again = (_fill(causal_lm, module, empty, device, value) for value in (0, 1))
         for buffer_name in empty:
             if _equal(once[buffer_name], again[buffer_name]):
+                continue
+            if buffer_name in computed:
+                module._buffers[buffer_name] = computed[buffer_name].to(device)
                 continue
             module._buffers[buffer_name] = torch.empty_like(once[buffer_name], device="meta")
             if not leave_unknown:

@@ -3,8 +3,9 @@
 That is what torch's meta device is for. But what torch computes on it is in part its compiler's
 (two seconds and a hundred megabytes): the drawing of weights, which goes nowhere, and rotary
 frequencies. So only what is made empty, as all large weights are, is made on the meta device, and
-nothing is drawn; the rest is computed like any tensor, and loses its values at the end. Where the
-two meet in a way that torch refuses, everything is on the meta device after all.
+nothing is drawn; the rest is computed like any tensor, and loses its values at the end, those of
+buffers to a place of their own. Where the two meet in a way that torch refuses, everything is on
+the meta device after all.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+COMPUTED = "computed_buffers"  # of a module: those that were made as it was built, by name
 DRAWN = {
     "kaiming_normal_", "kaiming_uniform_", "normal_", "trunc_normal_", "uniform_",
     "xavier_normal_", "xavier_uniform_",
@@ -58,6 +60,11 @@ def _forget_values(model: nn.Module) -> None:
         for name, weight in module._parameters.items():
             if weight is not None and not weight.is_meta:
                 module._parameters[name] = nn.Parameter(weight.to("meta"), weight.requires_grad)
+        computed = {}
         for name, buffer in module._buffers.items():
             if buffer is not None:
+                if not buffer.is_meta:
+                    computed[name] = buffer
                 module._buffers[name] = buffer.to("meta")
+        if computed:
+            module.__dict__[COMPUTED] = computed

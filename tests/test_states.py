@@ -9,13 +9,18 @@ from typing import Any
 import pytest
 import redis
 import torch
+import zmq
+from msgspec import structs
 from pools import GREEDY, count_records
 from test_takeover import Server
 
+from cloud_worker.loop.batcher import Task
 from cloud_worker.state.memory_store import MemoryKvStore
 from cloud_worker.state.redis_store import RedisKvStore
 from common.errors import CheckpointError
 from common.protocol.messages import Need, StepReply
+from common.security.keys import KeyPair
+from common.security.sealing import draw_key, seal
 from common.spans.attention import Keeping, PackedCache, Segment
 from common.spans.cut import Cut, Span
 from common.spans.kv_rows import KvRows, make_layout
@@ -258,6 +263,52 @@ def test_a_session_is_cut_back_to_what_texts_share(
     written = list(session.generate(ids, 12, GREEDY, keep_open=True))
     other = (ids + written)[:shared] + draw_ids(3, seed=shared)
     assert list(session.generate(other, 6, GREEDY)) == reference(whole, other, 6)
+
+
+def test_spans_in_a_row_each_have_their_state(
+    pool: LocalPool, client: BrokerClient, ends: ModelEnds, whole: Any
+) -> None:
+    route = (Span(1, 2), Span(2, 3))
+    first, last = (pool.start_worker(span=str(span)) for span in route)
+    pool.wait_for_workers(4)
+    session = Session(ends, client, uniform_settings("fp32", prefill_rows=16, route=route))
+    ids, tokens = draw_ids(40), []
+    for token in session.generate(ids, 24, GREEDY):
+        tokens.append(token)
+        if len(tokens) == 6:
+            pool.kill_worker(first)
+            first = pool.start_worker(span=str(route[0]))
+    assert tokens == reference(whole, ids, 24)
+    for name in (first, last):
+        pool.kill_worker(name)
+
+
+def test_an_encrypted_state_is_taken_over_and_tells_nothing(
+    servers: list[Server], redis_server: EmbeddedRedis
+) -> None:
+    pair = KeyPair(*zmq.curve_keypair())
+    sealed = seal(draw_key(), pair.public)
+    first, second = servers
+    for server in servers:
+        server.service._pool_key = pair
+
+    def closed(server: Server, step: int, start: int, rows: int) -> Task:
+        task = server.task(step, start, rows)
+        task.opening = structs.replace(task.text_opening, sealed_key=sealed)
+        return task
+
+    first.compute(closed(first, 0, 0, ROWS))
+    first.commit_all()
+    raw = redis.Redis.from_url(redis_server.url)
+    (stage,) = first.service._stages
+    assert stage.kv.states is not None
+    plain = stage.kv.states.pack(stage.kv.states.current)
+    stored = [raw.get(key) for key in raw.keys("midspan:*") if raw.type(key) == b"string"]
+    assert stored
+    assert not any(plain[64:96] in blob for blob in stored)
+    task = closed(second, 1, ROWS, 1)
+    assert second.compute(task)[1] == first.compute(task)[1]
+    assert second.service.stats["rows_asked"] == 0
 
 
 @pytest.mark.parametrize("family", [FAMILY, "mamba2"])

@@ -29,6 +29,7 @@ from cloud_worker.text.service import TextService
 from cloud_worker.text.stage import TextStage
 from common.protocol.messages import Need, Opening, Part, Service, Step, StepReply
 from common.spans.kv_rows import KvRows, make_layout
+from common.spans.states import StateLayout
 from deploy.embedded_redis import EmbeddedRedis
 
 ROW_BYTES = 64
@@ -46,8 +47,9 @@ class Keeper:
 
     def __init__(self) -> None:
         self.model = SimpleNamespace(
-            layout=LAYOUT, new_pool=lambda limit: None, new_kv=lambda pool: KvRows(LAYOUT)
-        )
+            layout=LAYOUT, states_layout=StateLayout(), keeps_states=False,
+            new_pool=lambda limit: None, new_kv=lambda pool: KvRows(LAYOUT),
+        )  # fmt: skip
 
     def check(self, task: Task) -> None:
         """All steps are well-formed."""

@@ -157,14 +157,19 @@ class SpanModel:
         self, rows: Tensor, segments: Sequence[Segment]
     ) -> list[tuple[Tensor, list[Segment]]]:
         """What goes through in one pass: all sessions, or one at a time where they cannot."""
-        for segment in segments:
-            if segment.kv.states is not None:
-                segment.kv.states.begin(segment.rows)
-        segments = [part for segment in segments for part in self._split(segment)]
+        if self.keeps_states:
+            segments = self._begin(segments)
         if self.packs_sessions or len(segments) == 1:
-            return [(rows, segments)]
+            return [(rows, list(segments))]
         parts = torch.split(rows, [segment.rows for segment in segments])
         return [(part, [segment]) for part, segment in zip(parts, segments, strict=True)]
+
+    def _begin(self, segments: Sequence[Segment]) -> list[Segment]:
+        """Mark the states that a step goes on from; what goes through at once of each session."""
+        for segment in segments:
+            assert segment.kv.states is not None
+            segment.kv.states.begin(segment.rows)
+        return [part for segment in segments for part in self._split(segment)]
 
     def _split(self, segment: Segment) -> list[Segment]:
         """A session's rows by pass: one by one where the library can go on from a state so only."""

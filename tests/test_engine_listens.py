@@ -30,6 +30,7 @@ class SlowEnds(ModelEnds):
         return ModelEnds.run_heads(self, batch)
 
 
+@pytest.mark.long
 def test_a_broker_that_spoke_while_the_engine_was_busy_is_not_given_up(
     demo_ends: ModelEnds, monkeypatch: pytest.MonkeyPatch
 ) -> None:

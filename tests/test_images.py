@@ -572,6 +572,7 @@ def test_stats_in_a_file_are_the_table_and_nothing_else(pool: LocalPool, tmp_pat
     assert done.stderr.startswith("what it cost")
 
 
+@pytest.mark.long
 def test_half_precision_on_both_sides_is_close_and_stays_in_step(
     directory: Path, whole: StableDiffusionXLPipeline
 ) -> None:

@@ -57,6 +57,7 @@ def run(*parts: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.long
 def test_a_text_worker_has_no_compiler_and_a_model_compiles_where_it_was_left_out() -> None:
     seen = f"print([name for name in {UNUSED} if name in sys.modules])"
     lines = run(SERVE_TEXT, seen, LIST, COMPILE, seen)

@@ -91,6 +91,7 @@ def test_kv_rows_are_as_large_as_the_models(demo_directory: Path) -> None:
     assert SyntheticSpan(shape, len(shape.cut.middle)).layout.row_bytes == 4 * 2 * 2 * 32 * 4
 
 
+@pytest.mark.long
 def test_workers_in_few_processes_are_killed_and_every_token_is_right() -> None:
     done = run_midspan(
         "loadtest", "--synthetic", "2", "--workers", "6", "--processes", "2", "--duration", "12",

@@ -105,6 +105,7 @@ def test_up_ends_when_it_is_told_to_while_its_workers_start(
     assert not list(tmp_path.glob("midspan-*"))
 
 
+@pytest.mark.long
 def test_a_serve_that_is_told_to_end_again_and_again_leaves_nothing_of_its_pool(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

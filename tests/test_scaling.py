@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
+import pytest
 import torch
 from pools import PROMPTS, generate_together, reference_tokens
 
@@ -14,6 +15,7 @@ from edge_agent.text.session import Session
 from edge_agent.text.tokenizer import TextTokenizer
 
 
+@pytest.mark.long
 def test_half_of_the_workers_leave_and_sixteen_sessions_notice_nothing(
     demo_ends: ModelEnds, whole_model: torch.nn.Module
 ) -> None:

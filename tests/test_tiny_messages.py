@@ -232,6 +232,7 @@ def test_giant_work_in_a_tiny_message_is_refused(pool: LocalPool, name: str) -> 
     assert [now[what] for what in computed] == [worker["stats"][what] for what in computed]
 
 
+@pytest.mark.long
 def test_a_session_goes_on_beside_tiny_messages(
     pool: LocalPool, demo_ends: ModelEnds, whole_model: torch.nn.Module
 ) -> None:

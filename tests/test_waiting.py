@@ -119,6 +119,7 @@ def test_ask_says_that_it_loads_a_model(pool: LocalPool, tmp_path: Path) -> None
     assert shown == ""
 
 
+@pytest.mark.long
 def test_the_steps_of_a_picture_are_counted(tmp_path: Path) -> None:
     with LocalPool(PoolSettings(workers=1, image_model="landscapes-sdxl")) as images:
         options = ["image", "a hill", "-o", str(tmp_path / "a.png"), "--steps", "2",

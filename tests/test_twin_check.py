@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,7 @@ from common.spans import twin_check
 from common.spans.attention import Segment
 from common.spans.cut import Span
 from common.spans.twin_check import TOLERANCE, check_twin
-from common.spans.twin_config import keep_layers, narrow, pick_layers
+from common.spans.twin_config import keep_layers, layers_name, narrow, pick_layers
 from common.weights.checkpoint import Checkpoint
 from common.weights.loading import load_span, read_config
 from edge_agent.text.ends import load_ends
@@ -84,13 +85,15 @@ def compare_cut_and_whole(
         load_span(checkpoint, Span(cut.last, config.num_hidden_layers), part="tail", packs=packs),
     ]
     caches, whole_cache = [part.new_kv() for part in parts], DynamicCache(config=config)
+    takes = inspect.signature(whole.forward).parameters
+    given = {"cache_params" if "cache_params" in takes else "past_key_values": whole_cache}
     ids = torch.randint(2, 90, (LENGTH,), generator=torch.Generator().manual_seed(9))
     worst = 0.0
     for start, end in [(0, PROMPT), *((at, at + 1) for at in range(PROMPT, LENGTH))]:
         segments = [Segment(kv, start, end - start) for kv in caches]
         rows = parts[1].run(parts[0].embed_and_run(ids[start:end], [segments[0]]), [segments[1]])
         got = parts[2].logits(rows, segments[2], last=end - start)
-        want = whole(ids[None, start:end], past_key_values=whole_cache).logits[0]
+        want = whole(ids[None, start:end], use_cache=True, **given).logits[0]
         worst = max(worst, float((got - want).abs().max() / want.abs().max()))
     return worst
 
@@ -395,8 +398,8 @@ def test_no_family_of_the_library_that_the_guard_lets_pass_comes_out_differently
         print(family, "refused:", refusal)
         return
     values = narrow(config)
-    name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    kept = list(range(min(6, values[name])))
+    name = layers_name(config)
+    kept = list(range(min(6, config.num_hidden_layers)))
     (tmp_path / "config").mkdir()
     small = twin_check._configure(config, keep_layers(values, name, kept), tmp_path / "config")
     # another seed, another depth and another cut than the guard's

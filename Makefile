@@ -25,7 +25,7 @@ demo: $(VENV)/.run
 	$(BIN)/midspan demo
 
 test: $(VENV)/.dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 test-long: $(VENV)/.harness
 	$(BIN)/pytest -m long

@@ -145,6 +145,11 @@ def no_config(directory: Path) -> None:
     (directory / "adapter_config.json").unlink()
 
 
+def name_case(value: object) -> str:
+    """The same words in every process, which may share the tests among them."""
+    return value.__name__ if callable(value) else str(value)
+
+
 @pytest.mark.parametrize(
     ("tensors", "changes", "words"),
     [
@@ -163,7 +168,7 @@ def no_config(directory: Path) -> None:
         ({"lm_head.weight": (49, 16)}, {}, r"shape \[49, 16\]; the checkpoint has"),
         (no_config, {}, r"has no adapter_config\.json; expected a folder that PEFT saved"),
     ],
-    ids=str,
+    ids=name_case,
 )  # fmt: skip
 def test_what_a_lora_asks_for_that_is_not_done_is_named(
     llama: Path,

@@ -141,7 +141,8 @@ def test_a_pass_that_cannot_read_its_layers_fails_and_the_next_goes_on(tmp_path:
     before, path = run(model), directory / "model.safetensors"
     whole, was = path.read_bytes(), path.stat()
     os.truncate(path, len(whole) // 2)
-    with pytest.raises(CheckpointError, match=r"model.safetensors has become shorter than it was"):
+    words = r"model.safetensors has (become shorter than it was|been written to since)"
+    with pytest.raises(CheckpointError, match=words):
         run(model)
     path.write_bytes(whole)
     os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))

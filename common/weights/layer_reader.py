@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from common.weights.checkpoint import ALIGNMENT
-from common.weights.safetensors_places import Place, PlaceReader
+from common.weights.direct_reader import DirectReader
+from common.weights.safetensors_places import Place
 from common.weights.tensors import WeightMap
 
 
@@ -31,14 +32,19 @@ class LayerReader:
     """Knows where a layer's parameters come from. Made while they are on the meta device."""
 
     def __init__(
-        self, weights: WeightMap, layer: nn.Module, prefix: str, dtype: torch.dtype
+        self,
+        weights: WeightMap,
+        files: DirectReader,
+        layer: nn.Module,
+        prefix: str,
+        dtype: torch.dtype,
     ) -> None:
         """`prefix` is the layer's name in the model. Raises CheckpointError."""
         self._weights = weights
         self._dtype = dtype
         self._prefix = prefix
         self._pieces: list[Piece] = []
-        self._files = PlaceReader()
+        self._files = files
         at = 0
         for name, parameter in layer.named_parameters(remove_duplicate=False):
             size = parameter.numel() * dtype.itemsize
@@ -56,9 +62,15 @@ class LayerReader:
 
     def read_into(self, memory: Tensor) -> None:
         """Fill `memory` on the CPU with the layer's parameters. Raises CheckpointError."""
-        for piece in self._pieces:
-            if piece.place is not None:
-                self._read_piece(piece, piece.place, memory[piece.at : piece.at + piece.size])
+        parts = [
+            (memory[piece.at : piece.at + piece.size], piece.place)
+            for piece in self._pieces
+            if piece.place is not None
+        ]
+        self._files.read_into((part, p) for part, p in parts if p.dtype == self._dtype)
+        for part, place in parts:
+            if place.dtype != self._dtype:
+                self._convert_into(part, place)
         made = [piece for piece in self._pieces if piece.place is None]
         if made:
             views = self.views(memory)
@@ -68,10 +80,7 @@ class LayerReader:
             for piece in made:
                 views[piece.name].copy_(tensors[self._prefix + piece.name])
 
-    def _read_piece(self, piece: Piece, place: Place, memory: Tensor) -> None:
-        if place.dtype == self._dtype:
-            self._files.read_into(memory, place)
-            return
+    def _convert_into(self, memory: Tensor, place: Place) -> None:
         stored = torch.empty(place.size, dtype=torch.uint8)
-        self._files.read_into(stored, place)
+        self._files.read_into([(stored, place)])
         memory.view(self._dtype).copy_(stored.view(place.dtype))

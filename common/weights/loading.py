@@ -28,6 +28,7 @@ from common.spans.passage import forget_parameters, make_part, outside, rehearse
 from common.spans.span_model import FORGETFUL_LAYERS, STATE_LAYERS, SpanModel
 from common.weights.buffers import fill_buffers, move_buffers
 from common.weights.checkpoint import Checkpoint, allocate
+from common.weights.direct_reader import DirectReader
 from common.weights.layer_reader import LayerReader
 from common.weights.packed import METHODS, method_of
 from common.weights.shapes import build_without_values
@@ -226,7 +227,8 @@ def stream_layers(
 ) -> int:
     """Let those of a span's layers that `choose_streamed` names take turns in memory: how many."""
     streamed = [span.first + index for index in choose_streamed(len(span), resident)]
-    readers = {i: LayerReader(weights, layers[i], f"{prefix}.{i}.", dtype) for i in streamed}
+    files = DirectReader()
+    readers = {i: LayerReader(weights, files, layers[i], f"{prefix}.{i}.", dtype) for i in streamed}
     if not readers:
         return 0
     stream = LayerStream(readers, device, allocate)

@@ -54,11 +54,7 @@ class PlaceReader:
                 if not count:
                     raise CheckpointError(f"{place.path} has become shorter than it was")
                 left, at = left[count:], at + count
-            if os.fstat(self._open(place.path)).st_mtime_ns != place.written_at:
-                raise CheckpointError(
-                    f"{place.path} has been written to since it was opened; start again with what "
-                    "it is now"
-                )
+            check_unchanged(self._open(place.path), place)
         except OSError as error:
             raise CheckpointError(f"{place.path} cannot be read: {error}") from error
 
@@ -73,6 +69,14 @@ class PlaceReader:
 
     def __del__(self) -> None:
         self.close()
+
+
+def check_unchanged(file: int, place: Place) -> None:
+    """Raise CheckpointError if an open file has been written to since its places were read."""
+    if os.fstat(file).st_mtime_ns != place.written_at:
+        raise CheckpointError(
+            f"{place.path} has been written to since it was opened; start again with what it is now"
+        )
 
 
 def read_places(path: Path) -> dict[str, Place]:

@@ -16,13 +16,10 @@ def read_tokens(
     With `documents`, blank lines separate documents, which are joined by the tokenizer's end and
     beginning tokens, as texts are packed in training. Raises SettingsError for a text too short.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"--text {path} cannot be read: {error}") from error
+    text = _read_text(path)
     if documents:
         ids = []
-        for document in filter(None, (part.strip() for part in text.split("\n\n"))):
+        for document in _split_documents(text):
             ids += [*tokenizer.encode(document), *tokenizer.end_ids]
     else:
         ids = tokenizer.encode(text) if text.strip() else []
@@ -30,3 +27,35 @@ def read_tokens(
     if len(ids) < 2:
         raise SettingsError(f"--text {path} has {len(ids)} tokens; at least 2 are needed")
     return ids
+
+
+def read_prompts(
+    path: Path, tokenizer: TextTokenizer, documents: bool, length: int
+) -> list[list[int]]:
+    """A text as prompts of at most `length` tokens, none of fewer than 2.
+
+    With `documents` each is the beginning of one, else they follow on each other, each with the
+    mark that begins a text, if the tokenizer sets one. Raises SettingsError.
+    """
+    text = _read_text(path)
+    if documents:
+        prompts = [tokenizer.encode(document)[:length] for document in _split_documents(text)]
+    else:
+        ids = tokenizer.encode(text) if text.strip() else []
+        marks = [token for token in ids[:1] if tokenizer.is_special(token)]
+        step = max(1, length - len(marks))
+        own = ids[len(marks) :]
+        prompts = [marks + own[at : at + step] for at in range(0, len(own), step)]
+    return [prompt for prompt in prompts if len(prompt) > 1]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--text {path} cannot be read: {error}") from error
+
+
+def _split_documents(text: str) -> list[str]:
+    """What blank lines separate."""
+    return [part.strip() for part in text.split("\n\n") if part.strip()]

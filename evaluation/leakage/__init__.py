@@ -1,0 +1,1 @@
+"""What an operator of the pool recovers of prompts and answers: attacks, figures, defences."""

@@ -32,6 +32,7 @@ COMMANDS = {
     "keys": ("deploy.keys:keys", "Make keys, and say who is admitted."),
     "loadtest": ("loadtest.command:loadtest", "Put many sessions on a pool and measure."),
     "model": ("deploy.model:model", "Take a model apart, and convert it."),
+    "neurons": ("evaluation.neurons:neurons", "Find the active neurons of a model."),
     "plan": ("evaluation.plan:plan", "Propose which spans fit on which devices."),
     "score": ("edge_agent.commands.score:score", "Say which continuation of a prompt is likelier."),
     "serve": ("deploy.serve:serve", "Answer any OpenAI client with the pool's help."),

@@ -1,0 +1,1 @@
+"""Some of the neurons of a model's MLPs: which are loaded, and which are computed for whom."""

@@ -17,6 +17,7 @@ from common.console.outputs import check_writable
 from common.console.tables import format_table
 from common.console.waiting import progress_bar, waiting
 from evaluation.images import image_command
+from evaluation.importance.command import importance_command
 from evaluation.leakage.command import leakage_command
 from evaluation.options import (
     codecs_option,
@@ -56,6 +57,7 @@ def evaluate() -> None:
 
 
 evaluate.add_command(image_command)
+evaluate.add_command(importance_command)
 evaluate.add_command(leakage_command)
 
 

@@ -1,6 +1,7 @@
-"""Train the demo text model on the CPU and write it in Hugging Face format.
+"""Train the demo text model, or another of its size, on the CPU and write it in Hugging Face format.
 
     python training/train_text.py --out models/stories-llama      (about 45 minutes on one core)
+    python training/train_text.py --out /tmp/stories-pythia --shape pythia --steps 400      (5 minutes)
 
 A Llama of 8 layers with grouped-query attention, small enough to ship (1.7 M parameters, 3.5 MB in
 float16). Everything is seeded and counted in steps, never in seconds, so that a second run on the
@@ -23,7 +24,15 @@ import torch
 from stories import ANIMALS, MOODS, NAMES, write_stories
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 VOCABULARY = 1024
 CONTEXT = 512
@@ -57,21 +66,26 @@ def train_tokenizer(stories: list[str]) -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def build_model() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.7 / math.sqrt(128),
-        bos_token_id=0,
-        eos_token_id=1,
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config)
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT,
+    "initializer_range": 0.7 / math.sqrt(128),
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "tie_word_embeddings": False,
+}
+GATED = {"intermediate_size": 352, "num_key_value_heads": 2}
+SHAPES: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**COMMON, **GATED, num_hidden_layers=8),
+    "qwen2": Qwen2Config(**COMMON, **GATED, num_hidden_layers=6),
+    "pythia": GPTNeoXConfig(**COMMON, intermediate_size=512, num_hidden_layers=6),
+}
+
+
+def build_model(shape: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(SHAPES[shape])
 
 
 def pack_rows(stories: list[list[int]]) -> Tensor:
@@ -103,7 +117,7 @@ def encode_stories(tokenizer: PreTrainedTokenizerFast, stories: list[str]) -> li
 
 
 @torch.no_grad()
-def measure_loss(model: LlamaForCausalLM, rows: Tensor) -> float:
+def measure_loss(model: PreTrainedModel, rows: Tensor) -> float:
     """Mean cross-entropy per token, in nats, float32."""
     model.eval()
     losses = [model(part[:, :-1], labels=part[:, :-1]).loss.item() for part in rows.split(BATCH)]
@@ -119,7 +133,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def train(model: LlamaForCausalLM, rows: Tensor, copies: Tensor, steps: int, peak: float) -> None:
+def train(model: PreTrainedModel, rows: Tensor, copies: Tensor, steps: int, peak: float) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.05)
     generator = torch.Generator().manual_seed(0)
     bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -146,6 +160,7 @@ def train(model: LlamaForCausalLM, rows: Tensor, copies: Tensor, steps: int, pea
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shape", choices=SHAPES, default="llama")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--stories", type=int, default=20000)
     parser.add_argument("--peak", type=float, default=4e-3)
@@ -158,7 +173,7 @@ def main() -> None:
     known = set(stories)
     validation = [story for story in write_stories(200, seed=2) if story not in known]
     tokenizer = train_tokenizer(stories)
-    model = build_model()
+    model = build_model(arguments.shape)
     rng = random.Random(3)
     copies = pack_rows(
         encode_stories(tokenizer, [copy_row(rng) + " " + copy_row(rng) for _ in range(9000)])

@@ -1,0 +1,1 @@
+"""How important tokens are, by the attention they receive, and what bits they deserve."""

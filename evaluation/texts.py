@@ -49,6 +49,14 @@ def read_prompts(
     return [prompt for prompt in prompts if len(prompt) > 1]
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text that are not empty; at least one. Raises SettingsError."""
+    lines = [line.strip() for line in _read_text(path).splitlines() if line.strip()]
+    if not lines:
+        raise SettingsError(f"--text {path} has no lines; expected a prompt on each")
+    return lines
+
+
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ from evaluation.leakage.command import ATTACK_NAMES
 from evaluation.leakage.exact_search import ExactSearch
 from evaluation.leakage.inversion import LinearMap, Network, know_plaintext
 from evaluation.leakage.split_model import Conversation, SplitModel
-from evaluation.leakage.table import find_headline, measure
+from evaluation.leakage.table import measure
 from evaluation.leakage.texts import Division, divide_text, draw_texts
 
 PROMPT = "Once upon a time, there was a brave fox named Mia. She loved to paint in the sun."
@@ -149,7 +149,6 @@ def test_half_of_the_tokens_are_fifty_percent_and_marks_count_for_nothing(
     leak = measure("downlink", only, tokenizer)
     assert (leak.recovered_percent, leak.prompt_percent, leak.answer_percent) == (50, 100, 0)
     assert 0 < leak.similarity_percent < 100
-    assert find_headline([leak, measure("downlink", only, tokenizer)]) is leak
 
 
 def test_the_prompts_are_no_part_of_what_the_attacker_trains_on(
@@ -192,3 +191,28 @@ def test_a_text_of_nothing_is_named(tmp_path: Path) -> None:
     assert "int99" in error_line(
         "eval", "leakage", "stories-llama", "--text", str(path), "--codec", "int99"
     )
+
+
+def test_what_is_for_texts_only_is_refused_of_an_image_model(tmp_path: Path) -> None:
+    path = tmp_path / "prompts"
+    path.write_text("a tree")
+    command = ["eval", "leakage", "landscapes-sdxl", "--text", str(path)]
+    assert "--attack is for language models" in error_line(*command, "--attack", "network")
+    assert "does not go with images" in error_line(*command, "--codec", "compact")
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("unforked")
+def test_an_image_sessions_prompt_and_picture_are_recovered(tmp_path: Path) -> None:
+    path = tmp_path / "prompts"
+    path.write_text("a red house on a green hill under a blue sky with the sun\n")
+    done = run_midspan(
+        "eval", "leakage", "landscapes-sdxl", "--text", str(path), "--codec", "fp32", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["headline_percent"] == 100
+    found = {(a["attack"], a["cut"]): a["recovered_percent"] for a in report["attacks"]}
+    assert found["prompt-search", "unet"] == found["prompt-search", "inner"] == 100
+    assert found["latents", "unet"] > 99.9  # stepped as the device steps them
+    assert found["features-map", "inner"] > 77  # no two of twelve different pictures have more

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -16,6 +17,7 @@ from common.console.options import calibration_option, new_tokens_option, span_o
 from common.console.outputs import check_writable
 from common.console.tables import format_table
 from common.console.waiting import progress_bar
+from common.errors import SettingsError
 from evaluation.options import (
     codecs_option,
     csv_option,
@@ -27,6 +29,7 @@ from evaluation.options import (
 )
 
 if TYPE_CHECKING:
+    from evaluation.leakage.images import ImageLeak
     from evaluation.leakage.table import Campaign, Leak
     from evaluation.leakage.texts import Division
 
@@ -80,7 +83,8 @@ def leakage_command(
     """What the pool's operator recovers of sessions with MODEL, by attack, cut and codec.
 
     Prompts are taken from the text and answered greedily; attacked are the rows that cross the cut,
-    as a worker has them. The strongest attack is the headline.
+    as a worker has them. Of an image model each line of the text is a prompt, all attacks on both
+    parts are made, and a pool is started. The strongest attack is the headline.
     """
     from common.codecs.spec import parse_codec
     from common.console.processes import set_up_torch
@@ -89,13 +93,22 @@ def leakage_command(
     from evaluation.leakage.texts import Division
 
     names = codecs or DEFAULT_CODECS
+    check_writable(csv_path)
+    directory = find_model(model)
+    if (directory / "model_index.json").exists():
+        texts_only = {
+            "--span": span_text, "--attack": attacks, "--calibration": calibration,
+            "--documents": documents,
+        }  # fmt: skip
+        refuse_for_images([name for name, value in texts_only.items() if value])
+        report(attack_pictures(directory, text, names), csv_path, as_json)
+        return
     for name in names:
         for direction in name.split(","):
             parse_codec(direction)
-    check_writable(csv_path)
     set_up_torch(threads=1)
     leaks = attack_cuts(
-        find_model(model),
+        directory,
         span_text or (None,),
         (text, documents, Division(window, tokens, pairs)),
         Campaign(attacks or ATTACK_NAMES, names, calibration, max_new_tokens),
@@ -130,12 +143,33 @@ def attack_cuts(
     return leaks
 
 
-def report(leaks: Sequence[Leak], csv_path: Path | None, as_json: bool) -> None:
-    """Print the table and its headline, and say so if the evaluator itself must be doubted."""
-    from evaluation.leakage.table import Leak, find_headline
+def refuse_for_images(options: Sequence[str]) -> None:
+    """Raises SettingsError if there are any."""
+    if options:
+        raise SettingsError(f"{options[0]} is for language models; this is one of images")
 
-    headline = find_headline(leaks)
-    headers = [field.name for field in fields(Leak)]
+
+def attack_pictures(directory: Path, text: Path, codecs: Sequence[str]) -> list[ImageLeak]:
+    """Each line of the text is a prompt. Raises SettingsError."""
+    from common.console.processes import set_up_torch
+    from common.diffusion.tensors import check_image_codec
+    from evaluation.texts import read_lines
+
+    for name in codecs:
+        check_image_codec(name)
+    if importlib.util.find_spec("skimage") is None:
+        raise SettingsError("this needs skimage: pip install 'midspan[eval]'")
+    prompts = read_lines(text)
+    set_up_torch(threads=1, images=True)
+    from evaluation.leakage.images import attack_images
+
+    return [leak for found in attack_images(directory, prompts, codecs) for leak in found]
+
+
+def report(leaks: Sequence[Leak | ImageLeak], csv_path: Path | None, as_json: bool) -> None:
+    """Print the table and its headline, and say so if the evaluator itself must be doubted."""
+    headline = max(leaks, key=lambda leak: leak.recovered_percent)
+    headers = [field.name for field in fields(headline)]
     rows = [tuple(asdict(leak).values()) for leak in leaks]
     if csv_path is not None:
         with csv_path.open("w", newline="") as file:
@@ -146,8 +180,8 @@ def report(leaks: Sequence[Leak], csv_path: Path | None, as_json: bool) -> None:
     else:
         click.echo(format_table(headers, rows))
         click.echo(
-            f"headline: {headline.recovered_percent}% of the tokens ({headline.attack}, "
-            f"cut {headline.cut}, {headline.codec})"
+            f"headline: {headline.recovered_percent}% ({headline.attack}, cut {headline.cut}, "
+            f"{headline.codec})"
         )
     for leak in leaks:
         if (leak.attack, leak.codec) == ("exact-search", "fp32") and leak.recovered_percent < 100:

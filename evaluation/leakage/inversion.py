@@ -72,7 +72,8 @@ def _invert(within: Tensor, rows: Tensor, shrinkage: float) -> Tensor:
     own = within.T @ within / len(within)
     spread = float((rows - rows.mean(dim=0)).square().mean()) + 1e-12
     sphere = spread * torch.eye(rows.shape[1])
-    return torch.linalg.inv((1 - shrinkage) * own + shrinkage * sphere)
+    inverse: Tensor = torch.linalg.inv((1 - shrinkage) * own + shrinkage * sphere)
+    return inverse
 
 
 def know_plaintext(rows: Tensor, token_ids: Tensor) -> LinearMap:

@@ -73,11 +73,6 @@ def measure(attack: str, situation: Situation, tokenizer: TextTokenizer) -> Leak
     )
 
 
-def find_headline(leaks: Sequence[Leak]) -> Leak:
-    """The strongest attack of all."""
-    return max(leaks, key=lambda leak: leak.recovered_percent)
-
-
 @dataclass(frozen=True, slots=True)
 class _Token:
     is_prompt: bool

@@ -37,11 +37,16 @@ KNOWN_ARGUMENTS = {
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """The rows start..start+rows of one session within a batch."""
+    """The rows start..start+rows of one session within a batch.
+
+    `marks` say of how many rows after another they are of a prompt, where that makes a difference;
+    rows without are of an answer.
+    """
 
     kv: KvRows
     start: int
     rows: int
+    marks: tuple[tuple[int, bool], ...] = ()
 
     @property
     def end(self) -> int:
@@ -105,8 +110,12 @@ class PackedCache(_StateKeeping):
         self._keeping = keeping
         self._rows = [segment.rows for segment in segments]
         self._masks: dict[tuple[int, int, int | None, int | None], Tensor] = {}
-        # of one session: a span with states is run by one at a time
+        # of one session: a span whose layers have states is run by one at a time
         self.states = StatePass(segments[0].kv.states, segments[0].start)
+        self.passes: list[StatePass] = []  # of all, where they have any
+        if segments[0].kv.states is not None:
+            others = [StatePass(s.kv.states, s.start) for s in segments[1:]]
+            self.passes = [self.states, *others]
         for segment in segments:
             segment.kv.reserve(segment.end)
         # all views at once: one by one, in each layer, they would take as long as attention
@@ -117,8 +126,9 @@ class PackedCache(_StateKeeping):
         """The batch has gone through: its rows and states are the sessions' own now."""
         for segment in self.segments:
             segment.kv.length = segment.end
+        for segment, own in zip(self.segments, self.passes, strict=False):
             if segment.kv.states is not None:
-                segment.kv.states.advance(segment.end, self.states.values)
+                segment.kv.states.advance(segment.end, own.values)
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any

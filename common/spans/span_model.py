@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import CheckpointError, in_one_line
+from common.neurons.span_neurons import SpanNeurons
 from common.spans.attention import (
     ATTENTION_NAME,
     Keeping,
@@ -54,6 +55,7 @@ class SpanModel:
         packs: bool,
         bytes_read: dict[str, int],
         streamed: int = 0,
+        neurons: SpanNeurons | None = None,
     ) -> None:
         self.span = span
         self.streamed = streamed  # layers that take turns in memory
@@ -63,6 +65,7 @@ class SpanModel:
         self.dtype = dtype
         self.device = torch.device(device)
         self.bytes_read = bytes_read  # of what stays, by the tensor's name in the checkpoint
+        self.neurons = neurons  # of layers that have some of theirs only
         self._gate = gate
         self._part = part
         self._decoder = decoder
@@ -100,7 +103,7 @@ class SpanModel:
         token_ids = token_ids.to(self.device)
         outputs = []
         for part, group in self._by_pass(token_ids, segments):
-            cache = PackedCache(group, self._keeping)
+            cache = self._open_cache(group)
             self._decoder(input_ids=part[None], **self._arguments(cache))
             outputs.append(self._finish(cache))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -113,7 +116,7 @@ class SpanModel:
         """
         outputs = []
         for part, group in self._by_pass(rows, segments):
-            cache = PackedCache(group, self._keeping)
+            cache = self._open_cache(group)
             self._decoder(input_ids=self._enter(part), **self._arguments(cache))
             outputs.append(self._finish(cache))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -185,6 +188,12 @@ class SpanModel:
                 left -= part.rows
                 yield min(max(0, count - left), part.rows)
 
+    def _open_cache(self, segments: list[Segment]) -> PackedCache:
+        cache = PackedCache(segments, self._keeping)
+        if self.neurons is not None:
+            self.neurons.begin(segments, [s.kv.states for s in segments], cache.passes)
+        return cache
+
     def _enter(self, rows: Tensor) -> Tensor:
         """Let rows enter at the first layer; returns what stands for their tokens, (1, T)."""
         self._gate.enter(rows.to(self.device))
@@ -197,7 +206,7 @@ class SpanModel:
     def _run_tail(self, rows: Tensor, segments: list[Segment], wanted: int | Tensor) -> Tensor:
         assert self._part == "tail", "only the tail holds the LM head"
         chosen = {"logits_to_keep": wanted} if self._rows_are_chosen else {}
-        cache = PackedCache(segments, self._keeping)
+        cache = self._open_cache(segments)
         output = self._causal_lm(input_ids=self._enter(rows), **chosen, **self._arguments(cache))
         cache.finish()
         logits: Tensor = output.logits[0]
@@ -259,12 +268,15 @@ class SpanModel:
         layers = range(self.span.first, self.span.last)
         stateful = {layer for layer, _, _ in cache.states.values}
         self._check_states(stateful, packs)
-        self.states_layout = layout_of(cache.states.values)
+        votes = self.neurons.no_votes() if self.neurons is not None else {}
+        if stateful and votes:
+            raise ValueError("its layers keep a state of the whole text, which no core goes with")
+        self.states_layout = layout_of(cache.states.values | votes)
         foreign = (cache.shapes.keys() | stateful) - set(layers)
         if foreign:
             raise ValueError(f"its layers keep what belongs to layer {min(foreign)}")
         self.layout = make_layout([cache.shapes.get(n, nothing) for n in layers], self.dtype)
-        self.goes_by_row = self.keeps_states and not self._goes_on()
+        self.goes_by_row = bool(stateful) and not self._goes_on()
 
     def _enter_any(self, rows: int) -> Tensor:
         """Let some rows enter, or be embedded; returns their tokens, (1, T)."""

@@ -15,13 +15,14 @@ import hashlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 CONVOLUTION, RECURRENT = "convolution", "recurrent"
+NEURONS = "neurons"  # votes of a prompt for those that compute its answer (common/neurons)
 MARKS = 2  # states kept besides the last two
 HEADER = struct.Struct("<Q16s")  # position, digest of the layout
 
@@ -68,6 +69,13 @@ class State:
     is_mark: bool = False  # a long step began or ended here
 
 
+class Sized(Protocol):
+    """Something that takes memory."""
+
+    @property
+    def size(self) -> int: ...
+
+
 class States:
     """The states of one session in one span, by position; the last is the current one."""
 
@@ -77,6 +85,8 @@ class States:
         self._state_bytes = layout.state_bytes
         self._kept = [State(0)]
         self._last_rows = 0  # of the last step
+        self.cores: dict[int, Sized] = {}  # by layer; made of the current state, and made again
+        self._cores_bytes = 0
 
     @property
     def current(self) -> State:
@@ -89,7 +99,12 @@ class States:
 
     @property
     def held_bytes(self) -> int:
-        return (len(self._kept) - 1) * self._state_bytes
+        return (len(self._kept) - 1) * self._state_bytes + self._cores_bytes
+
+    def note_core(self, layer: int, core: Sized) -> None:
+        """Keep what was made of the current state for one layer."""
+        self.cores[layer] = core
+        self._cores_bytes = sum(each.size for each in self.cores.values())
 
     def newest(self, position: int) -> State:
         """The newest state that is not beyond a position."""
@@ -99,6 +114,9 @@ class States:
         """Forget the states beyond `position`; returns that of the newest which is left."""
         while self.position > position:
             self._kept.pop()
+        if not self.position:
+            self.cores.clear()
+            self._cores_bytes = 0
         return self.position
 
     def begin(self, rows: int) -> None:
@@ -158,7 +176,10 @@ class StatePass:
             return
         if states.position != start:
             raise ValueError(f"a step from row {start} on meets a state of {states.position} rows")
-        self.values = {name: value.clone() for name, value in states.current.values.items()}
+        self.values = {
+            name: value if name[1] == NEURONS else value.clone()  # votes are replaced as a whole
+            for name, value in states.current.values.items()
+        }
 
     def find(self, name: StateName) -> Tensor | None:
         return self.values.get(name)

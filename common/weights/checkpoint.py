@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.errors import CheckpointError
+from common.neurons.choice import NeuronChoice, choose_neurons
 from common.spans.parts import Parts
 from common.weights.manifest import MANIFEST, SUFFIXES, find_file, read_manifest
 from common.weights.model_files import check_place, check_plain_file, read_json, read_model_config
@@ -31,6 +32,7 @@ from common.weights.torch_file import TorchFile
 
 if TYPE_CHECKING:
     from common.adapters.adapter import Adapter
+    from common.neurons.settings import NeuronSettings
 
 # what a configuration says about files and tools rather than about the model
 VOLATILE_KEYS = {
@@ -69,6 +71,7 @@ class Checkpoint:
         self._places: dict[Path, dict[str, Place]] = {}
         self._reader = PlaceReader()
         self._adapter: Adapter | None = None
+        self.neurons: NeuronChoice | None = None  # which are loaded; None: all
         self._file_of = self._map_tensors()
         self._absent = self._list_absent()
         self._packed = find_packed(self.config_json, self._file_of)
@@ -104,6 +107,15 @@ class Checkpoint:
             adapter.check(name, self.shape(name))
         self._adapter = adapter if self._adapter is None else self._adapter.join(adapter)
         self._cache.clear()
+
+    def choose(self, settings: NeuronSettings | None) -> None:
+        """Have parts loaded with some of their neurons only. Raises SettingsError."""
+        if settings is None:
+            return
+        settings.check()
+        if settings.changes_nothing:
+            return
+        self.neurons = choose_neurons(settings)
 
     def _read_config(self) -> dict[str, Any]:
         return read_model_config(self.directory, self._config_key)
@@ -225,6 +237,10 @@ class Checkpoint:
             return None
         return place
 
+    def is_in_safetensors(self, tensor_name: str) -> bool:
+        """Whether a tensor is in a file of which parts can be read."""
+        return tensor_name in self._packed or self._file_of[tensor_name].endswith(".safetensors")
+
     def _get(self, tensor_name: str, wanted: torch.dtype) -> Tensor:
         packed = self._packed.get(tensor_name)
         tensor = packed.unpack(self.read_stored) if packed else self.read_stored(tensor_name)
@@ -318,6 +334,8 @@ class Checkpoint:
             digest.update(f"{name} {found}".encode())
         if self._adapter is not None:
             digest.update(self._adapter.digest().encode())
+        if self.neurons is not None:
+            digest.update(self.neurons.digest().encode())
         return digest.hexdigest()[:16]
 
 

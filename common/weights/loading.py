@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.errors import CheckpointError, SettingsError, in_one_line
+from common.neurons.span_neurons import put_neurons
 from common.spans.cut import Span
 from common.spans.layer_stream import LayerStream, choose_streamed
 from common.spans.passage import forget_parameters, make_part, outside, rehearse, takes
@@ -195,11 +196,20 @@ def load_span(
     fill_buffers(causal_lm, outside(causal_lm, layers), "cpu", leave_unknown=True)
     rehearsal = rehearse(causal_lm, layers)
     gate = make_part(causal_lm, layers, span, part, rehearsal, device)
-    streamed = 0
+    streamed, neurons = 0, None
+    prefix = next(name for name, module in causal_lm.named_modules() if module is layers)
+    if checkpoint.neurons is not None:
+        checkpoint.neurons.check_layers(config.num_hidden_layers)
+        if resident is not None:
+            raise SettingsError("--stream-layers and --neurons cannot be combined")
+        neurons = put_neurons(
+            checkpoint.neurons, checkpoint, weights, layers, prefix, span, dtype, device, allocate
+        )
     if resident is not None:
-        prefix = next(name for name, module in causal_lm.named_modules() if module is layers)
         streamed = stream_layers(weights.apart(), layers, prefix, span, resident, dtype, device)
     bytes_read = weights.fill(causal_lm, "", dtype, device)
+    if neurons is not None:
+        bytes_read |= neurons.bytes_read
     fill_buffers(causal_lm, causal_lm.named_modules(), device)
     move_buffers(causal_lm, device)
     return SpanModel(
@@ -213,6 +223,7 @@ def load_span(
         packs=packs,
         bytes_read=bytes_read,
         streamed=streamed,
+        neurons=neurons,
     )
 
 

@@ -99,6 +99,21 @@ class WeightMap:
         self._check(stored, self._checkpoint.shape(stored), shape)
         return places[-1]
 
+    def find_plain(self, name: str, shape: tuple[int, ...]) -> str:
+        """The stored tensor that a parameter of this shape is.
+
+        Raises CheckpointError where it is put together of several, or has another shape.
+        """
+        origin = self._find(name)
+        if origin.converter is not None:
+            raise CheckpointError(
+                f"{self._checkpoint.directory}: {name} is put together of several stored tensors; "
+                "neurons are chosen of matrices that are stored as they are"
+            )
+        stored = origin.stored[-1][1]
+        self._check(stored, self._checkpoint.shape(stored), shape)
+        return stored
+
     def make(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
         """Parameters that are made of others or changed by an adapter, by name.
 

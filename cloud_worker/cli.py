@@ -12,6 +12,7 @@ import click
 from cloud_worker.options import Bounds, Models, bound_options, model_options
 from cloud_worker.start_times import StartTimes
 from common.adapters.choice import parse_choices
+from common.console.neuron_options import NeuronOptions, neuron_options
 from common.console.options import (
     Logs,
     broker_option,
@@ -46,6 +47,7 @@ log = logging.getLogger("midspan.worker")
     help="Redis that keeps KV; of a cluster some nodes: redis://A:6379,B:6379. A password is "
     "better given in the variable: `ps` shows arguments.",
 )
+@neuron_options
 @calibration_option
 @dtype_option
 @device_option
@@ -72,6 +74,7 @@ def worker(
     models: Models,
     brokers: tuple[str, ...],
     redis_url: str,
+    neurons: NeuronOptions,
     calibration: Path | None,
     dtype: str,
     device: str,
@@ -97,6 +100,8 @@ def worker(
     page = open_page(metrics)
     text_model, image_model = models.find_text_model(), models.find_image_model()
     models.check_loras()
+    chosen = neurons.read()
+    neurons.check_used(text_model)
     loras, image_loras = parse_choices(models.loras), parse_choices(models.image_loras)
     set_up_torch(threads, images=image_model is not None)
     from cloud_worker.loop.worker import Worker, WorkerSettings
@@ -117,6 +122,7 @@ def worker(
         loras,
         image_loras,
         models.image_weights,
+        chosen,
     )
     makers = load_services(
         text_model,

@@ -21,6 +21,7 @@ from common.adapters.choice import LoraChoice
 from common.adapters.peft import adapt_text_model
 from common.codecs.calibration import open_calibration
 from common.errors import SettingsError
+from common.neurons.settings import NeuronSettings
 from common.protocol.messages import Service
 from common.security.keys import KeyPair
 from common.spans.cut import parse_span
@@ -55,6 +56,7 @@ class ServingSettings:
     loras: Sequence[LoraChoice] = ()
     image_loras: Sequence[LoraChoice] = ()
     image_weights: Path | None = None  # a file instead of those in the model's directory
+    neurons: NeuronSettings | None = None  # of a language model: which are loaded; None: all
 
 
 def load_services(
@@ -95,6 +97,7 @@ def load_text_service(
     """Load a span of a language model. Raises CheckpointError or SettingsError."""
     checkpoint = Checkpoint(directory)
     adapt_text_model(checkpoint, settings.loras)
+    checkpoint.choose(settings.neurons)
     config = read_config(checkpoint)
     if span_text is None and checkpoint.parts is not None:
         span_text = name_span(checkpoint.parts.only_span(config.num_hidden_layers))
@@ -118,6 +121,11 @@ def load_text_service(
         service.name, span, len(model.bytes_read), megabytes,
         f"; {model.streamed} of {len(span)} layers take turns" if model.streamed else "",
     )  # fmt: skip
+    if model.neurons is not None:
+        log.info(
+            "%.1f MB of neurons in %d layers were left out",
+            model.neurons.bytes_left_out / 1e6, len(model.neurons.layers),
+        )  # fmt: skip
     executor = TextExecutor(model, context_length(config), known)
     return lambda outbox: TextService(
         executor,

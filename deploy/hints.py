@@ -37,6 +37,7 @@ def suggest_ask(settings: PoolSettings, edge_endpoint: str) -> str:
     """The command that asks this pool for a text."""
     options = _unless_default("--model", settings.model, DEMO_TEXT_MODEL)
     options += _lora_options("--lora", settings.loras)
+    options += settings.neuron_options
     if settings.span is not None:
         options += ["--span", settings.span]
     if settings.calibration is not None:
@@ -61,6 +62,7 @@ def suggest_worker(settings: PoolSettings, worker_endpoint: str, redis_url: str)
         options += _unless_default("--model", settings.model, None)
         options += _unless_default("--image-model", settings.image_model, None)
     options += _lora_options("--lora", settings.loras)
+    options += settings.neuron_options
     options += _lora_options("--image-lora", settings.image_loras)
     options += _unless_default("--image-weights", settings.image_weights, None)
     options += _unless_default("--span", settings.span, None)

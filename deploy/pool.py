@@ -42,6 +42,7 @@ class PoolSettings:
     redis_port: int | None = None  # of the embedded one, on loopback; None: a Unix socket only
     calibration: Path | None = None
     loras: Sequence[str] = ()  # PATH or PATH@SCALE
+    neuron_options: Sequence[str] = ()  # of the worker's command
     image_loras: Sequence[str] = ()
     image_weights: Path | None = None
     edge_endpoint: str = "tcp://127.0.0.1:*"
@@ -137,7 +138,7 @@ class LocalPool:
         options = [
             "--broker", endpoint or self.worker_endpoint, "--id", name,
             "--threads", str(settings.threads), "--dtype", settings.dtype,
-            *settings.worker_options,
+            *settings.neuron_options, *settings.worker_options,
         ]  # fmt: skip
         if settings.model is not None or settings.image_model is None:
             options += ["--model", settings.model or DEMO_TEXT_MODEL]

@@ -16,6 +16,7 @@ import click
 from click.core import ParameterSource
 
 from common.adapters.choice import check_used, check_weights, parse_choices
+from common.console.neuron_options import NeuronOptions, neuron_options
 from common.console.option_types import COUNT, WorkerRange
 from common.console.options import (
     Logs,
@@ -124,6 +125,7 @@ bound_options = add_options(
 @span_seed_option
 @image_model_option
 @lora_option
+@neuron_options
 @image_weights_option
 @image_lora_option
 @connection_options
@@ -144,6 +146,7 @@ def serve(
     span_seed: int | None,
     image_model: str | None,
     loras: tuple[str, ...],
+    neurons: NeuronOptions,
     image_weights: Path | None,
     image_loras: tuple[str, ...],
     connection: Connection,
@@ -179,7 +182,9 @@ def serve(
     text_choices, image_choices = parse_choices(loras), parse_choices(image_loras)
     pool_public = read_public(pool_key) if pool_key else None
     connection.check(timeout_s)  # complains of options now, if ever
-    source = describe_source(directory, dtype, codecs, text_choices)  # before the files are read
+    source = describe_source(  # before the files are read
+        directory, dtype, codecs, text_choices, neurons.read()
+    )
     if with_pool:
         check_own_pool()
         check_one_span(span_text)
@@ -199,7 +204,7 @@ def serve(
     handle_signals(ENDING, end)
     with waiting(f"loading {directory.resolve().name}"):
         report = asked.result() if asked else None
-        cuts = load_cuts(directory, span_text, dtype, report, text_choices)
+        cuts = load_cuts(directory, span_text, dtype, report, text_choices, neurons.read())
     choice = CutChoice(cuts, span_seed)
     name = cuts[0].name
     with contextlib.ExitStack() as stack:
@@ -218,6 +223,7 @@ def serve(
                 threads=share,
                 calibration=codecs.calibration,
                 loras=loras,
+                neuron_options=neurons.to_words(),
                 image_loras=image_loras,
                 image_weights=image_weights,
             )

@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from common.adapters.choice import check_used, check_weights, parse_choices
+from common.console.neuron_options import NeuronOptions, neuron_options
 from common.console.option_types import THREADS, WorkerRange
 from common.console.options import (
     calibration_option,
@@ -37,6 +38,7 @@ from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
 )
 @image_model_option
 @lora_option
+@neuron_options
 @image_weights_option
 @image_lora_option
 @span_option("the middle half")
@@ -65,6 +67,7 @@ def up(
     model: str | None,
     image_model: str | None,
     loras: tuple[str, ...],
+    neurons: NeuronOptions,
     image_weights: Path | None,
     image_loras: tuple[str, ...],
     span_text: str | None,
@@ -101,6 +104,8 @@ def up(
         model, image_model = DEMO_TEXT_MODEL, DEMO_IMAGE_MODEL
     check_weights(image_weights, image_model)
     check_used(loras, model, "--lora", "--model")
+    neurons.check_used(model)
+    neurons.read()
     check_used(image_loras, image_model, "--image-lora", "--image-model")
     parse_choices((*loras, *image_loras))  # complains now, if ever
     settings = PoolSettings(
@@ -117,6 +122,7 @@ def up(
         broker_options=[*(["--insecure"] if insecure else []), *hold_options(least)],
         calibration=calibration,
         loras=loras,
+        neuron_options=neurons.to_words(),
         image_loras=image_loras,
         image_weights=image_weights,
         edge_endpoint=parse_endpoint(edge_endpoint, "--edge-endpoint"),

@@ -25,9 +25,11 @@ HEAD_S = max(SILENCE_S, ASKED_S) + 0.2
 class SlowEnds(ModelEnds):
     """Each batch of heads takes longer than silence may last."""
 
-    def run_heads(self, batch: Sequence[tuple[Sequence[int], EndCaches]]) -> list[Tensor]:
+    def run_heads(
+        self, batch: Sequence[tuple[Sequence[int], EndCaches]], prompts: Sequence[bool] = ()
+    ) -> list[Tensor]:
         time.sleep(HEAD_S)
-        return ModelEnds.run_heads(self, batch)
+        return ModelEnds.run_heads(self, batch, prompts)
 
 
 @pytest.mark.long

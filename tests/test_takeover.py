@@ -58,11 +58,17 @@ class Answers:
 class Server:
     """One worker's text service, its store and its answers."""
 
-    def __init__(self, directory: Path, store: KvStore, name: str) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        store: KvStore,
+        name: str,
+        settings: ServingSettings | None = None,
+    ) -> None:
         self.store = store
         self.answers = Answers(name)
         make = load_text_service(
-            directory, None, None, store, ServingSettings(), CacheBudget(64 << 20)
+            directory, None, None, store, settings or ServingSettings(), CacheBudget(64 << 20)
         )
         service = make(self.answers)
         assert isinstance(service, TextService)

@@ -15,7 +15,7 @@ from common.codecs.calibration import Calibration
 from common.codecs.codec import Codec, make_codec
 from common.codecs.spec import parse_codec
 from common.errors import ProtocolError
-from common.protocol.messages import BOUNDARY
+from common.protocol.messages import BOUNDARY, PROMPT, Step
 from common.spans.attention import Segment
 from common.spans.span_model import SpanModel
 
@@ -54,7 +54,8 @@ class TextExecutor:
             raise ProtocolError(f"step names a codec beyond the {len(opening.codecs)} it opened")
         self._check_reply(task)
         for part in step.parts:
-            if part.name != BOUNDARY or len(part.shape) != 1 or not part.shape[0]:
+            is_rows = part.name in (BOUNDARY, PROMPT)
+            if not is_rows or len(part.shape) != 1 or not part.shape[0]:
                 raise ProtocolError(f"step has a part {part.name!r} {part.shape}; expected rows")
             codec = self._codec(opening.codecs[part.codec], "up")
             codec.check_body(part.body_bytes, part.shape[0], opening.hidden)
@@ -101,7 +102,10 @@ class TextExecutor:
 
     def _run_together(self, batch: Sequence[tuple[Task, TextStage]]) -> list[bytes]:
         uplinks = self._decode_all([task for task, _ in batch])
-        segments = [Segment(stage.kv, task.step.position, task.step.rows) for task, stage in batch]
+        segments = [
+            Segment(stage.kv, task.step.position, task.step.rows, _marks(task.step))
+            for task, stage in batch
+        ]
         rows = uplinks[0] if len(uplinks) == 1 else torch.cat(uplinks)
         tasks = [task for task, _ in batch]
         rows = rows.to(self.model.device, self.model.dtype)
@@ -158,6 +162,13 @@ class TextExecutor:
             decoded.append(codec.decode(body, part.shape[0], task.text_opening.hidden))
             at += part.body_bytes
         return decoded[0] if len(decoded) == 1 else torch.cat(decoded)
+
+
+def _marks(step: Step) -> tuple[tuple[int, bool], ...]:
+    """Which rows are of a prompt, where the edge says so."""
+    if all(part.name == BOUNDARY for part in step.parts):
+        return ()
+    return tuple((part.shape[0], part.name == PROMPT) for part in step.parts)
 
 
 def _cut_back(batch: Sequence[tuple[Task, TextStage]]) -> None:

@@ -31,6 +31,7 @@ PROTOCOL = 2  # each kind's name on the wire ends with it, so no other version i
 
 StepKey = tuple[bytes, int, int]  # session_id, generation, step
 BOUNDARY = ""  # names what crosses the cut itself: a text's rows, an image's sample
+PROMPT = "prompt"  # rows of a text's prompt, where workers compute those otherwise
 
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Text = Annotated[str, Meta(max_length=4096)]
@@ -86,7 +87,8 @@ class Part(Item, frozen=True):
     codec: Count  # index into the opening's codecs
     shape: Shape  # of a tensor; of a text's rows only how many, each of the opening's `hidden`
     body_bytes: Count
-    name: Text = BOUNDARY  # else latents, history0, prompt_embeds, text_embeds or time_ids
+    # else prompt; or latents, history0, prompt_embeds, text_embeds or time_ids
+    name: Text = BOUNDARY
 
 
 Parts = Annotated[list[Part], Meta(max_length=512)]

@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from common.adapters.choice import parse_choices
+from common.console.neuron_options import NeuronOptions, neuron_options
 from common.console.options import (
     answer_tokens_option,
     dtype_option,
@@ -50,6 +51,7 @@ WAITING = "waiting for the first token"
 @click.argument("prompt")
 @model_option
 @lora_option
+@neuron_options
 @span_option(SERVED)
 @span_seed_option
 @connection_options
@@ -73,6 +75,7 @@ def ask(
     prompt: str,
     model_name: str | None,
     loras: tuple[str, ...],
+    neurons: NeuronOptions,
     span_text: str | None,
     span_seed: int | None,
     connection: Connection,
@@ -103,6 +106,7 @@ def ask(
     means = Means(
         find_model(model_name), span_text, dtype, codecs, connection, pool_public, timeout_s,
         threads, list_given(), tokenizer, parse_choices(loras), span_seed,
+        neurons.read(),
     )  # fmt: skip
     means.check()
     drawing = sampling.read_settings(read_defaults(means.directory))

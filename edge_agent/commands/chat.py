@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from common.adapters.choice import parse_choices
+from common.console.neuron_options import NeuronOptions, neuron_options
 from common.console.options import (
     answer_tokens_option,
     dtype_option,
@@ -58,6 +59,7 @@ Ctrl-C stops an answer."""
 @click.command()
 @model_option
 @lora_option
+@neuron_options
 @span_option(SERVED)
 @span_seed_option
 @connection_options
@@ -73,6 +75,7 @@ Ctrl-C stops an answer."""
 def chat(
     model_name: str | None,
     loras: tuple[str, ...],
+    neurons: NeuronOptions,
     span_text: str | None,
     span_seed: int | None,
     connection: Connection,
@@ -95,6 +98,7 @@ def chat(
     means = Means(
         find_model(model_name), span_text, dtype, codecs, connection, pool_public, timeout_s,
         threads, loras=parse_choices(loras), span_seed=span_seed,
+        neurons=neurons.read(),
     )  # fmt: skip
     means.check()
     drawing = sampling.read_settings(read_defaults(means.directory))

@@ -53,7 +53,7 @@ class OwnAnswer:
 
         settings = means.codecs.read_settings(step_deadline_s=means.timeout_s)
         span = draw_span(means.span_text, means.span_seed)
-        ends = load_ends(means.directory, span, means.dtype, report, means.loras)
+        ends = load_ends(means.directory, span, means.dtype, report, means.loras, means.neurons)
         calibration = means.codecs.find_calibration(ends)
         tokenizer = TextTokenizer(means.directory, means.tokenizer)
         generation = Generation(

@@ -41,7 +41,9 @@ def open_engine(means: Means) -> Iterator[OwnEngine]:
         from edge_agent.text.ends import load_cuts
         from edge_agent.text.tokenizer import TextTokenizer
 
-        cuts = load_cuts(means.directory, means.span_text, means.dtype, report, means.loras)
+        cuts = load_cuts(
+            means.directory, means.span_text, means.dtype, report, means.loras, means.neurons
+        )
     choice = CutChoice(cuts, means.span_seed)
     with Engine(
         cuts[0],

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.adapters.choice import LoraChoice
 from common.errors import SettingsError
+from common.neurons.settings import NeuronSettings
 from common.security.keys import ClientKeys
 from common.spans.cut import Span, parse_span, read_span
 from common.weights.model_files import read_model_config
@@ -79,6 +80,7 @@ class Means:
     tokenizer: Path | None = None  # instead of the model's
     loras: tuple[LoraChoice, ...] = ()
     span_seed: int | None = None  # which of several spans is drawn
+    neurons: NeuronSettings | None = None  # which are loaded; None: all
 
     def check(self) -> None:
         """Raises SettingsError for options that mean nothing, CheckpointError for what is no model.
@@ -109,7 +111,7 @@ class Means:
         spans = self.read_spans()
         if spans and ",".join(map(str, spans)) != announcement.span:
             return False
-        source = describe_source(self.directory, self.dtype, self.codecs, self.loras)
+        source = describe_source(self.directory, self.dtype, self.codecs, self.loras, self.neurons)
         if source != announcement.source:
             return False
         route = self.describe_route()
@@ -122,7 +124,11 @@ class Means:
 
 
 def describe_source(
-    directory: Path, dtype: str, codecs: CodecChoice, loras: Sequence[LoraChoice] = ()
+    directory: Path,
+    dtype: str,
+    codecs: CodecChoice,
+    loras: Sequence[LoraChoice] = (),
+    neurons: NeuronSettings | None = None,
 ) -> TextSource:
     """What a text depends on. Raises SettingsError for codecs that are none."""
     model, calibration = directory.resolve(), codecs.calibration
@@ -135,7 +141,17 @@ def describe_source(
         codecs.split(),
         None if calibration is None else str(calibration),
         tuple(_describe_lora(lora) for lora in loras),
+        describe_neurons(neurons),
     )
+
+
+def describe_neurons(neurons: NeuronSettings | None) -> str:
+    """Settings and lists, in words that two processes can compare. Raises SettingsError."""
+    if neurons is None:
+        return ""
+    from common.neurons.choice import choose_neurons  # with numpy, which most have no use for
+
+    return choose_neurons(neurons).digest()
 
 
 def _describe_lora(lora: LoraChoice) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from common.adapters.choice import parse_choices
+from common.console.neuron_options import NeuronOptions, neuron_options
 from common.console.options import (
     dtype_option,
     lora_option,
@@ -59,6 +60,7 @@ class Scored:
 )
 @model_option
 @lora_option
+@neuron_options
 @span_option(SERVED)
 @span_seed_option
 @connection_options
@@ -75,6 +77,7 @@ def score(
     options: tuple[str, ...],
     model_name: str | None,
     loras: tuple[str, ...],
+    neurons: NeuronOptions,
     span_text: str | None,
     span_seed: int | None,
     connection: Connection,
@@ -96,6 +99,7 @@ def score(
     means = Means(
         find_model(model_name), span_text, dtype, codecs, connection, pool_public, timeout_s,
         threads, loras=parse_choices(loras), span_seed=span_seed,
+        neurons=neurons.read(),
     )  # fmt: skip
     means.check()
     with open_engine(means) as own:

@@ -332,13 +332,19 @@ class Engine:
             )
             tails, self._tails = self._tails, []
             self._run_by_cut(
-                [(running, work.caches, work.rows) for running, work in tails],
-                lambda ends, batch: ends.run_tails([(rows, caches) for _, caches, rows in batch]),
+                [(running, work.caches, work) for running, work in tails],
+                lambda ends, batch: ends.run_tails(
+                    [(work.rows, caches) for _, caches, work in batch],
+                    [work.is_prompt for _, _, work in batch],
+                ),
             )
             heads, self._heads = self._heads, []
             self._run_by_cut(
-                [(running, work.caches, work.token_ids) for running, work in heads],
-                lambda ends, batch: ends.run_heads([(ids, caches) for _, caches, ids in batch]),
+                [(running, work.caches, work) for running, work in heads],
+                lambda ends, batch: ends.run_heads(
+                    [(work.token_ids, caches) for _, caches, work in batch],
+                    [work.is_prompt for _, _, work in batch],
+                ),
             )
             encodings, self._encodings = self._encodings, []
             self._run_rows(
@@ -348,8 +354,8 @@ class Engine:
         if self._scorings:  # one at a time: prompts that are scored are long
             running, work = self._scorings.popleft()
             self._run_by_cut(
-                [(running, work.caches, work.rows)],
-                lambda ends, batch: [ends.score_tail(rows, caches) for _, caches, rows in batch],
+                [(running, work.caches, work)],
+                lambda ends, batch: [ends.score_tail(w.rows, caches) for _, caches, w in batch],
             )
         if had_answers:
             self._batch_s += (time.monotonic() - begun_at - self._batch_s) / 8
@@ -589,10 +595,10 @@ def _split(batch: list[tuple[_Running, Any, Any]]) -> Iterator[list[tuple[_Runni
     part: list[tuple[_Running, Any, Any]] = []
     rows = 0
     for each in batch:
-        if part and rows + len(each[2]) > MAX_BATCH_ROWS:
+        if part and rows + each[2].size > MAX_BATCH_ROWS:
             yield part
             part, rows = [], 0
         part.append(each)
-        rows += len(each[2])
+        rows += each[2].size
     if part:
         yield part

@@ -38,6 +38,7 @@ class TextSource:
     codecs: tuple[str, str, str, str]  # prompt up and down, decode up and down
     calibration: str | None
     loras: tuple[str, ...] = ()
+    neurons: str = ""  # digest of what is chosen of them
 
 
 @dataclass(frozen=True, slots=True)

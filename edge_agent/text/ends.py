@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from common.adapters.choice import LoraChoice
 from common.adapters.peft import adapt_text_model
 from common.errors import CheckpointError, SettingsError
+from common.neurons.settings import NeuronSettings
 from common.spans.attention import Segment
 from common.spans.cut import Cut, Span, parse_cut
 from common.spans.kv_rows import KvRows, make_layout
@@ -41,6 +42,7 @@ class ModelEnds:
     tail: SpanModel | NoTail
     layers: int
     route: Sequence[Span] = ()  # that served the middle when the ends were loaded
+    marks_prompts: bool = False  # tells the pool which rows are of prompts
 
     @property
     def reply_width(self) -> int:
@@ -50,19 +52,30 @@ class ModelEnds:
     def new_caches(self) -> EndCaches:
         return EndCaches(self.head.new_kv(), self.tail.new_kv())
 
-    def run_heads(self, batch: Sequence[tuple[Sequence[int], EndCaches]]) -> list[Tensor]:
-        """Token ids (T,) of some sessions to their boundary rows (T, D), appended to the KV."""
-        segments = [Segment(c.head, c.head.length, len(ids)) for ids, c in batch]
+    def run_heads(
+        self, batch: Sequence[tuple[Sequence[int], EndCaches]], prompts: Sequence[bool] = ()
+    ) -> list[Tensor]:
+        """Token ids (T,) of some sessions to their boundary rows (T, D), appended to the KV.
+
+        `prompts` says of each whether it is a prompt's; without it none is.
+        """
+        segments = mark_prompts(
+            [Segment(c.head, c.head.length, len(ids)) for ids, c in batch], prompts
+        )
         token_ids = torch.tensor([token for ids, _ in batch for token in ids])
         rows = self.head.embed_and_run(token_ids, segments)
         return list(torch.split(rows, [segment.rows for segment in segments]))
 
-    def run_tails(self, batch: Sequence[tuple[Tensor, EndCaches]]) -> list[Scores]:
+    def run_tails(
+        self, batch: Sequence[tuple[Tensor, EndCaches]], prompts: Sequence[bool] = ()
+    ) -> list[Scores]:
         """Boundary rows (T, D) of some sessions to the scores after the last row of each.
 
-        Of a model that has its tail in the pool what comes are logits (T, V).
+        Of a model that has its tail in the pool what comes are logits (T, V). `prompts` as above.
         """
-        segments = [Segment(c.tail, c.tail.length, len(rows)) for rows, c in batch]
+        segments = mark_prompts(
+            [Segment(c.tail, c.tail.length, len(rows)) for rows, c in batch], prompts
+        )
         rows = batch[0][0] if len(batch) == 1 else torch.cat([rows for rows, _ in batch])
         logits = self.tail.last_logits(rows.to(self.tail.dtype), segments).float()
         if not self.cut.has_tail:  # rows of which no logits came are there, too
@@ -74,8 +87,19 @@ class ModelEnds:
 
     def score_tail(self, rows: Tensor, caches: EndCaches) -> Tensor:
         """Boundary rows (T, D) to the logits after each of them, (T, vocabulary)."""
-        segment = Segment(caches.tail, caches.tail.length, rows.shape[0])
+        count = rows.shape[0]
+        segment = Segment(caches.tail, caches.tail.length, count, ((count, True),))
         return self.tail.logits(rows.to(self.tail.dtype), segment, last=rows.shape[0]).float()
+
+
+def mark_prompts(segments: list[Segment], prompts: Sequence[bool]) -> list[Segment]:
+    """Segments whose rows are all of a prompt where `prompts` says so."""
+    if not any(prompts):
+        return segments
+    return [
+        replace(segment, marks=((segment.rows, True),)) if is_prompt else segment
+        for segment, is_prompt in zip(segments, prompts, strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,6 +153,7 @@ def load_ends(
     dtype: str = "float32",
     report: Mapping[str, Any] | None = None,
     loras: Sequence[LoraChoice] = (),
+    neurons: NeuronSettings | None = None,
 ) -> ModelEnds:
     """Load head and tail from a Hugging Face directory; `span`, as `a-b`, is for the pool.
 
@@ -137,7 +162,7 @@ def load_ends(
 
     Raises CheckpointError for a directory that cannot be used, SettingsError for a bad span.
     """
-    source = _Source(directory, loras)
+    source = _Source(directory, loras, neurons)
     ends = source.load(source.find_cut(span, report), dtype, report)
     source.close()
     return ends
@@ -149,9 +174,10 @@ def load_cuts(
     dtype: str = "float32",
     report: Mapping[str, Any] | None = None,
     loras: Sequence[LoraChoice] = (),
+    neurons: NeuronSettings | None = None,
 ) -> list[ModelEnds]:
     """As `load_ends`, for each of some spans, `a-b,c-d`; what two have in common is there once."""
-    source = _Source(directory, loras)
+    source = _Source(directory, loras, neurons)
     names = [None] if spans is None else spans.split(",")
     cuts = [source.find_cut(name, report) for name in names]
     for cut in cuts:
@@ -165,9 +191,15 @@ def load_cuts(
 class _Source:
     """A model that one or more pairs of ends are loaded of."""
 
-    def __init__(self, directory: str | Path, loras: Sequence[LoraChoice]) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        loras: Sequence[LoraChoice],
+        neurons: NeuronSettings | None = None,
+    ) -> None:
         self._checkpoint = Checkpoint(directory)
         adapt_text_model(self._checkpoint, loras)
+        self._checkpoint.choose(neurons)
         self._config = read_config(self._checkpoint)
         self._layers: int = self._config.num_hidden_layers
         self._fingerprint = self._checkpoint.fingerprint()
@@ -203,6 +235,7 @@ class _Source:
             tail=tail,
             layers=self._layers,
             route=pick_route(report, self._fingerprint, cut.middle) if report is not None else [],
+            marks_prompts=self._checkpoint.neurons is not None,
         )
 
     def _load_part(self, span: Span, dtype: str, part: Part) -> SpanModel:

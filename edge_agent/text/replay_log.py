@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 from dataclasses import dataclass
 
-from common.protocol.messages import Part
+from common.protocol.messages import BOUNDARY, Part
 
 MAX_PARTS = 256  # of one step
 
@@ -18,6 +18,7 @@ class Encoded:
     rows: int
     codec: int  # index into the session's codecs
     body: bytes
+    name: str = BOUNDARY  # of the part in a step
 
     @property
     def end(self) -> int:
@@ -36,9 +37,9 @@ class ReplayLog:
     def __len__(self) -> int:
         return self._pieces[-1].end if self._pieces else 0
 
-    def append(self, rows: int, codec: int, body: bytes) -> None:
+    def append(self, rows: int, codec: int, body: bytes, name: str = BOUNDARY) -> None:
         """Add rows that were encoded together."""
-        self._pieces.append(Encoded(len(self), rows, codec, body))
+        self._pieces.append(Encoded(len(self), rows, codec, body, name))
 
     def cut_back(self, position: int) -> int:
         """Forget the pieces that reach beyond `position`; returns how many rows are left."""
@@ -59,4 +60,4 @@ class ReplayLog:
 
 def parts_of(pieces: list[Encoded]) -> list[Part]:
     """How a step describes these pieces."""
-    return [Part(piece.codec, [piece.rows], len(piece.body)) for piece in pieces]
+    return [Part(piece.codec, [piece.rows], len(piece.body), piece.name) for piece in pieces]

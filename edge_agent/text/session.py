@@ -127,10 +127,10 @@ class Session:
 
     def _do(self, work: Work) -> Any:
         match work:
-            case RunHead(token_ids, caches):
-                return self._ends.run_heads([(token_ids, caches)])[0]
-            case RunTail(rows, caches):
-                return self._ends.run_tails([(rows, caches)])[0]
+            case RunHead(token_ids, caches, is_prompt):
+                return self._ends.run_heads([(token_ids, caches)], [is_prompt])[0]
+            case RunTail(rows, caches, is_prompt):
+                return self._ends.run_tails([(rows, caches)], [is_prompt])[0]
             case ScoreRows(rows, caches):
                 return self._ends.score_tail(rows, caches)
             case EncodeRow() | DecodeRow():

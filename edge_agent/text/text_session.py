@@ -29,7 +29,7 @@ from common.errors import (
     ProtocolError,
     SettingsError,
 )
-from common.protocol.messages import Need, Opening, StepReply
+from common.protocol.messages import BOUNDARY, PROMPT, Need, Opening, StepReply
 from common.security.sealing import draw_key, seal
 from common.settings import PREFILL_ROWS
 from common.spans.cut import Span, are_joined, read_span
@@ -348,7 +348,7 @@ class TextSession:
             token_ids, is_prompt, wants_all=self._ends.cut.has_tail
         )
         back_at = time.monotonic()
-        scores: Scores = yield RunTail(rows, self._caches)
+        scores: Scores = yield RunTail(rows, self._caches, is_prompt)
         if not is_prompt:
             self.stats.add_stage("head", head_s)
             self.stats.add_stage("network", max(0.0, pool_s - queue_s - middle_s))
@@ -367,10 +367,11 @@ class TextSession:
         """
         head_at = time.monotonic()
         self._token_ids += token_ids
-        boundary: Tensor = yield RunHead(token_ids, self._caches)
+        boundary: Tensor = yield RunHead(token_ids, self._caches, is_prompt)
         settings = self._settings
         up = self._names.index(settings.prompt_up if is_prompt else settings.decode_up)
         down = self._names.index(settings.prompt_down if is_prompt else settings.decode_down)
+        name = PROMPT if is_prompt and self._ends.marks_prompts else BOUNDARY
         start = len(self._log)
         for chunk in torch.split(boundary, self._rows_at_once(wants_all)):
             body: bytes | MidspanError
@@ -380,7 +381,7 @@ class TextSession:
                     raise body
             else:
                 body = self._up[up].encode(chunk)
-            self._log.append(len(chunk), up, body)
+            self._log.append(len(chunk), up, body, name)
         sent_at = time.monotonic()
         wanted = start if wants_all else len(self._log) - 1
         rows, queue_s, middle_s = yield from self._compute_middle(start, wanted, down)

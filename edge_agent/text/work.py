@@ -27,6 +27,11 @@ class RunHead:
 
     token_ids: Sequence[int]
     caches: EndCaches
+    is_prompt: bool = False
+
+    @property
+    def size(self) -> int:
+        return len(self.token_ids)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,6 +40,11 @@ class RunTail:
 
     rows: Tensor
     caches: EndCaches
+    is_prompt: bool = False
+
+    @property
+    def size(self) -> int:
+        return len(self.rows)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,6 +89,10 @@ class ScoreRows:
 
     rows: Tensor
     caches: EndCaches
+
+    @property
+    def size(self) -> int:
+        return len(self.rows)
 
 
 @dataclass(frozen=True, slots=True)

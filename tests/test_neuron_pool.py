@@ -1,0 +1,250 @@
+"""Sessions with some of a model's neurons, through a pool whose workers die."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import redis
+import torch
+from click.testing import CliRunner
+from forks import run_midspan
+from msgspec import structs
+from pools import GREEDY, PROMPTS, generate, generate_together
+from test_takeover import Server
+
+from cloud_worker.loop.batcher import Task
+from cloud_worker.serving import ServingSettings
+from cloud_worker.state.redis_store import RedisKvStore
+from common.console.neuron_options import NeuronOptions
+from common.errors import NoWorker, SettingsError
+from common.neurons.lists import NeuronLists, write_lists
+from common.neurons.settings import NeuronSettings
+from common.protocol.messages import PROMPT, StepReply
+from deploy.cli import midspan
+from deploy.embedded_redis import EmbeddedRedis
+from deploy.pool import LocalPool, PoolSettings
+from edge_agent.commands.codec_options import CodecChoice
+from edge_agent.commands.question import describe_source
+from edge_agent.engine.engine import Engine
+from edge_agent.text.ends import ModelEnds, load_ends
+from edge_agent.text.session import Session
+from edge_agent.text.text_session import uniform_settings
+from edge_agent.text.tokenizer import TextTokenizer
+
+LAYERS, WIDTH = 8, 352  # of the demo model
+COUNT = 24
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> NeuronSettings:
+    """Head, middle and tail have layers of them."""
+    path = tmp_path_factory.mktemp("lists") / "lists.json"
+    generator = np.random.default_rng(1)
+    write_lists(path, NeuronLists("l", [generator.permutation(WIDTH) for _ in range(LAYERS)]))
+    return NeuronSettings((path,), start=0, end=LAYERS, sparsity=0.5)
+
+
+@pytest.fixture(scope="module")
+def options(settings: NeuronSettings) -> list[str]:
+    return NeuronOptions(
+        settings.files, sparsity=settings.sparsity, neuron_layers=f"0:{LAYERS}"
+    ).to_words()
+
+
+@pytest.fixture(scope="module")
+def pool(options: list[str]) -> Iterator[LocalPool]:
+    with LocalPool(PoolSettings(workers=2, neuron_options=options)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def ends(demo_directory: Path, settings: NeuronSettings) -> ModelEnds:
+    return load_ends(demo_directory, neurons=settings)
+
+
+@pytest.fixture(scope="module")
+def prompts(demo_directory: Path) -> list[list[int]]:
+    tokenizer = TextTokenizer(demo_directory)
+    return [tokenizer.encode(prompt) for prompt in PROMPTS[:8]]
+
+
+@pytest.fixture(scope="module")
+def reference(
+    demo_directory: Path, settings: NeuronSettings, prompts: list[list[int]]
+) -> Callable[[int], list[int]]:
+    """The likeliest tokens of the whole model, whose neurons are set to zero from outside."""
+    import test_neurons as by_hand
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(demo_directory, dtype=torch.float32).eval()
+    known: dict[int, list[int]] = {}
+
+    @torch.inference_mode()
+    def write(number: int) -> list[int]:
+        if number not in known:
+            ids = list(prompts[number])
+            sizes = (by_hand.WIDTH, by_hand.COVERED)
+            by_hand.WIDTH, by_hand.COVERED = WIDTH, tuple(range(1, LAYERS))
+            try:
+                with by_hand.neurons_by_hand(whole, "down_proj", settings, len(ids)):
+                    for _ in range(COUNT):
+                        logits = whole(input_ids=torch.tensor([ids]), use_cache=False).logits
+                        ids.append(int(logits[0, -1].argmax()))
+            finally:
+                by_hand.WIDTH, by_hand.COVERED = sizes
+            known[number] = ids[len(prompts[number]) :]
+        return known[number]
+
+    return write
+
+
+def test_tokens_are_those_of_the_model_whose_neurons_are_left_out(
+    pool: LocalPool,
+    ends: ModelEnds,
+    prompts: list[list[int]],
+    reference: Callable[[int], list[int]],
+    whole_model: Any,
+) -> None:
+    tokens, _ = generate(pool, ends, prompts[0], COUNT)
+    assert tokens == reference(0)
+    dense = whole_model.generate(torch.tensor([prompts[0]]), max_new_tokens=COUNT, do_sample=False)
+    assert tokens != dense[0, len(prompts[0]) :].tolist()
+    in_pieces, _ = generate(pool, ends, prompts[0], COUNT, prefill_rows=4)
+    assert in_pieces == tokens
+
+
+def test_eight_sessions_at_once_each_have_their_own_core(
+    pool: LocalPool,
+    ends: ModelEnds,
+    prompts: list[list[int]],
+    reference: Callable[[int], list[int]],
+) -> None:
+    assert generate_together(pool, ends, prompts, COUNT) == [reference(n) for n in range(8)]
+
+
+def test_an_engine_runs_heads_and_tails_with_their_cores(
+    pool: LocalPool,
+    ends: ModelEnds,
+    prompts: list[list[int]],
+    reference: Callable[[int], list[int]],
+) -> None:
+    with Engine(ends, [pool.edge_endpoint], uniform_settings("fp32")) as engine:
+        streams = [engine.submit(ids, COUNT, GREEDY) for ids in prompts[:3]]
+        written = [[token.token_id for token in stream] for stream in streams]
+    assert written == [reference(n) for n in range(3)]
+
+
+@pytest.mark.parametrize("store", ["kept", "emptied"])
+def test_a_session_keeps_its_core_when_its_worker_is_killed(
+    pool: LocalPool,
+    ends: ModelEnds,
+    prompts: list[list[int]],
+    reference: Callable[[int], list[int]],
+    store: str,
+) -> None:
+    def harm(count: int, session: Session) -> None:
+        if count in (1, 9):
+            pool.kill_worker(session.last_worker_id)
+            if store == "emptied":
+                redis.Redis.from_url(pool.redis_url).flushall()
+            pool.start_worker()
+
+    tokens, session = generate(pool, ends, prompts[1], COUNT, on_token=harm)
+    assert tokens == reference(1)
+    assert len(session.stats.tokens_by_worker) > 1
+    pool.wait_for_workers(2)
+
+
+def test_who_chooses_otherwise_does_not_meet_these_workers(
+    pool: LocalPool, demo_directory: Path, demo_ends: ModelEnds, settings: NeuronSettings
+) -> None:
+    other = load_ends(demo_directory, neurons=replace(settings, sparsity=0.4))
+    for ends in (demo_ends, other):
+        with pytest.raises(NoWorker, match="no worker serves"):
+            generate(pool, ends, [1, 2, 3], 2)
+
+
+def test_votes_are_taken_over_from_the_store(
+    demo_directory: Path, settings: NeuronSettings, redis_server: EmbeddedRedis
+) -> None:
+    redis.Redis.from_url(redis_server.url).flushall()
+    first, second = (
+        Server(
+            demo_directory, RedisKvStore(redis_server.url, timeout_s=10), name,
+            ServingSettings(neurons=settings),
+        )
+        for name in ("w1", "w2")
+    )  # fmt: skip
+    rows = 40
+    assert isinstance(first.compute(of_prompt(first.task(0, 0, rows)))[0], StepReply)
+    first.commit_all()
+    task = first.task(1, rows, 1)
+    reply, body = second.compute(task)
+    assert isinstance(reply, StepReply)
+    assert (second.service.stats["rows_pulled"], second.service.stats["rows_asked"]) == (rows, 0)
+    assert body == first.compute(task)[1]
+    unmarked = second.task(2, 0, rows)
+    second.compute(unmarked)
+    assert second.compute(second.task(3, rows, 1))[1] != body  # a prompt makes the difference
+
+
+def of_prompt(task: Task) -> Task:
+    parts = [structs.replace(part, name=PROMPT) for part in task.step.parts]
+    task.step = structs.replace(task.step, parts=parts)
+    return task
+
+
+# --- commands
+
+
+def test_ask_and_score_take_neurons(pool: LocalPool, options: list[str]) -> None:
+    more = [*options, "--threads", "1", "--json", "--broker", pool.edge_endpoint]
+    asked = run_midspan("ask", PROMPTS[0], "-n", "3", "-t", "0", *more)
+    assert len(json.loads(asked.stdout)["token_ids"]) == 3, asked.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["ask", "hi", "--loaded", "0.5"], "--loaded 0.5 would do nothing: name lists with"),
+        (["ask", "hi", "--neurons", "/nothing", "--neuron-layers", "3"], "expected START:END"),
+        (["up", "--neurons", "/nothing"], "/nothing cannot be read as lists"),
+        (["worker", "--image-model", "landscapes-sdxl", "--neurons", "/x"], "name it: --model"),
+        (["ask", "hi", "--neurons", "/x", "--sparsity", "0"], "0.0 is not in the range 0<x<=1"),
+        (["score", "a", "--option", "b", "--neurons", "/x", "--base", "0.9"], "more than --loaded"),
+    ],
+    ids=range(6),
+)  # fmt: skip
+def test_options_that_make_no_sense_are_named(arguments: list[str], words: str) -> None:
+    said = CliRunner().invoke(midspan, arguments)
+    assert said.exit_code != 0
+    assert words in said.output
+
+
+def test_options_say_what_was_said() -> None:
+    given = NeuronOptions((Path("a"), Path("b")), loaded=0.5, neuron_layers="1:7")
+    assert given.to_words() == [
+        "--neurons", "a", "--neurons", "b", "--loaded", "0.5", "--neuron-layers", "1:7"
+    ]  # fmt: skip
+    with pytest.raises(SettingsError, match="would do nothing"):
+        replace(given, neuron_files=()).read()
+    settings = given.read()
+    assert settings is not None
+    assert (settings.files, settings.start, settings.end) == ((Path("a"), Path("b")), 1, 7)
+
+
+def test_a_serve_with_other_neurons_is_not_asked(
+    settings: NeuronSettings, demo_directory: Path
+) -> None:
+    sources = [
+        describe_source(demo_directory, "float32", CodecChoice("int8"), (), chosen)
+        for chosen in (None, settings, replace(settings, loaded=0.6), settings)
+    ]
+    assert sources[1] == sources[3]
+    assert len(set(sources)) == 3

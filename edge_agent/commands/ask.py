@@ -4,44 +4,28 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import fields
-from pathlib import Path
 
 import click
-from click.core import ParameterSource
 
-from common.adapters.choice import parse_choices
-from common.console.neuron_options import NeuronOptions, neuron_options
 from common.console.options import (
     answer_tokens_option,
-    dtype_option,
-    lora_option,
-    model_option,
-    span_option,
-    span_seed_option,
-    threads_option,
     tokenizer_option,
 )
 from common.console.waiting import waiting
 from common.errors import BrokerUnavailable
-from common.security.keys import read_public
-from common.weights.demo_model import find_model
-from edge_agent.commands.codec_options import CodecChoice, codec_options
-from edge_agent.commands.connection_options import SERVED, Connection, connection_options
 from edge_agent.commands.cost_tables import format_cut_off, format_stats
+from edge_agent.commands.means_options import means_options
 from edge_agent.commands.own_answer import OwnAnswer
 from edge_agent.commands.prompts import read_prompt
 from edge_agent.commands.question import Means, Question
 from edge_agent.commands.run_options import (
-    encrypt_option,
     print_stats,
     report_options,
     system_option,
-    timeout_option,
 )
 from edge_agent.commands.sampling_options import Sampling, sampling_options
 from edge_agent.commands.served_answer import NotServed, ServedAnswer
-from edge_agent.server.announcement import Route, list_running
+from edge_agent.server.announcement import list_running
 from edge_agent.text.sampling import read_defaults
 
 WAITING = "waiting for the first token"
@@ -49,22 +33,12 @@ WAITING = "waiting for the first token"
 
 @click.command()
 @click.argument("prompt")
-@model_option
-@lora_option
-@neuron_options
-@span_option(SERVED)
-@span_seed_option
-@connection_options
-@encrypt_option
-@codec_options
+@means_options
 @answer_tokens_option(200, "--steps")
 @sampling_options
 @click.option("--stop", "stops", multiple=True, help="End the text before this string; repeatable.")
 @system_option
 @tokenizer_option("instead of the model's own", "-z")
-@dtype_option
-@threads_option
-@timeout_option(60.0)
 @click.option(
     "--no-serve",
     is_flag=True,
@@ -73,22 +47,11 @@ WAITING = "waiting for the first token"
 @report_options("text, token_ids, stats")
 def ask(
     prompt: str,
-    model_name: str | None,
-    loras: tuple[str, ...],
-    neurons: NeuronOptions,
-    span_text: str | None,
-    span_seed: int | None,
-    connection: Connection,
-    pool_key: str | None,
-    codecs: CodecChoice,
+    means: Means,
     max_new_tokens: int,
     sampling: Sampling,
     stops: tuple[str, ...],
     system: str,
-    tokenizer: Path | None,
-    dtype: str,
-    threads: int | None,
-    timeout_s: float,
     no_serve: bool,
     as_json: bool,
     with_stats: bool,
@@ -102,13 +65,6 @@ def ask(
     into the prompt. Where a `midspan serve` of yours runs that would write the same, it is asked
     and no model is loaded.
     """
-    pool_public = read_public(pool_key) if pool_key else None
-    means = Means(
-        find_model(model_name), span_text, dtype, codecs, connection, pool_public, timeout_s,
-        threads, list_given(), tokenizer, parse_choices(loras), span_seed,
-        neurons.read(),
-    )  # fmt: skip
-    means.check()
     drawing = sampling.read_settings(read_defaults(means.directory))
     question = Question(read_prompt(prompt), max_new_tokens, drawing, stops, system)
     question.check()
@@ -133,15 +89,6 @@ def ask(
     if as_json:
         said = {"text": answer.text, "token_ids": answer.token_ids, "stats": answer.stats}
         click.echo(json.dumps(said))
-
-
-def list_given() -> frozenset[str]:
-    """Options about the way to the pool that somebody gave, in whatever way."""
-    context = click.get_current_context()
-    names = [field.name for field in fields(Route)]
-    return frozenset(
-        name for name in names if context.get_parameter_source(name) != ParameterSource.DEFAULT
-    )
 
 
 def ask_serves(question: Question, means: Means, refusals: list[str]) -> ServedAnswer | None:

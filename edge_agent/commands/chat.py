@@ -10,33 +10,20 @@ from typing import TYPE_CHECKING
 
 import click
 
-from common.adapters.choice import parse_choices
-from common.console.neuron_options import NeuronOptions, neuron_options
 from common.console.options import (
     answer_tokens_option,
-    dtype_option,
-    lora_option,
-    model_option,
-    span_option,
-    span_seed_option,
-    threads_option,
 )
 from common.console.processes import freeze_loaded_objects
 from common.console.waiting import waiting
 from common.errors import MidspanError, SettingsError
-from common.security.keys import read_public
-from common.weights.demo_model import find_model
-from edge_agent.commands.codec_options import CodecChoice, codec_options
-from edge_agent.commands.connection_options import SERVED, Connection, connection_options
 from edge_agent.commands.cost_tables import format_stats
+from edge_agent.commands.means_options import means_options
 from edge_agent.commands.own_engine import open_engine
 from edge_agent.commands.prompts import read_template
 from edge_agent.commands.question import Means
 from edge_agent.commands.run_options import (
-    encrypt_option,
     system_option,
     template_option,
-    timeout_option,
 )
 from edge_agent.commands.sampling_options import Sampling, sampling_options
 from edge_agent.text.sampling import read_defaults
@@ -57,50 +44,23 @@ Ctrl-C stops an answer."""
 
 
 @click.command()
-@model_option
-@lora_option
-@neuron_options
-@span_option(SERVED)
-@span_seed_option
-@connection_options
-@encrypt_option
-@codec_options
+@means_options
 @answer_tokens_option(400)
 @sampling_options
 @system_option
 @template_option
-@dtype_option
-@threads_option
-@timeout_option(60.0)
 def chat(
-    model_name: str | None,
-    loras: tuple[str, ...],
-    neurons: NeuronOptions,
-    span_text: str | None,
-    span_seed: int | None,
-    connection: Connection,
-    pool_key: str | None,
-    codecs: CodecChoice,
+    means: Means,
     max_new_tokens: int,
     sampling: Sampling,
     system: str,
     chat_template: Path | None,
-    dtype: str,
-    threads: int | None,
-    timeout_s: float,
 ) -> None:
     """Talk with a model; /help shows the commands. Lines may also come from a pipe.
 
     Text is not sent. Rows of numbers are, and who holds the model's weights can turn those back
     into what was said.
     """
-    pool_public = read_public(pool_key) if pool_key else None
-    means = Means(
-        find_model(model_name), span_text, dtype, codecs, connection, pool_public, timeout_s,
-        threads, loras=parse_choices(loras), span_seed=span_seed,
-        neurons=neurons.read(),
-    )  # fmt: skip
-    means.check()
     drawing = sampling.read_settings(read_defaults(means.directory))
     sampling.warn_of_greedy(drawing)
     template = read_template(chat_template) if chat_template else None
@@ -109,7 +69,7 @@ def chat(
 
         talk = Chat(own.engine, own.tokenizer, drawing, max_new_tokens, system, template)
         freeze_loaded_objects()
-        about = f"{own.name}, layers {own.choice} in the pool, {codecs.codec} on the wire"
+        about = f"{own.name}, layers {own.choice} in the pool, {means.codecs.codec} on the wire"
         Terminal(talk, about).run()
         talk.close()
 

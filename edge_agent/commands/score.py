@@ -10,26 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from common.adapters.choice import parse_choices
-from common.console.neuron_options import NeuronOptions, neuron_options
-from common.console.options import (
-    dtype_option,
-    lora_option,
-    model_option,
-    span_option,
-    span_seed_option,
-    threads_option,
-)
 from common.console.tables import format_table
 from common.errors import SettingsError
-from common.security.keys import read_public
-from common.weights.demo_model import find_model
-from edge_agent.commands.codec_options import CodecChoice, codec_options
-from edge_agent.commands.connection_options import SERVED, Connection, connection_options
+from edge_agent.commands.means_options import means_options
 from edge_agent.commands.own_engine import open_engine
 from edge_agent.commands.prompts import check_text, read_prompt
 from edge_agent.commands.question import Means
-from edge_agent.commands.run_options import encrypt_option, timeout_option
 
 if TYPE_CHECKING:
     from edge_agent.engine.engine import Engine
@@ -58,34 +44,14 @@ class Scored:
     required=True,
     help="A continuation, with the space that it begins with; repeatable.",
 )
-@model_option
-@lora_option
-@neuron_options
-@span_option(SERVED)
-@span_seed_option
-@connection_options
-@encrypt_option
-@codec_options
-@dtype_option
-@threads_option
-@timeout_option(60.0)
+@means_options
 @click.option(
     "--json", "as_json", is_flag=True, help="Print JSON, one object: options, best, nats_ahead."
 )
 def score(
     prompt: str,
     options: tuple[str, ...],
-    model_name: str | None,
-    loras: tuple[str, ...],
-    neurons: NeuronOptions,
-    span_text: str | None,
-    span_seed: int | None,
-    connection: Connection,
-    pool_key: str | None,
-    codecs: CodecChoice,
-    dtype: str,
-    threads: int | None,
-    timeout_s: float,
+    means: Means,
     as_json: bool,
 ) -> None:
     """Say which continuation of PROMPT is likeliest, and by how much; - reads it from stdin.
@@ -95,13 +61,6 @@ def score(
     """
     prompt = read_prompt(prompt)
     check_options(options)
-    pool_public = read_public(pool_key) if pool_key else None
-    means = Means(
-        find_model(model_name), span_text, dtype, codecs, connection, pool_public, timeout_s,
-        threads, loras=parse_choices(loras), span_seed=span_seed,
-        neurons=neurons.read(),
-    )  # fmt: skip
-    means.check()
     with open_engine(means) as own:
         scored = score_options(own.engine, own.tokenizer, prompt, options)
     click.echo(

@@ -30,7 +30,7 @@ PICTURES = ("sweep", "correlation", "relevance")
     "--output",
     required=True,
     type=click.Path(path_type=Path),
-    help="Directory for findings.json, points.csv, prompts.csv and the plots.",
+    help="What to write: a directory of findings.json, points.csv, prompts.csv and plots.",
 )
 @click.option("--no-plots", is_flag=True, help="Write no PNG.")
 @json_option

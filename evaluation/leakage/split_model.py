@@ -78,12 +78,12 @@ class SplitModel:
 
         Each token of the answer is sent up, too, as it is for the one that follows.
         """
-        caches, kv = self.ends.new_caches(), self._middle.new_kv()
+        caches, kv = self.ends.new_caches(), self.new_kv()
         token_ids: list[int] = []
         ups, downs = [], []
         new = list(prompt)
         while new:
-            up, down, scores = self._step(new, caches, kv, codecs)
+            up, down, scores = self.step(new, caches, kv, codecs)
             token_ids += new
             ups.append(up)
             downs.append(down)
@@ -95,22 +95,42 @@ class SplitModel:
         """What the model says after each row that came back: logits (T, vocabulary)."""
         return self.ends.score_tail(down, self.ends.new_caches())
 
+    def open_reader(self, codecs: Codecs) -> Reader:
+        """The whole model, to ask what comes next."""
+        return Reader(self, codecs)
+
     def score(self, up: Tensor) -> Tensor:
         """Rows (T, D) as the pool got them to the logits after each, (T, vocabulary)."""
         return self.read_downlink(self._run_middle(up, self._middle.new_kv()))
 
-    def _step(
+    def step(
         self, token_ids: list[int], caches: EndCaches, kv: KvRows, codecs: Codecs
     ) -> tuple[Tensor, Tensor, Scores]:
         up = cross(codecs.up, self.ends.run_heads([(token_ids, caches)])[0])
         down = cross(codecs.down, self._run_middle(up, kv), up)
         return up, down, self.ends.run_tails([(down, caches)])[0]
 
+    def new_kv(self) -> KvRows:
+        """Of the middle."""
+        return self._middle.new_kv()
+
     def _run_middle(self, rows: Tensor, kv: KvRows) -> Tensor:
         segment = Segment(kv, kv.length, len(rows))
         if self._middle.gives_logits:
             return self._middle.logits(rows, segment, last=len(rows))
         return self._middle.run(rows, [segment])
+
+
+class Reader:
+    """A text that is read token by token."""
+
+    def __init__(self, split: SplitModel, codecs: Codecs) -> None:
+        self._split, self._codecs = split, codecs
+        self._caches, self._kv = split.ends.new_caches(), split.new_kv()
+
+    def read(self, token_ids: list[int]) -> Tensor:
+        """What the model says comes after these: logits (vocabulary,)."""
+        return self._split.step(token_ids, self._caches, self._kv, self._codecs)[2].logits
 
 
 def cross(codec: Codec, rows: Tensor, uplink: Tensor | None = None) -> Tensor:

@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
+import test_neurons as by_hand
 import torch
 from click.testing import CliRunner
 from forks import run_midspan
 from msgspec import structs
 from pools import GREEDY, PROMPTS, generate, generate_together
+from random_models import save_random_model
 from test_takeover import Server
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cloud_worker.loop.batcher import Task
 from cloud_worker.serving import ServingSettings
@@ -26,6 +29,9 @@ from common.errors import NoWorker, SettingsError
 from common.neurons.lists import NeuronLists, write_lists
 from common.neurons.settings import NeuronSettings
 from common.protocol.messages import PROMPT, StepReply
+from common.spans.twin_check import check_twin
+from common.weights.checkpoint import Checkpoint
+from common.weights.loading import read_config
 from deploy.cli import midspan
 from deploy.embedded_redis import EmbeddedRedis
 from deploy.pool import LocalPool, PoolSettings
@@ -79,9 +85,6 @@ def reference(
     demo_directory: Path, settings: NeuronSettings, prompts: list[list[int]]
 ) -> Callable[[int], list[int]]:
     """The likeliest tokens of the whole model, whose neurons are set to zero from outside."""
-    import test_neurons as by_hand
-    from transformers import AutoModelForCausalLM
-
     whole = AutoModelForCausalLM.from_pretrained(demo_directory, dtype=torch.float32).eval()
     known: dict[int, list[int]] = {}
 
@@ -198,6 +201,39 @@ def of_prompt(task: Task) -> Task:
     parts = [structs.replace(part, name=PROMPT) for part in task.step.parts]
     task.step = structs.replace(task.step, parts=parts)
     return task
+
+
+def read_memory_mb(pid: int) -> dict[str, float]:
+    """What is resident now, and the most that ever was."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    return {name: int(fields[name].split()[0]) * 1024 / 1e6 for name in ("VmRSS", "VmHWM")}
+
+
+def test_a_workers_memory_is_smaller_by_what_is_not_loaded(tmp_path: Path) -> None:
+    width, layers = 8192, 4
+    config = LlamaConfig(
+        vocab_size=48, hidden_size=256, intermediate_size=width, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=1,
+    )  # fmt: skip
+    save_random_model(config, tmp_path)
+    check_twin(read_config(Checkpoint(tmp_path)))  # which takes memory of its own, once
+    write_lists(tmp_path / "l.json", NeuronLists("l", [np.arange(width)[::-1].copy()] * layers))
+    options = NeuronOptions(
+        (tmp_path / "l.json",), loaded=0.3, sparsity=0.3, neuron_layers=f"0:{layers}"
+    )
+    memory = []
+    for words in ([], options.to_words()):
+        settings = PoolSettings(
+            workers=1, model=str(tmp_path), span="1-4", neuron_options=words,
+            worker_options=["--cache-mb", "1"],
+        )  # fmt: skip
+        with LocalPool(settings) as pool:
+            memory.append(read_memory_mb(pool.workers["w1"].pid))
+    left_out_mb = 3 * 3 * (width - round(0.3 * width)) * 256 * 4 / 1e6
+    for name in ("VmRSS", "VmHWM"):
+        saved = memory[0][name] - memory[1][name]
+        assert left_out_mb - 6 < saved < left_out_mb + 6, (name, saved)  # of 53: pages of others
 
 
 # --- commands

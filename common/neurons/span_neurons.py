@@ -19,7 +19,7 @@ from common.neurons.passing import NeuronPass, Passing, Rows
 from common.neurons.sparse_mlp import LayerNeurons, LoadedInto, LoadedOut
 from common.spans.cut import Span
 from common.spans.states import NEURONS, StateName, StatePass, States
-from common.weights.checkpoint import Checkpoint
+from common.weights.checkpoint import ALIGNMENT, Checkpoint
 from common.weights.matrix_reader import MatrixReader
 from common.weights.tensors import WeightMap
 
@@ -62,22 +62,42 @@ def put_neurons(
     covered = [index for index in range(span.first, span.last) if choice.covers(index)]
     if not covered:
         return None
-    placed = SpanNeurons()
-    reader = _PartReader(checkpoint, weights, dtype, device, allocate, placed)
+    planned = []
     for index in covered:
-        layer = layers[index]
-        mlp = find_mlp(layer, index)
-        of_layer = choice.of_layer(index, mlp.width)
-        neurons = LayerNeurons(index, of_layer, choice.settings.token_sparsity, placed.passing)
-        reader.replace(neurons, of_layer, layer, mlp, f"{prefix}.{index}.")
+        mlp = find_mlp(layers[index], index)
+        planned.append((index, mlp, choice.of_layer(index, mlp.width)))
+    placed = SpanNeurons()
+    size = sum(_size(layers[index], mlp, part, dtype) for index, mlp, part in planned)
+    reader = _PartReader(checkpoint, weights, dtype, device, allocate(size), placed)
+    for index, mlp, part in planned:
+        neurons = LayerNeurons(index, part, choice.settings.token_sparsity, placed.passing)
+        reader.replace(neurons, part, layers[index], mlp, f"{prefix}.{index}.")
         neurons.to(device)
         placed.layers.append(neurons)
     reader.close()
     return placed
 
 
+def _size(layer: nn.Module, mlp: Mlp, choice: LayerChoice, dtype: torch.dtype) -> int:
+    """Bytes that the loaded neurons of a layer take, each tensor at a round address."""
+    matrices = [*mlp.into(layer), mlp.out(layer)]
+    tensors = [tensor for matrix in matrices for tensor in (matrix.weight, matrix.bias)]
+    return sum(
+        _round_up(tensor.numel() // mlp.width * len(choice.ranks) * dtype.itemsize)
+        for tensor in tensors
+        if tensor is not None
+    )
+
+
+def _round_up(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
 class _PartReader:
-    """Reads the matrices of one layer after another."""
+    """Reads the matrices of one layer after another into one block of memory.
+
+    Each in a block of its own would end within a page of 2 MB.
+    """
 
     def __init__(
         self,
@@ -85,13 +105,13 @@ class _PartReader:
         weights: WeightMap,
         dtype: torch.dtype,
         device: torch.device | str,
-        allocate: Callable[[int], Tensor],
+        memory: Tensor,
         placed: SpanNeurons,
     ) -> None:
         self._reader = MatrixReader(checkpoint)
         self._weights = weights
         self._dtype, self._device = dtype, device
-        self._allocate = allocate
+        self._memory, self._at = memory, 0
         self._placed = placed
 
     def close(self) -> None:
@@ -130,8 +150,9 @@ class _PartReader:
         return tensor.to(self._device)
 
     def _make(self, shape: tuple[int, ...]) -> Tensor:
-        size = math.prod(shape) * self._dtype.itemsize
-        return self._allocate(size).view(self._dtype).view(shape)
+        start, size = self._at, math.prod(shape) * self._dtype.itemsize
+        self._at += _round_up(size)
+        return self._memory[start : start + size].view(self._dtype).view(shape)
 
 
 def _put(layer: nn.Module, name: str, module: Any) -> None:

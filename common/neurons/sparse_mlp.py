@@ -26,8 +26,9 @@ from common.neurons.choice import LayerChoice
 from common.neurons.core import count_votes, pick_core
 from common.neurons.passing import NeuronPass, Passing, Run
 
-# a gathered core of one row costs that many times what its share of a product of many rows does
-OWN_COST = 1.0
+# what a row's product with its own core takes, as a part of what one of many rows with as many
+# neurons does: benchmarks/neurons.py, where up to seven sessions are faster with their own
+OWN_COST = 0.55
 
 
 class Way(Enum):

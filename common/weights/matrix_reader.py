@@ -19,7 +19,8 @@ from torch import Tensor
 from common.weights.checkpoint import Checkpoint
 from common.weights.safetensors_places import Place, PlaceReader
 
-STRIP_BYTES = 4 << 20
+STRIP_BYTES = 1 << 20  # of what is read and dropped again
+STRIP_ROWS = 64
 Ids: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
 
 
@@ -45,8 +46,16 @@ class MatrixReader:
             return
         row_bytes = place.size // self._checkpoint.shape(name)[0]
         for at, first, count in _runs(ids):
-            rows = self._read(place, first * row_bytes, count * row_bytes)
-            into[at : at + count].copy_(rows.view(count, *into.shape[1:]))
+            rows = into[at : at + count]
+            if place.dtype == into.dtype:
+                memory = rows.reshape(-1).view(torch.uint8)
+                self._read(place, first * row_bytes, memory)
+                continue
+            for begin in range(0, count, STRIP_ROWS):
+                part = rows[begin : begin + STRIP_ROWS]
+                memory = torch.empty(len(part) * row_bytes, dtype=torch.uint8)
+                self._read(place, (first + begin) * row_bytes, memory)
+                part.copy_(memory.view(place.dtype).view(part.shape))
 
     def read_whole(self, name: str, dtype: torch.dtype) -> Tensor:
         """All of a tensor."""
@@ -67,20 +76,21 @@ class MatrixReader:
         height, width = self._checkpoint.shape(name)
         row_bytes = place.size // height
         at_once = max(1, STRIP_BYTES // row_bytes)
+        memory = torch.empty(min(at_once, height) * row_bytes, dtype=torch.uint8)
         for first in range(0, height, at_once):
-            count = min(at_once, height - first)
-            rows = self._read(place, first * row_bytes, count * row_bytes)
-            yield first, rows.view(count, width)
+            strip = memory[: min(at_once, height - first) * row_bytes]
+            self._read(place, first * row_bytes, strip)
+            yield first, strip.view(place.dtype).view(-1, width)
 
     def _place(self, name: str) -> Place | None:
         if not self._checkpoint.is_in_safetensors(name):
             return None
         return self._checkpoint.place(name)
 
-    def _read(self, place: Place, offset: int, size: int) -> Tensor:
-        memory = torch.empty(size, dtype=torch.uint8)
-        self._files.read_into(memory, replace(place, offset=place.offset + offset, size=size))
-        return memory.view(place.dtype)
+    def _read(self, place: Place, offset: int, memory: Tensor) -> None:
+        """Fill `memory` with bytes of a tensor."""
+        part = replace(place, offset=place.offset + offset, size=memory.numel())
+        self._files.read_into(memory, part)
 
 
 def _runs(ids: Ids) -> Iterator[tuple[int, int, int]]:

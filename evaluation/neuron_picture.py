@@ -17,7 +17,7 @@ BANDS = 200  # columns of the mask
 
 def draw_lists_picture(lists: Sequence[NeuronLists], path: Path) -> None:
     """Write a PNG: masks, shares of the activity, overlap. Raises SettingsError."""
-    plt = _open_pyplot()
+    plt = open_pyplot()
     with_mass = [each for each in lists if each.mass]
     rows = len(lists) + bool(with_mass) + (len(lists) > 1)
     figure, axes = plt.subplots(rows, 1, figsize=(10, 3 * rows), squeeze=False)
@@ -33,7 +33,8 @@ def draw_lists_picture(lists: Sequence[NeuronLists], path: Path) -> None:
     plt.close(figure)
 
 
-def _open_pyplot() -> Any:
+def open_pyplot() -> Any:
+    """Raises SettingsError where it is not installed."""
     try:
         import matplotlib as mpl
     except ImportError as error:

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from common.console.option_types import SEED
+from common.console.neuron_options import (
+    NeuronOptions,
+    base_option,
+    loaded_option,
+    neuron_layers_option,
+    token_sparsity_option,
+)
+from common.console.option_types import COUNT, SEED
 from common.console.options import new_tokens_option, threads_option
 from common.console.outputs import check_writable
 from common.console.tables import format_table
 from common.console.waiting import progress_bar, waiting
 from common.errors import SettingsError
 from edge_agent.text.tasks import TASKS
-from evaluation.options import documents_option, json_option, tokens_option, window_option
+from evaluation.options import (
+    csv_option,
+    documents_option,
+    json_option,
+    plot_option,
+    text_option,
+    tokens_option,
+    window_option,
+)
 
 if TYPE_CHECKING:
     from common.neurons.lists import NeuronLists
@@ -201,3 +218,78 @@ def mask(files: tuple[Path, ...], output: Path) -> None:
     check_alike(lists)
     draw_lists_picture(lists, output)
     click.echo(f"{output}")
+
+
+@neurons.command()
+@click.argument("model")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@text_option
+@documents_option
+@click.option(
+    "--first-tokens", default=32, show_default=True, type=COUNT,
+    help="Tokens of each text that are the prompt of the others.",
+)  # fmt: skip
+@window_option(128)
+@tokens_option(8_000)
+@loaded_option
+@base_option
+@token_sparsity_option
+@neuron_layers_option
+@csv_option
+@plot_option
+@json_option
+def quality(
+    model: str,
+    files: tuple[Path, ...],
+    text: Path,
+    documents: bool,
+    first_tokens: int,
+    window: int,
+    tokens: int,
+    loaded: float,
+    base: float,
+    token_sparsity: float,
+    neuron_layers: str,
+    csv_path: Path | None,
+    plot_path: Path | None,
+    as_json: bool,
+) -> None:
+    """Perplexity of MODEL, and a task, against the share of neurons computed, by lists of FILES.
+
+    The task: to write the next eight tokens as the text has them. Random neurons among those that
+    are loaded are what a method has to beat.
+    """
+    from common.console.processes import set_up_torch
+    from common.weights.demo_model import find_model
+    from edge_agent.text.tokenizer import TextTokenizer
+
+    settings = NeuronOptions(
+        files, loaded, base, min(loaded, 0.4), token_sparsity, neuron_layers=neuron_layers
+    ).read()
+    assert settings is not None
+    check_writable(csv_path, plot_path)
+    set_up_torch(1)
+    from evaluation.neuron_profile import split_texts
+    from evaluation.neuron_quality import Quality, cut_texts, draw_quality, sweep
+
+    directory = find_model(model)
+    texts = split_texts(text, TextTokenizer(directory), documents, window, tokens)
+    measured: list[Quality] = []
+    with waiting("measuring", is_shown=not as_json):
+        for each in sweep(
+            directory, settings, cut_texts(texts, first_tokens, window), first_tokens
+        ):
+            measured.append(each)
+    headers = list(Quality.__slots__)
+    rows = [
+        [each.method, each.loaded, each.sparsity, round(each.perplexity, 4), round(each.exact, 4)]
+        for each in measured
+    ]
+    if csv_path is not None:
+        with csv_path.open("w", newline="") as file:
+            csv.writer(file).writerows([headers, *rows])
+    if plot_path is not None:
+        draw_quality(measured, plot_path)
+    click.echo(
+        json.dumps([asdict(each) for each in measured]) if as_json else format_table(headers, rows)
+    )

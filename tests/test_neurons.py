@@ -396,6 +396,26 @@ def test_another_prompt_after_a_cut_back_has_its_own_core(
     torch.testing.assert_close(got, run(model, other)[PROMPT:], **CLOSE)
 
 
+def test_the_prompt_of_a_next_turn_votes_as_well(
+    directories: Callable[[str], Path], settings: NeuronSettings
+) -> None:
+    model, rows = load(directories("llama"), settings), draw_rows(24)
+    turns = ((9, True), (3, False), (8, True), (4, False))
+    ends = []
+    for forgets in (False, True):
+        kv = model.new_kv()
+        for count, of_prompt in turns:
+            part = rows[kv.length : kv.length + count]
+            assert kv.states is not None
+            if forgets:
+                kv.states.cores.clear()  # so that they are picked anew
+            end = model.run(part, [Segment(kv, kv.length, count, ((count, of_prompt),))])
+        ends.append(end)
+    torch.testing.assert_close(*ends, **CLOSE)
+    whole = model.run(rows, [Segment(model.new_kv(), 0, len(rows), turns)])
+    torch.testing.assert_close(whole[20:], ends[1], **CLOSE)
+
+
 def test_what_cores_take_counts_as_the_sessions(
     directories: Callable[[str], Path], settings: NeuronSettings
 ) -> None:

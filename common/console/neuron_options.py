@@ -63,6 +63,34 @@ class NeuronOptions:
         return words
 
 
+loaded_option = click.option(
+    "--loaded",
+    type=SHARE,
+    default=DEFAULTS.loaded,
+    show_default=True,
+    help="Share of a layer's neurons that is loaded.",
+)
+base_option = click.option(
+    "--base",
+    type=SHARE,
+    default=DEFAULTS.base,
+    show_default=True,
+    help="Share that every token is computed with.",
+)
+token_sparsity_option = click.option(
+    "--token-sparsity",
+    type=SHARE,
+    default=DEFAULTS.token_sparsity,
+    show_default=True,
+    help="Share of its positive neurons for which a token of a prompt votes.",
+)
+neuron_layers_option = click.option(
+    "--neuron-layers",
+    default=LAYERS,
+    show_default=True,
+    metavar="START:END",
+    help="Layers between these two, both excluded; all others are whole.",
+)
 neuron_options = group_options(
     "neurons",
     NeuronOptions,
@@ -75,20 +103,8 @@ neuron_options = group_options(
         help="Load only some neurons of the language model: lists of midspan neurons profile, on "
         "both sides. Of two files the first is for the base.",
     ),
-    click.option(
-        "--loaded",
-        type=SHARE,
-        default=DEFAULTS.loaded,
-        show_default=True,
-        help="Share of a layer's neurons that is loaded.",
-    ),
-    click.option(
-        "--base",
-        type=SHARE,
-        default=DEFAULTS.base,
-        show_default=True,
-        help="Share that every token is computed with.",
-    ),
+    loaded_option,
+    base_option,
     click.option(
         "--sparsity",
         type=SHARE,
@@ -96,13 +112,7 @@ neuron_options = group_options(
         show_default=True,
         help="Share that a token of an answer is computed with.",
     ),
-    click.option(
-        "--token-sparsity",
-        type=SHARE,
-        default=DEFAULTS.token_sparsity,
-        show_default=True,
-        help="Share of its positive neurons for which a token of a prompt votes.",
-    ),
+    token_sparsity_option,
     click.option(
         "--method",
         type=click.Choice(METHODS),
@@ -111,11 +121,5 @@ neuron_options = group_options(
         help="Neurons of an answer: the base and the prompt's core, the core alone, all that are "
         "loaded, or random ones.",
     ),
-    click.option(
-        "--neuron-layers",
-        default=LAYERS,
-        show_default=True,
-        metavar="START:END",
-        help="Layers between these two, both excluded; all others are whole.",
-    ),
+    neuron_layers_option,
 )

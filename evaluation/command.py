@@ -14,10 +14,12 @@ import click
 
 from common.console.options import calibration_option, span_option
 from common.console.outputs import check_writable
+from common.console.plots import require_matplotlib, save_figure
 from common.console.tables import format_table
 from common.console.waiting import progress_bar, waiting
 from evaluation.images import image_command
 from evaluation.importance.command import importance_command
+from evaluation.layers import layers_command
 from evaluation.leakage.command import leakage_command
 from evaluation.options import (
     codecs_option,
@@ -58,6 +60,7 @@ def evaluate() -> None:
 
 evaluate.add_command(image_command)
 evaluate.add_command(importance_command)
+evaluate.add_command(layers_command)
 evaluate.add_command(leakage_command)
 
 
@@ -111,7 +114,7 @@ def codec(
             parse_codec(direction)
     check_writable(csv_path, plot_path)
     if plot_path is not None:
-        _require_matplotlib()
+        require_matplotlib()
     set_up_torch(threads=1)
     directory = find_model(model)
     ids = read_tokens(text, TextTokenizer(directory), documents, tokens)
@@ -196,17 +199,6 @@ def measure_codecs(
     return measured
 
 
-def _require_matplotlib() -> Any:
-    from common.errors import SettingsError
-
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise SettingsError("--plot needs matplotlib: pip install 'midspan[plot]'") from error
-    mpl.use("Agg")
-    return mpl
-
-
 def find_frontier(points: Sequence[Measurement]) -> list[Measurement]:
     """Those that no other beats in bits without losing more, by rising bits."""
     best: list[Measurement] = []
@@ -218,12 +210,8 @@ def find_frontier(points: Sequence[Measurement]) -> list[Measurement]:
 
 def plot_rate_distortion(measured: list[Measurement], path: Path) -> None:
     """Write `draw_rate_distortion` as a PNG."""
-    _require_matplotlib()
-    from matplotlib import pyplot as plt
-
-    figure = draw_rate_distortion(measured)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
+    require_matplotlib()
+    save_figure(draw_rate_distortion(measured), path)
 
 
 def draw_rate_distortion(measured: list[Measurement]) -> Figure:

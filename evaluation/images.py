@@ -16,6 +16,7 @@ import click
 from common.codecs.spec import EXACT
 from common.console.option_types import COUNT, SEED
 from common.console.outputs import check_writable
+from common.console.plots import require_matplotlib, save_figure
 from common.console.tables import format_table
 from common.console.waiting import progress_bar, waiting
 from common.errors import SettingsError
@@ -132,7 +133,7 @@ def image_command(
         raise SettingsError("--sheet shows pictures without reuse: add --reuse 1")
     check_writable(csv_path, plot_path, sheet_path)
     if plot_path is not None:
-        _require("matplotlib", "plot")
+        require_matplotlib()
     set_up_torch(threads=1)
     measured, pictures = measure_images(
         model,
@@ -266,9 +267,7 @@ def _compare(
 
 def plot_quality(measured: list[ImageMeasurement], file: Path) -> None:
     """SSIM against bytes per picture, a line for each path and reuse."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
+    require_matplotlib()
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
@@ -284,8 +283,7 @@ def plot_quality(measured: list[ImageMeasurement], file: Path) -> None:
     axes.set(xscale="log", xlabel="bytes per picture, up and down", ylabel="SSIM")
     axes.legend()
     figure.tight_layout()
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+    save_figure(figure, file)
 
 
 def draw_sheet(

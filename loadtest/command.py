@@ -19,6 +19,7 @@ from common.console.options import (
     workers_option,
 )
 from common.console.outputs import check_writable
+from common.console.plots import require_matplotlib
 from common.console.processes import set_up_torch
 from common.errors import MidspanError, SettingsError
 from common.security.keys import load_client_keys
@@ -28,7 +29,7 @@ from edge_agent.commands.codec_options import CodecChoice, codec_options
 from loadtest.http_stream import parse_url
 from loadtest.observed import Observed
 from loadtest.pacing import Clock
-from loadtest.plot import plot_report, require_matplotlib
+from loadtest.plot import plot_report
 from loadtest.running import Outcome, report_load, run_load
 from loadtest.settings import LoadSettings, WorkerCount
 from loadtest.slo import Slo, parse_slo

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import SettingsError
+from common.console.plots import save_figure
 from loadtest.observed import SCALED
 
 if TYPE_CHECKING:
@@ -18,24 +18,11 @@ PANELS = (("tokens_per_s",), ("in_flight", "queued"), ("workers",))
 LABELS = {"tokens_per_s": "tokens/s", "in_flight": "steps in flight", "queued": "steps queued"}
 
 
-def require_matplotlib() -> None:
-    """Raises SettingsError."""
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise SettingsError("--plot needs matplotlib: pip install 'midspan[plot]'") from error
-    mpl.use("Agg")
-
-
 def plot_report(
     report: Mapping[str, Any], latencies: Mapping[str, Sequence[float]], path: Path, title: str
 ) -> None:
     """Write `draw_report` as a picture."""
-    from matplotlib import pyplot as plt
-
-    figure = draw_report(report, latencies, title)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
+    save_figure(draw_report(report, latencies, title), path)
 
 
 def draw_report(

@@ -252,7 +252,7 @@ def write(directory: Path, words: str) -> Path:
         ("channels = ['9']", "channels has '9'; expected bits from 1 to 8"),
         ("stride = 0", "stride is 0; expected at least 1"),
         ("stride = 600", "stride is 600; expected at most window, 512"),
-        ("bits = 1", "bits is 1; expected 2 to 8"),
+        ("bits = [1]", "bits has 1; expected 2 to 8"),
         ("= 3", "cannot be read: "),
     ],
 )

@@ -13,9 +13,10 @@ import pytest
 from forks import error_line, run_midspan
 from serving import MODEL, open_endpoint
 
+from common.console.plots import require_matplotlib
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.text.ends import ModelEnds
-from loadtest.plot import draw_report, require_matplotlib
+from loadtest.plot import draw_report
 
 SHORT = ("--prompt-tokens", "4,20", "--tokens", "6")
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from common.console.outputs import check_directory
+from common.console.plots import require_matplotlib, save_figure
 from common.console.tables import format_table
 from common.console.waiting import progress_bar, waiting
 from evaluation.options import json_option
@@ -64,19 +65,6 @@ def importance_command(experiment: Path, output: Path, no_plots: bool, as_json: 
     report(findings, as_json)
 
 
-def require_matplotlib() -> None:
-    """Raises SettingsError where it is not installed."""
-    from common.errors import SettingsError
-
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise SettingsError(
-            "plots need matplotlib: pip install 'midspan[plot]', or --no-plots"
-        ) from error
-    mpl.use("Agg")
-
-
 def write(findings: Findings, output: Path, with_plots: bool) -> None:
     """What was found, as JSON, as CSV and as pictures."""
     (output / "findings.json").write_text(json.dumps(asdict(findings), indent=1) + "\n")
@@ -88,7 +76,7 @@ def write(findings: Findings, output: Path, with_plots: bool) -> None:
         from evaluation.importance import pictures
 
         for name in PICTURES:
-            pictures.save(getattr(pictures, f"draw_{name}")(findings), output / f"{name}.png")
+            save_figure(getattr(pictures, f"draw_{name}")(findings), output / f"{name}.png")
 
 
 def report(findings: Findings, as_json: bool) -> None:

@@ -25,7 +25,7 @@ class Experiment:
     layers: tuple[int, ...] = (0,)  # rows that leave these are rounded
     metrics: tuple[str, ...] = (*METRICS, RANDOM)
     ratios: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)  # of the tokens
-    bits: int = 4  # of those that are less important
+    bits: tuple[int, ...] = (4,)  # of those that are less important
     channels: tuple[str, ...] = (
         "8",
         "4",
@@ -45,8 +45,9 @@ class Experiment:
             raise SettingsError(f"window is {self.window}; expected at least 4")
         if self.stride > self.window:
             raise SettingsError(f"stride is {self.stride}; expected at most window, {self.window}")
-        if self.bits not in range(2, 9):
-            raise SettingsError(f"bits is {self.bits}; expected 2 to 8")
+        for bits in self.bits:
+            if bits not in range(2, 9):
+                raise SettingsError(f"bits has {bits}; expected 2 to 8")
         for metric in self.metrics:
             if metric not in METRICS and metric != RANDOM:
                 raise SettingsError(f"metrics names {metric!r}; expected some of {list_metrics()}")

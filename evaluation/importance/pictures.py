@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from evaluation.importance.sweep import CHANNELS, EXACT, Findings
+from evaluation.importance.metrics import RANDOM
+from evaluation.importance.sweep import CHANNELS, EXACT, Findings, Point
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 def draw_sweep(findings: Findings) -> Figure:
-    """Rise of perplexity against the share of coarse tokens: a panel a layer, a line a metric."""
+    """Rise of perplexity against the share of coarse tokens.
+
+    A panel for each layer and width, a line for each metric.
+    """
     from matplotlib import pyplot as plt
 
     points = [point for point in findings.points if point.metric not in (EXACT, CHANNELS)]
-    layers = sorted({point.layer for point in points})
+    layers = list(dict.fromkeys(point.layer for point in points))
+    widths = list(dict.fromkeys(point.bits for point in points))
     figure, panels = plt.subplots(
-        1, len(layers), figsize=(1.5 + 4 * len(layers), 4.2), sharey=True, squeeze=False
-    )
-    for panel, layer in zip(panels[0], layers, strict=True):
-        for metric in dict.fromkeys(point.metric for point in points):
-            line = [p for p in points if (p.layer, p.metric) == (layer, metric)]
-            panel.plot(
-                [p.ratio for p in line], [p.loss_percent for p in line], ".-", label=metric,
-                color="black" if metric == "random" else None, linewidth=1.2,
-            )  # fmt: skip
-        panel.set_title(f"behind layer {layer}")
-        panel.set_xlabel(f"share of tokens in {points[0].bits} bits")
-        panel.set_yscale("symlog", linthresh=0.1)
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("rise of perplexity, %")
+        len(widths), len(layers), figsize=(1.5 + 4 * len(layers), 0.7 + 3.5 * len(widths)),
+        sharex=True, sharey="row", squeeze=False,
+    )  # fmt: skip
+    for row, bits in zip(panels, widths, strict=True):
+        for panel, layer in zip(row, layers, strict=True):
+            _draw_lines(panel, [p for p in points if (p.layer, p.bits) == (layer, bits)])
+            panel.set_title(f"behind layer {layer}, {bits} bits")
+        row[0].set_ylabel("rise of perplexity, %")
+    for panel in panels[-1]:
+        panel.set_xlabel("share of tokens, the least important first")
     panels[0][-1].legend(fontsize=8)
     return figure
+
+
+def _draw_lines(panel: Any, points: Sequence[Point]) -> None:
+    for metric in dict.fromkeys(point.metric for point in points):
+        line = [point for point in points if point.metric == metric]
+        panel.plot(
+            [p.ratio for p in line], [p.loss_percent for p in line], ".-", label=metric,
+            color="black" if metric == RANDOM else None, linewidth=1.2,
+        )  # fmt: skip
+    panel.grid(alpha=0.3)
 
 
 def draw_correlation(findings: Findings) -> Figure:
@@ -66,10 +76,3 @@ def draw_relevance(findings: Findings) -> Figure:
     axes.set_xticks(range(len(findings.relevance[0])))
     figure.colorbar(image, label="share of |gradient x attention| in its layer")
     return figure
-
-
-def save(figure: Figure, path: Path) -> None:
-    from matplotlib import pyplot as plt
-
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)

@@ -89,11 +89,11 @@ def measure(
         exact.add(model.logits(part), part, window.scored)
         tick(1)
         for way, meter in zip(ways, meters, strict=True):
-            change = way.change(attention, number, experiment.bits)
+            change = way.change(attention, number)
             meter.add(model.logits(part, way.layer, change), part, window.scored)
             tick(1)
     points = [
-        way.describe(experiment.bits, meter.perplexity, exact.perplexity)
+        way.describe(meter.perplexity, exact.perplexity)
         for way, meter in zip(ways, meters, strict=True)
     ]
     whole = Point(-1, EXACT, 0.0, 32, "", round(exact.perplexity, 5), 0.0)
@@ -111,29 +111,35 @@ class _Way:
 
     layer: int
     metric: str
-    ratio: float = 1.0
-    channel: str = ""
+    ratio: float
+    bits: int
+    by: str = ""  # of channels
 
-    def change(self, attention: Attention, window: int, bits: int) -> Change:
+    def change(self, attention: Attention, window: int) -> Change:
         if self.metric == CHANNELS:
-            width, by = read_channel(self.channel)
-            return partial(round_channels, bits=width, by=by)
+            return partial(round_channels, bits=self.bits, by=self.by)
         importance = score_tokens(self.metric, attention, self.layer, seed=window)
-        return partial(round_least_important, importance=importance, ratio=self.ratio, bits=bits)
+        return partial(
+            round_least_important, importance=importance, ratio=self.ratio, bits=self.bits
+        )
 
-    def describe(self, bits: int, perplexity: float, exact: float) -> Point:
-        by = ""
-        if self.metric == CHANNELS:
-            bits, by = read_channel(self.channel)
+    def describe(self, perplexity: float, exact: float) -> Point:
         loss = round((perplexity / exact - 1) * 100, 3) + 0.0
-        return Point(self.layer, self.metric, self.ratio, bits, by, round(perplexity, 5), loss)
+        return Point(
+            self.layer, self.metric, self.ratio, self.bits, self.by, round(perplexity, 5), loss
+        )
 
 
 def _list_ways(experiment: Experiment) -> list[_Way]:
     return [
-        *(_Way(*way) for way in product(experiment.layers, experiment.metrics, experiment.ratios)),
         *(
-            _Way(layer, CHANNELS, channel=channel)
+            _Way(layer, metric, ratio, bits)
+            for layer, bits, metric, ratio in product(
+                experiment.layers, experiment.bits, experiment.metrics, experiment.ratios
+            )
+        ),
+        *(
+            _Way(layer, CHANNELS, 1.0, *read_channel(channel))
             for layer, channel in product(experiment.layers, experiment.channels)
         ),
     ]

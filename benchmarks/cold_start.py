@@ -35,7 +35,7 @@ from deploy.pool import LocalPool, PoolSettings
 from edge_agent.text.ends import ModelEnds, load_ends
 from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.session import Session
-from edge_agent.text.text_session import uniform_settings
+from edge_agent.text.session_settings import uniform_settings
 
 KINDS = {"text": None, "text_and_images": DEMO_IMAGE_MODEL}  # the image model
 WAYS = ("whole", "light")

@@ -27,7 +27,7 @@ from common.console.processes import freeze_loaded_objects, set_up_torch
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.engine.engine import Engine
 from edge_agent.text.ends import ModelEnds, load_ends
-from edge_agent.text.text_session import uniform_settings
+from edge_agent.text.session_settings import uniform_settings
 
 
 def time_generate(model: Any, prompts: torch.Tensor, tokens: int) -> tuple[float, list[list[int]]]:

@@ -92,7 +92,7 @@ def measure(model: str | None, tokens: int, rounds: int, codec: str) -> dict[str
     from edge_agent.server.running import DrainingServer, bind
     from edge_agent.text.ends import load_ends
     from edge_agent.text.sampling import SamplingSettings
-    from edge_agent.text.text_session import uniform_settings
+    from edge_agent.text.session_settings import uniform_settings
     from edge_agent.text.tokenizer import TextTokenizer
 
     made: list[float] = []

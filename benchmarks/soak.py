@@ -23,7 +23,7 @@ from edge_agent.image.maker import ImageMaker, ImageSettings
 from edge_agent.text.ends import load_ends
 from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.session import Session
-from edge_agent.text.text_session import uniform_settings
+from edge_agent.text.session_settings import uniform_settings
 from edge_agent.text.tokenizer import TextTokenizer
 
 SAMPLE_S = 5.0

@@ -43,7 +43,7 @@ from deploy.pool import LocalPool, PoolSettings
 from edge_agent.engine.engine import Engine
 from edge_agent.text.ends import ModelEnds, load_ends
 from edge_agent.text.sampling import SamplingSettings
-from edge_agent.text.text_session import uniform_settings
+from edge_agent.text.session_settings import uniform_settings
 
 LAYERS = 24
 BESIDE_LAYERS_MB = 570  # libraries, KV, and room for the cache of files

@@ -38,7 +38,7 @@ from edge_agent.engine.client import BrokerClient
 from edge_agent.text.ends import ModelEnds, load_ends
 from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.session import Session
-from edge_agent.text.text_session import uniform_settings
+from edge_agent.text.session_settings import uniform_settings
 
 WARM_TOKENS = 3
 PAUSE_S = 0.4

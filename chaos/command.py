@@ -197,7 +197,7 @@ def run_chaos(settings: ChaosSettings) -> Outcome:
     from common.weights.demo_model import find_model
     from edge_agent.engine.engine import Engine
     from edge_agent.text.ends import load_ends
-    from edge_agent.text.text_session import uniform_settings
+    from edge_agent.text.session_settings import uniform_settings
     from edge_agent.text.tokenizer import TextTokenizer
 
     set_up_torch(threads=1)

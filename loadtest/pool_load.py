@@ -16,7 +16,7 @@ from deploy.scaling.keeper import open_scaler
 from deploy.scaling.policy import ScalingSettings
 from edge_agent.engine.client import BrokerClient
 from edge_agent.engine.engine import Engine
-from edge_agent.text.text_session import SessionSettings, count_new_tokens
+from edge_agent.text.session_settings import SessionSettings, count_new_tokens
 from loadtest.engines import EngineTarget, Oracle
 from loadtest.observed import Observed
 from loadtest.observer import SAMPLE_S, TICK_S, Harm, Observer, again_and_again

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from edge_agent.text.generation import start_generation
     from edge_agent.text.sampling import SamplingSettings
     from edge_agent.text.session import Session
-    from edge_agent.text.text_session import SessionSettings, uniform_settings
+    from edge_agent.text.session_settings import SessionSettings, uniform_settings
     from edge_agent.text.tokenizer import TextTokenizer
 
 __all__ = [

@@ -16,7 +16,7 @@ from deploy.pool import LocalPool
 from edge_agent.text.ends import ModelEnds
 from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.session import Session
-from edge_agent.text.text_session import uniform_settings
+from edge_agent.text.session_settings import uniform_settings
 from edge_agent.text.tokenizer import TextTokenizer
 
 HEROES = ["mouse named Lily", "bear named Tom", "fox named Mia", "duck named Max", "owl named Ella"]

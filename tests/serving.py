@@ -15,7 +15,7 @@ from edge_agent.server.app import Services, make_app
 from edge_agent.server.opening import PoolAccess, open_services
 from edge_agent.server.running import DrainingServer, bind
 from edge_agent.text.ends import ModelEnds
-from edge_agent.text.text_session import uniform_settings
+from edge_agent.text.session_settings import uniform_settings
 
 MODEL = "stories-llama"
 EXACT = uniform_settings("fp32")

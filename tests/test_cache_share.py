@@ -15,7 +15,7 @@ from edge_agent.engine.client import BrokerClient
 from edge_agent.text.ends import ModelEnds
 from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.session import Session
-from edge_agent.text.text_session import uniform_settings
+from edge_agent.text.session_settings import uniform_settings
 from edge_agent.text.tokenizer import TextTokenizer
 
 CACHE_MB = 2

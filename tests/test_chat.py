@@ -26,7 +26,7 @@ from edge_agent.engine.engine import Engine
 from edge_agent.text.chat import Chat
 from edge_agent.text.ends import ModelEnds
 from edge_agent.text.sampling import SamplingSettings
-from edge_agent.text.text_session import uniform_settings
+from edge_agent.text.session_settings import uniform_settings
 from edge_agent.text.tokenizer import TextTokenizer
 
 COUNT = 16

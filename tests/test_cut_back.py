@@ -16,7 +16,8 @@ from edge_agent.engine.client import BrokerClient
 from edge_agent.engine.exchange import Answered, Ask
 from edge_agent.text.ends import ModelEnds
 from edge_agent.text.session import Session
-from edge_agent.text.text_session import TextSession, uniform_settings
+from edge_agent.text.session_settings import uniform_settings
+from edge_agent.text.text_session import TextSession
 from edge_agent.text.tokenizer import TextTokenizer
 from edge_agent.text.work import DecodeRow, EncodeRow, RunHead, RunTail
 

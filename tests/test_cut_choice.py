@@ -16,7 +16,7 @@ from edge_agent.commands.codec_options import CodecChoice
 from edge_agent.engine.engine import Engine
 from edge_agent.text.cuts import CutChoice, draw_span
 from edge_agent.text.ends import ModelEnds, load_cuts
-from edge_agent.text.text_session import uniform_settings
+from edge_agent.text.session_settings import uniform_settings
 from edge_agent.text.tokenizer import TextTokenizer
 
 SPANS = "2:6,1:6,2:"

@@ -15,7 +15,7 @@ from edge_agent.engine.engine import Engine
 from edge_agent.engine.exchange import ASKED_S, SILENCE_S
 from edge_agent.engine.link import BrokerLink
 from edge_agent.text.ends import EndCaches, ModelEnds
-from edge_agent.text.text_session import uniform_settings
+from edge_agent.text.session_settings import uniform_settings
 
 PROMPT = [3, 4, 5, 6]  # few bytes: what travels long may be silent for long
 HEAD_S = max(SILENCE_S, ASKED_S) + 0.2

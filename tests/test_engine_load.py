@@ -14,7 +14,7 @@ from pools import PROMPTS
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.engine.engine import Engine
 from edge_agent.text.ends import ModelEnds
-from edge_agent.text.text_session import uniform_settings
+from edge_agent.text.session_settings import uniform_settings
 from edge_agent.text.tokenizer import TextTokenizer
 
 SESSIONS, COUNT = 256, 40

@@ -25,7 +25,7 @@ from edge_agent.text.ends import ModelEnds, load_ends
 from edge_agent.text.perplexity import PerplexityMeter, Window, sliding_windows
 from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.session import Session
-from edge_agent.text.text_session import uniform_settings
+from edge_agent.text.session_settings import uniform_settings
 from edge_agent.text.tokenizer import TextTokenizer
 from evaluation.texts import read_tokens
 

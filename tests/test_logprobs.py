@@ -16,7 +16,8 @@ from edge_agent.text.ends import ModelEnds
 from edge_agent.text.logprobs import TokenLogprob, rank
 from edge_agent.text.sampler import Sampler
 from edge_agent.text.sampling import SamplingSettings
-from edge_agent.text.text_session import SCORED_ROWS, uniform_settings
+from edge_agent.text.session_settings import uniform_settings
+from edge_agent.text.text_session import SCORED_ROWS
 from edge_agent.text.tokenizer import TextTokenizer
 
 TOP = 4

@@ -40,7 +40,7 @@ from edge_agent.commands.question import describe_source
 from edge_agent.engine.engine import Engine
 from edge_agent.text.ends import ModelEnds, load_ends
 from edge_agent.text.session import Session
-from edge_agent.text.text_session import uniform_settings
+from edge_agent.text.session_settings import uniform_settings
 from edge_agent.text.tokenizer import TextTokenizer
 
 LAYERS, WIDTH = 8, 352  # of the demo model

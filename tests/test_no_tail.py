@@ -31,7 +31,8 @@ from edge_agent.text.ends import ModelEnds, load_ends
 from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.served_parts import pick_part
 from edge_agent.text.session import Session
-from edge_agent.text.text_session import SessionSettings, TextSession, settle, uniform_settings
+from edge_agent.text.session_settings import SessionSettings, settle, uniform_settings
+from edge_agent.text.text_session import TextSession
 from edge_agent.text.tokenizer import TextTokenizer
 
 NEW_TOKENS = 32

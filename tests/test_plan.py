@@ -24,7 +24,7 @@ from deploy.cli import midspan
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.engine.engine import Engine
 from edge_agent.text.ends import load_ends
-from edge_agent.text.text_session import uniform_settings
+from edge_agent.text.session_settings import uniform_settings
 from evaluation.placement import Layers, Placement, place
 from evaluation.plan import read_sizes
 

@@ -19,7 +19,8 @@ from deploy.pool import LocalPool, PoolSettings
 from edge_agent.engine.engine import Engine
 from edge_agent.text.ends import ModelEnds
 from edge_agent.text.session import Session
-from edge_agent.text.text_session import SessionSettings, TextSession, uniform_settings
+from edge_agent.text.session_settings import SessionSettings, uniform_settings
+from edge_agent.text.text_session import TextSession
 from edge_agent.text.tokenizer import TextTokenizer
 
 NEW_TOKENS = 48

@@ -34,7 +34,7 @@ from deploy.pool import LocalPool, PoolSettings
 from edge_agent.engine.client import BrokerClient
 from edge_agent.text.ends import ModelEnds, load_ends
 from edge_agent.text.session import Session
-from edge_agent.text.text_session import uniform_settings
+from edge_agent.text.session_settings import uniform_settings
 from evaluation.small_models import write_small
 
 NAME = (0, RECURRENT, 0)

@@ -18,7 +18,7 @@ from common.errors import SettingsError
 if TYPE_CHECKING:
     from common.codecs.calibration import Calibration
     from edge_agent.text.ends import ModelEnds
-    from edge_agent.text.text_session import SessionSettings
+    from edge_agent.text.session_settings import SessionSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class CodecChoice:
 
     def read_settings(self, **others: Any) -> SessionSettings:
         """Session settings with these codecs. Raises SettingsError for a name that is unknown."""
-        from edge_agent.text.text_session import SessionSettings
+        from edge_agent.text.session_settings import SessionSettings
 
         return SessionSettings(*self.split(), **others)
 

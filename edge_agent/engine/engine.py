@@ -43,7 +43,8 @@ from edge_agent.engine.link import BrokerLink, key_of
 from edge_agent.engine.streams import Conversation, Token, TokenStream, Wanted
 from edge_agent.text.ends import ModelEnds
 from edge_agent.text.sampling import SamplingSettings
-from edge_agent.text.text_session import SessionSettings, TextSession
+from edge_agent.text.session_settings import SessionSettings
+from edge_agent.text.text_session import TextSession
 from edge_agent.text.work import (
     DecodeRow,
     EncodeRow,

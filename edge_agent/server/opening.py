@@ -23,7 +23,7 @@ from edge_agent.server.pool_view import PoolView
 from edge_agent.server.text_service import TextService
 from edge_agent.text.ends import ModelEnds
 from edge_agent.text.sampling import read_defaults
-from edge_agent.text.text_session import SessionSettings, settle
+from edge_agent.text.session_settings import SessionSettings, settle
 from edge_agent.text.tokenizer import TextTokenizer
 
 KEEP = 16  # conversations between turns

@@ -13,7 +13,7 @@ from common.errors import SettingsError
 from edge_agent.server.errors import refuse
 from edge_agent.server.schema import Message, Prompt
 from edge_agent.text.ends import ModelEnds
-from edge_agent.text.text_session import count_new_tokens
+from edge_agent.text.session_settings import count_new_tokens
 from edge_agent.text.tokenizer import TextTokenizer
 
 LONG_TEXT = 20_000  # characters, about 10 ms

@@ -13,8 +13,9 @@ from edge_agent.engine.client import BrokerClient
 from edge_agent.engine.exchange import Ask
 from edge_agent.text.ends import ModelEnds
 from edge_agent.text.sampling import SamplingSettings
+from edge_agent.text.session_settings import SessionSettings
 from edge_agent.text.stats import GenerationStats
-from edge_agent.text.text_session import SessionSettings, TextSession
+from edge_agent.text.text_session import TextSession
 from edge_agent.text.work import (
     DecodeRow,
     EncodeRow,

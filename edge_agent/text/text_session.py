@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from torch import Tensor
 
 from common.codecs.calibration import Calibration
 from common.codecs.codec import Codec, make_codec
-from common.codecs.spec import DEFAULT_CODEC, EXACT
 from common.errors import (
     MidspanError,
     NonFiniteError,
@@ -31,8 +29,7 @@ from common.errors import (
 )
 from common.protocol.messages import BOUNDARY, PROMPT, Need, Opening, StepReply
 from common.security.sealing import draw_key, seal
-from common.settings import PREFILL_ROWS
-from common.spans.cut import Span, are_joined, read_span
+from common.spans.cut import Span, read_span
 from edge_agent.engine.exchange import Answered, Ask
 from edge_agent.engine.session_asks import SessionAsks
 from edge_agent.text.ends import ModelEnds, Scores, scores_of
@@ -40,6 +37,7 @@ from edge_agent.text.logprobs import TokenLogprob, check_top, rank
 from edge_agent.text.replay_log import Encoded, ReplayLog, parts_of
 from edge_agent.text.sampler import Sampler
 from edge_agent.text.sampling import SamplingSettings
+from edge_agent.text.session_settings import SessionSettings, check_route, count_new_tokens, settle
 from edge_agent.text.stats import GenerationStats
 from edge_agent.text.work import (
     DecodeRow,
@@ -57,88 +55,6 @@ from edge_agent.text.work import (
 LOGIT_BYTES = 16 << 20  # of one answer
 MOST_BYTES_PER_VALUE = 4  # of boundary rows, whatever the codec
 SCORED_ROWS = 128  # whose logits are held at once
-
-
-@dataclass(frozen=True, slots=True)
-class SessionSettings:
-    """How a session talks to the pool: codecs of prompt and decode steps, up and down.
-
-    `route` are the spans that compute its middle layers one after another, each on a worker that
-    serves it; without it they are those that were served when the model's ends were loaded, or all
-    in one. Where a part of it is served no more, a session goes on over others that are. Between
-    spans rows are in the codec `between`.
-    """
-
-    prompt_up: str = DEFAULT_CODEC
-    prompt_down: str = DEFAULT_CODEC
-    decode_up: str = DEFAULT_CODEC
-    decode_down: str = DEFAULT_CODEC
-    prefill_rows: int = PREFILL_ROWS
-    step_deadline_s: float = 60.0
-    route: Sequence[Span] = ()
-    between: str = EXACT
-
-    @property
-    def codecs(self) -> list[str]:
-        """The names in use, each once."""
-        used = (self.prompt_up, self.prompt_down, self.decode_up, self.decode_down)
-        return list(dict.fromkeys((*used, self.between)))
-
-
-def settle(settings: SessionSettings, ends: ModelEnds) -> SessionSettings:
-    """Those that hold for a model. Raises SettingsError for codecs that cannot.
-
-    Where the pool has the tail, codecs that are the same both ways are for boundary rows: logits
-    come as they are then.
-    """
-    if ends.cut.has_tail:
-        return settings
-    pairs = (
-        (settings.prompt_up, settings.prompt_down), (settings.decode_up, settings.decode_down)
-    )  # fmt: skip
-    prompt_down, decode_down = (EXACT if up == down else down for up, down in pairs)
-    return replace(settings, prompt_down=prompt_down, decode_down=decode_down)
-
-
-def check_route(route: Sequence[Span], middle: Span) -> list[Span]:
-    """The spans that a session passes, all in one if none. Raises SettingsError unless they fit."""
-    route = list(route) or [middle]
-    if not are_joined(route) or (route[0].first, route[-1].stop) != (middle.first, middle.stop):
-        spans = ", ".join(map(str, route))
-        raise SettingsError(f"the route {spans} is not the middle {middle}, span after span")
-    return route
-
-
-def uniform_settings(codec: str, **others: Any) -> SessionSettings:
-    """The same codec everywhere."""
-    return SessionSettings(codec, codec, codec, codec, **others)
-
-
-def count_new_tokens(
-    ends: ModelEnds, prompt_ids: Sequence[int], max_new_tokens: int, score_prompt: bool = False
-) -> int:
-    """How many tokens may be generated after a prompt. Raises SettingsError if it cannot be run."""
-    least = 0 if score_prompt else 1
-    if max_new_tokens < least:
-        raise SettingsError(
-            f"the number of new tokens is {max_new_tokens}; expected {least} or more"
-        )
-    if not prompt_ids:
-        raise SettingsError("the prompt has no tokens")
-    beyond = [i for i in (min(prompt_ids), max(prompt_ids)) if not 0 <= i < ends.vocabulary]
-    if beyond:
-        raise SettingsError(
-            f"the prompt has token {beyond[0]}; {ends.name} has 0 to {ends.vocabulary - 1}"
-        )
-    if ends.context is None:
-        return max_new_tokens
-    room = ends.context - len(prompt_ids)
-    if room < min(1, max_new_tokens):
-        raise SettingsError(
-            f"the prompt has {len(prompt_ids)} tokens; {ends.name} has a context of "
-            f"{ends.context}, so at most {ends.context - 1} leave room for an answer"
-        )
-    return min(max_new_tokens, room)
 
 
 class TextSession:

@@ -24,7 +24,7 @@ from common.weights.loading import load_span, read_config
 
 SWEPT = (PARTINFER, COREINFER, RANDOM)
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-TASK_TOKENS = 8  # to be written as the text has them
+TASK_TOKENS = 4  # to be written as the text has them
 
 
 @dataclass(frozen=True, slots=True)

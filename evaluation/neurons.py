@@ -24,6 +24,7 @@ from common.console.outputs import check_writable
 from common.console.tables import format_table
 from common.console.waiting import progress_bar, waiting
 from common.errors import SettingsError
+from edge_agent.commands.task_options import task_option
 from edge_agent.text.tasks import TASKS
 from evaluation.options import (
     csv_option,
@@ -39,9 +40,6 @@ if TYPE_CHECKING:
     from common.neurons.lists import NeuronLists
 
 SHARES = (0.1, 0.3, 0.5, 0.7)  # of the neurons of a layer
-task_option = click.option(
-    "--task", type=click.Choice(list(TASKS)), help="Prompts of this task, which come with midspan."
-)
 
 
 @click.group()
@@ -52,7 +50,7 @@ def neurons() -> None:
 @neurons.command()
 @click.argument("model")
 @click.option("--text", type=click.Path(path_type=Path), help="Text to measure on.")
-@task_option
+@task_option("prompts that come with midspan.")
 @click.option("--random", "is_random", is_flag=True, help="Measure nothing, draw an order.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True,
@@ -256,7 +254,7 @@ def quality(
 ) -> None:
     """Perplexity of MODEL, and a task, against the share of neurons computed, by lists of FILES.
 
-    The task: to write the next eight tokens as the text has them. Random neurons among those that
+    The task: to write the next four tokens as the text has them. Random neurons among those that
     are loaded are what a method has to beat.
     """
     from common.console.processes import set_up_torch

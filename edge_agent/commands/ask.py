@@ -16,7 +16,6 @@ from common.errors import BrokerUnavailable
 from edge_agent.commands.cost_tables import format_cut_off, format_stats
 from edge_agent.commands.means_options import means_options
 from edge_agent.commands.own_answer import OwnAnswer
-from edge_agent.commands.prompts import read_prompt
 from edge_agent.commands.question import Means, Question
 from edge_agent.commands.run_options import (
     print_stats,
@@ -25,6 +24,7 @@ from edge_agent.commands.run_options import (
 )
 from edge_agent.commands.sampling_options import Sampling, sampling_options
 from edge_agent.commands.served_answer import NotServed, ServedAnswer
+from edge_agent.commands.task_options import TaskChoice, task_options
 from edge_agent.server.announcement import list_running
 from edge_agent.text.sampling import read_defaults
 
@@ -32,7 +32,8 @@ WAITING = "waiting for the first token"
 
 
 @click.command()
-@click.argument("prompt")
+@click.argument("prompt", required=False)
+@task_options
 @means_options
 @answer_tokens_option(200, "--steps")
 @sampling_options
@@ -46,7 +47,8 @@ WAITING = "waiting for the first token"
 )
 @report_options("text, token_ids, stats")
 def ask(
-    prompt: str,
+    prompt: str | None,
+    task_choice: TaskChoice,
     means: Means,
     max_new_tokens: int,
     sampling: Sampling,
@@ -58,6 +60,7 @@ def ask(
 ) -> None:
     """Answer PROMPT with the pool's help; - reads the prompt from stdin.
 
+    With --task PROMPT is a text to ask about, to summarize or to translate, or --example is one.
     With --system the prompt is what a user says, in the model's chat template. -n, -p, -t, -y and
     -z are what they are for llama2.c's run.
 
@@ -66,7 +69,7 @@ def ask(
     and no model is loaded.
     """
     drawing = sampling.read_settings(read_defaults(means.directory))
-    question = Question(read_prompt(prompt), max_new_tokens, drawing, stops, system)
+    question = Question(task_choice.read_prompt(prompt), max_new_tokens, drawing, stops, system)
     question.check()
     sampling.warn_of_greedy(drawing)
     answer: OwnAnswer | ServedAnswer | None = None

@@ -21,6 +21,7 @@ from evaluation.images import image_command
 from evaluation.importance.command import importance_command
 from evaluation.layers import layers_command
 from evaluation.leakage.command import leakage_command
+from evaluation.neuron_commands import hardware, speed, tasks
 from evaluation.options import (
     codecs_option,
     csv_option,
@@ -62,6 +63,9 @@ evaluate.add_command(image_command)
 evaluate.add_command(importance_command)
 evaluate.add_command(layers_command)
 evaluate.add_command(leakage_command)
+evaluate.add_command(speed)
+evaluate.add_command(hardware)
+evaluate.add_command(tasks)
 
 
 @evaluate.command()

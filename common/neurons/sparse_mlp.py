@@ -139,9 +139,10 @@ class LayerNeurons:
         """Take the votes of rows of prompts, and set what other rows leave out to zero; (T, M)."""
         for run in self.batch.runs():
             own = values[run.place]
-            if not run.of_prompt:
-                drop = self.core_of(run.session).left_out if self.core else True
-                own[:, self.always :].masked_fill_(torch.as_tensor(drop), 0)
+            if not run.of_prompt and self.core:
+                own[:, self.always :].masked_fill_(self.core_of(run.session).left_out, 0)
+            elif not run.of_prompt:
+                own[:, self.always :] = 0
             elif self.core:
                 votes = count_votes(own, self._token_sparsity)[self.always :]
                 self.batch.put_votes(run.session, self.layer, self.votes_of(run.session) + votes)

@@ -19,8 +19,8 @@ from common.console.neuron_options import NeuronOptions
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.engine.engine import Engine
 from edge_agent.text.ends import ModelEnds, load_ends
+from edge_agent.text.session_settings import uniform_settings
 from edge_agent.text.tasks import TASKS, Example
-from edge_agent.text.text_session import uniform_settings
 from edge_agent.text.tokenizer import TextTokenizer
 
 ALL, CHOSEN = "all neurons", "chosen"

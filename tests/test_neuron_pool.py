@@ -166,6 +166,33 @@ def test_a_session_keeps_its_core_when_its_worker_is_killed(
     pool.wait_for_workers(2)
 
 
+def test_a_next_turn_has_the_core_of_both_prompts_on_any_worker(
+    pool: LocalPool, ends: ModelEnds, prompts: list[list[int]]
+) -> None:
+    def talk(kills: bool) -> list[list[int]]:
+        client = pool.connect()
+        session = Session(ends, client, uniform_settings("fp32"))
+        said: list[list[int]] = []
+        ids: list[int] = []
+        for prompt in prompts[2:5]:
+            ids += prompt
+            answer = []
+            for token in session.generate(ids, 10, GREEDY, keep_open=True):
+                answer.append(token)
+                if kills and len(said) and len(answer) == 4:
+                    pool.kill_worker(session.last_worker_id)
+                    redis.Redis.from_url(pool.redis_url).flushall()
+                    pool.start_worker()
+            ids += answer
+            said.append(answer)
+        session.end()
+        client.close()
+        return said
+
+    assert talk(kills=True) == talk(kills=False)
+    pool.wait_for_workers(2)
+
+
 def test_who_chooses_otherwise_does_not_meet_these_workers(
     pool: LocalPool, demo_directory: Path, demo_ends: ModelEnds, settings: NeuronSettings
 ) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -51,6 +51,8 @@ class NeuronPass:
         self._segments = segments
         self._states = states
         self._passes = passes
+        self._runs: list[Run] = []
+        self.cores: dict[int, Any] = {}  # by layer, for its matrices one after another
 
     def states(self, session: int) -> States:
         states = self._states[session]
@@ -65,13 +67,13 @@ class NeuronPass:
         self._passes[session].values[(layer, NEURONS, 0)] = votes
 
     def runs(self) -> list[Run]:
-        """All rows, in their order."""
-        runs, first = [], 0
-        for session, segment in enumerate(self._segments):
+        """All rows, in their order; every layer asks for them."""
+        first = 0
+        for session, segment in enumerate(() if self._runs else self._segments):
             for rows, of_prompt in segment.marks or ((segment.rows, False),):
-                runs.append(Run(session, first, rows, of_prompt))
+                self._runs.append(Run(session, first, rows, of_prompt))
                 first += rows
-        return runs
+        return self._runs
 
 
 class Passing(threading.local):

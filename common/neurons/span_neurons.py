@@ -39,6 +39,10 @@ class SpanNeurons:
         """A batch is on its way in this thread."""
         self.passing.batch = NeuronPass(segments, states, passes)
 
+    def end(self) -> None:
+        """It has gone through: nothing of it is held."""
+        self.passing.batch = None
+
     def no_votes(self) -> dict[StateName, Tensor]:
         """What a session has at its beginning, where sessions have cores."""
         return {(layer.layer, NEURONS, 0): layer.no_votes() for layer in self.layers if layer.core}

@@ -97,6 +97,12 @@ class LayerNeurons:
 
     def cores(self) -> list[tuple[Run, Core]]:
         """Of each session of a batch without prompts, with its weights."""
+        found = self.batch.cores.get(self.layer)
+        if found is None:
+            found = self.batch.cores[self.layer] = self._find_cores()
+        return found
+
+    def _find_cores(self) -> list[tuple[Run, Core]]:
         found = []
         for run in self.batch.runs():
             core = self.core_of(run.session)

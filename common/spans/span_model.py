@@ -199,8 +199,13 @@ class SpanModel:
         self._gate.enter(rows.to(self.device))
         return torch.zeros(1, rows.shape[0], dtype=torch.long, device=self.device)
 
-    def _finish(self, cache: PackedCache) -> Tensor:
+    def _close(self, cache: PackedCache) -> None:
         cache.finish()
+        if self.neurons is not None:
+            self.neurons.end()
+
+    def _finish(self, cache: PackedCache) -> Tensor:
+        self._close(cache)
         return self._gate.take()
 
     def _run_tail(self, rows: Tensor, segments: list[Segment], wanted: int | Tensor) -> Tensor:
@@ -208,7 +213,7 @@ class SpanModel:
         chosen = {"logits_to_keep": wanted} if self._rows_are_chosen else {}
         cache = self._open_cache(segments)
         output = self._causal_lm(input_ids=self._enter(rows), **chosen, **self._arguments(cache))
-        cache.finish()
+        self._close(cache)
         logits: Tensor = output.logits[0]
         if self._rows_are_chosen:
             return logits

@@ -171,7 +171,8 @@ def draw_layers(facts: Sequence[LayerFacts]) -> Figure:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
     layers = [fact.layer for fact in facts]
-    left.plot(layers, [f.cosine_to_next for f in facts], ".-", label="cosine to the next layer's")
+    to_next = [fact.cosine_to_next for fact in facts[:-1]]  # behind the last there is none
+    left.plot(layers[:-1], to_next, ".-", label="cosine to the next layer's")
     left.plot(layers, [f.cosine_to_last for f in facts], ".-", label="cosine to the last layer's")
     left.plot(layers[1:], [f.change for f in facts][1:], ".-", label="size of the change")
     left.legend(fontsize=8)

@@ -340,10 +340,11 @@ def test_a_batch_is_each_session_alone(
         torch.testing.assert_close(got, wanted[: len(got)], **CLOSE)
 
 
+@pytest.mark.parametrize("method", ["partinfer", "random", "dense"])
 def test_a_prompt_beside_answers_changes_nobodys_neurons(
-    directories: Callable[[str], Path], settings: NeuronSettings
+    directories: Callable[[str], Path], settings: NeuronSettings, method: str
 ) -> None:
-    model = load(directories("llama"), settings)
+    model = load(directories("llama"), replace(settings, method=method))
     texts = [draw_rows(LENGTH, seed) for seed in range(2)]
     alone = [run(model, rows) for rows in texts]
     first, second = model.new_kv(), model.new_kv()

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness finds the same through the endpoint as for the unsplit model.
+"""lm-evaluation-harness finds the same through endpoint or engine as for the unsplit model.
 
 It runs as its users run it: from the command line, tasks in files. `make test-long` installs it.
 """
@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ pytestmark = [
 ]
 
 CONTEXT = 512  # of the demo model
+TASKS = Path(__file__).resolve().parent.parent / "evaluation" / "tasks"  # midspan's own
 TOLERANCE = 1e-3  # of a log-likelihood
 TASK = """
 task: {name}
@@ -89,20 +90,28 @@ def tasks(tmp_path_factory: pytest.TempPathFactory, demo_directory: Path) -> Pat
 
 
 def run_harness(
-    tasks: Path, directory: Path, kind: str, *options: str, **values: object
+    tasks: Path,
+    directory: Path,
+    kind: str,
+    *options: str,
+    names: Sequence[str] = ("choice", "rolling", "writing"),
+    **values: object,
 ) -> Samples:
     """The samples of all tasks, by task. `values` are those of --model_args."""
+    directory.mkdir(exist_ok=True)
     arguments = ",".join(f"{name}={value}" for name, value in values.items())
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(directory / "hf")}
+    module = "evaluation.harness" if kind == "midspan" else "lm_eval"
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "lm_eval", "--model", kind, "--model_args", arguments,
-         "--tasks", "choice,rolling,writing", "--include_path", str(tasks), "--log_samples",
+        [sys.executable, "-P", "-m", module, "--model", kind, "--model_args", arguments,
+         "--tasks", ",".join(names), "--include_path", str(tasks), "--log_samples",
          "--output_path", str(directory), *options],
         cwd=directory, env=os.environ | offline, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
     found: Samples = {}
-    for name in ("choice", "rolling", "writing"):
+    for name in names:
         (file,) = directory.rglob(f"samples_{name}_*.jsonl")
         found[name] = [json.loads(line) for line in file.read_text().splitlines()]
     return found
@@ -121,21 +130,29 @@ def wanted(tasks: Path, tmp_path_factory: pytest.TempPathFactory, demo_directory
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["local-completions", "midspan"])
 def found(
-    tasks: Path, tmp_path_factory: pytest.TempPathFactory, demo_ends: ModelEnds
+    request: pytest.FixtureRequest,
+    tasks: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    demo_ends: ModelEnds,
 ) -> Iterator[Samples]:
-    """What it finds through the endpoint: several requests at once, of several prompts."""
-    with (
-        LocalPool(PoolSettings(workers=2)) as pool,
-        open_endpoint(pool, demo_ends) as endpoint,
-    ):
-        yield run_harness(
-            tasks, tmp_path_factory.mktemp("split"), "local-completions", "--batch_size", "3",
-            base_url=f"{endpoint.url}/v1/completions", model=MODEL, tokenizer=demo_ends.directory,
-            tokenizer_backend="huggingface", add_bos_token=True, max_length=CONTEXT,
-            num_concurrent=2, max_retries=1,
-        )  # fmt: skip
+    """What it finds through the endpoint, or an engine: several requests at once."""
+    directory = tmp_path_factory.mktemp("split")
+    with LocalPool(PoolSettings(workers=2)) as pool:
+        if request.param == "midspan":
+            yield run_harness(
+                tasks, directory, "midspan", pretrained=demo_ends.directory,
+                broker=pool.edge_endpoint, max_length=CONTEXT - 2,
+            )  # fmt: skip
+            return
+        with open_endpoint(pool, demo_ends) as endpoint:
+            yield run_harness(
+                tasks, directory, "local-completions", "--batch_size", "3",
+                base_url=f"{endpoint.url}/v1/completions", model=MODEL,
+                tokenizer=demo_ends.directory, tokenizer_backend="huggingface",
+                add_bos_token=True, max_length=CONTEXT, num_concurrent=2, max_retries=1,
+            )  # fmt: skip
 
 
 def test_each_choice_is_as_likely_as_with_the_unsplit_model(
@@ -165,3 +182,29 @@ def test_what_it_lets_the_model_write_is_the_same_text(found: Samples, wanted: S
     texts = [sample["resps"] for sample in wanted["writing"]]
     assert [sample["resps"] for sample in found["writing"]] == texts
     assert all(len(text[0][0]) > 20 for text in texts)
+
+
+def test_the_tasks_that_come_with_midspan_have_the_unsplit_models_figures(
+    tmp_path: Path, demo_directory: Path
+) -> None:
+    names = ("midspan_choice", "midspan_ending", "midspan_summary")
+    whole = run_harness(
+        TASKS, tmp_path / "whole", "hf", "--device", "cpu", "--batch_size", "1", names=names,
+        pretrained=demo_directory, dtype="float32", add_bos_token=True, max_length=CONTEXT - 2,
+    )  # fmt: skip
+    with LocalPool(PoolSettings(workers=1)) as pool:
+        split = run_harness(
+            TASKS, tmp_path / "split", "midspan", names=names,
+            pretrained="stories-llama", broker=pool.edge_endpoint,
+        )  # fmt: skip
+    for name, score in zip(names, ("acc", "exact_match", "rougeL"), strict=True):
+        assert len(split[name]) == 12
+        assert [each[score] for each in split[name]] == [each[score] for each in whole[name]]
+        assert sum(each[score] for each in split[name]) > 0
+    texts = [each["resps"] for each in whole["midspan_summary"]]
+    assert [each["resps"] for each in split["midspan_summary"]] == texts
+
+
+def test_what_midspan_does_not_know_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="Error: --model_args has 'speed', which midspan does"):
+        run_harness(TASKS, tmp_path, "midspan", names=["midspan_choice"], speed=3)

@@ -198,8 +198,10 @@ def test_who_chooses_otherwise_does_not_meet_these_workers(
 ) -> None:
     other = load_ends(demo_directory, neurons=replace(settings, sparsity=0.4))
     for ends in (demo_ends, other):
-        with pytest.raises(NoWorker, match="no worker serves"):
+        with pytest.raises(NoWorker, match="no worker serves") as refused:
             generate(pool, ends, [1, 2, 3], 2)
+    words = f"--span 2-6 --neurons {settings.files[0]} --neuron-layers 0:{LAYERS}`"
+    assert words in str(refused.value)  # the command that would serve it
 
 
 def test_votes_are_taken_over_from_the_store(
@@ -303,6 +305,7 @@ def test_options_say_what_was_said() -> None:
     settings = given.read()
     assert settings is not None
     assert (settings.files, settings.start, settings.end) == ((Path("a"), Path("b")), 1, 7)
+    assert settings.to_words() == given.to_words()
 
 
 def test_a_serve_with_other_neurons_is_not_asked(

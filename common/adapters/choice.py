@@ -19,6 +19,10 @@ class LoraChoice:
     path: Path
     scale: float = 1.0
 
+    def to_words(self) -> list[str]:
+        """The option that says this."""
+        return ["--lora", f"{self.path}@{self.scale:g}" if self.scale != 1 else str(self.path)]
+
 
 def parse_choices(texts: Iterable[str]) -> tuple[LoraChoice, ...]:
     """Raises SettingsError."""

@@ -65,6 +65,17 @@ class NeuronSettings:
         """Whether all neurons are loaded, and computed for each token."""
         return self.loaded == 1 and (self.method == DENSE or self.sparsity == 1)
 
+    def to_words(self) -> list[str]:
+        """The options that say this, and nothing that is the default."""
+        words = [word for path in self.files for word in ("--neurons", str(path))]
+        plain = NeuronSettings(self.files)
+        for name in ("loaded", "base", "sparsity", "token_sparsity", "method"):
+            if getattr(self, name) != getattr(plain, name):
+                words += [f"--{name.replace('_', '-')}", str(getattr(self, name))]
+        if (self.start, self.end) != (plain.start, plain.end):
+            words += ["--neuron-layers", f"{self.start}:{self.end}"]
+        return words
+
     def describe(self) -> str:
         """What two sides must have in common, beside the lists."""
         return (

@@ -43,6 +43,7 @@ class ModelEnds:
     layers: int
     route: Sequence[Span] = ()  # that served the middle when the ends were loaded
     marks_prompts: bool = False  # tells the pool which rows are of prompts
+    worker_words: Sequence[str] = ()  # options of workers that it meets, beside model and span
 
     @property
     def reply_width(self) -> int:
@@ -200,6 +201,8 @@ class _Source:
         self._checkpoint = Checkpoint(directory)
         adapt_text_model(self._checkpoint, loras)
         self._checkpoint.choose(neurons)
+        self._words = [word for lora in loras for word in lora.to_words()]
+        self._words += neurons.to_words() if neurons is not None else []
         self._config = read_config(self._checkpoint)
         self._layers: int = self._config.num_hidden_layers
         self._fingerprint = self._checkpoint.fingerprint()
@@ -236,6 +239,7 @@ class _Source:
             layers=self._layers,
             route=pick_route(report, self._fingerprint, cut.middle) if report is not None else [],
             marks_prompts=self._checkpoint.neurons is not None,
+            worker_words=self._words,
         )
 
     def _load_part(self, span: Span, dtype: str, part: Part) -> SpanModel:

@@ -10,6 +10,7 @@ that a slow worker still writes are refused, so that what was rolled back stays 
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Generator, Sequence
 from typing import Any
@@ -122,8 +123,9 @@ class TextSession:
                 )
 
     def _make_asks(self, opening: Opening) -> SessionAsks:
-        spans = " ".join(f"--span {span}" for span in opening.route)
-        command = f"midspan worker --model {self._ends.directory} {spans}"
+        words = ["midspan", "worker", "--model", str(self._ends.directory)]
+        words += [word for span in opening.route for word in ("--span", span)]
+        command = shlex.join([*words, *self._ends.worker_words])
         return SessionAsks(opening, command, takes_detours=True)
 
     @property

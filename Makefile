@@ -1,12 +1,12 @@
 # make demo    see the main job run           make test    run all tests
-# make check   format, lint, types, tests     make format  rewrite files in the house format
+# make check   format, lint, types, tests, notebooks     make format  rewrite files in the house format
 # make test-long   what takes minutes: every family of the installed transformers, lm-evaluation-harness
 # make bench   measure what the README's table says: ten minutes on a quiet machine
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: bench demo test test-long check format lint types clean
+.PHONY: bench demo test test-long notebooks check format lint types clean
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -19,6 +19,10 @@ $(VENV)/.dev: $(VENV)/.run
 
 $(VENV)/.harness: $(VENV)/.dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[embedded,dev,harness]'
+	touch $@
+
+$(VENV)/.notebooks: $(VENV)/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[embedded,dev,notebooks]'
 	touch $@
 
 demo: $(VENV)/.run
@@ -42,7 +46,10 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/mypy benchmarks/*.py
 
-check: lint types test
+notebooks: $(VENV)/.notebooks
+	$(BIN)/pytest --nbmake docs/notebooks
+
+check: lint types test notebooks
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix --quiet . || true

@@ -8,7 +8,6 @@ import pytest
 import torch
 from browser import Browser
 from pools import PROMPTS, reference_tokens
-from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from serving import Endpoint, count_sessions, open_endpoint
 
@@ -197,8 +196,11 @@ def test_the_pool_tab_is_what_the_broker_says(page: Browser, pool: LocalPool) ->
     client = pool.connect()
     report = client.status()
     client.close()
-    rows = {row.find_element(By.CSS_SELECTOR, "td").text: row.text
-            for row in page.find_all("#workers tbody tr")}  # fmt: skip
+    # in one go: the page draws its rows anew at each report
+    rows = page.run(
+        "return Object.fromEntries([...document.querySelectorAll('#workers tbody tr')]"
+        ".map(row => [row.querySelector('td').innerText, row.innerText]))"
+    )
     assert set(rows) == {worker["worker_id"] for worker in report["workers"]}
     assert all("ready" in row and "stories-llama 2-6" in row for row in rows.values())
     figures = page.find("#pool-figures").text.splitlines()

@@ -9,8 +9,9 @@ import pytest
 import torch
 from forks import error_line, run_midspan
 from random_models import save_random_model
-from transformers import GPT2Config
+from transformers import GPT2Config, MambaConfig
 
+from common.errors import SettingsError
 from edge_agent.text.tokenizer import TextTokenizer
 from evaluation.leakage.attacks import ATTACKS, KNOWN_TOKENS, Situation, use_known_plaintext
 from evaluation.leakage.command import ATTACK_NAMES
@@ -216,3 +217,22 @@ def test_an_image_sessions_prompt_and_picture_are_recovered(tmp_path: Path) -> N
     assert found["prompt-search", "unet"] == found["prompt-search", "inner"] == 100
     assert found["latents", "unet"] > 99.9  # stepped as the device steps them
     assert found["features-map", "inner"] > 77  # no two of twelve different pictures have more
+
+
+def test_exact_search_is_refused_where_layers_keep_a_state_of_the_text(tmp_path: Path) -> None:
+    config = MambaConfig(vocab_size=40, hidden_size=16, state_size=4, num_hidden_layers=3)
+    split = SplitModel(save_random_model(config, tmp_path), "1:2")
+    codecs = split.make_codecs("fp32")
+    seen = split.send([3, 4, 5], codecs)
+    with pytest.raises(SettingsError, match="choose other attacks with --attack"):
+        ExactSearch(split.ends.head, 40, 3).recover(seen, codecs.up)
+
+
+def test_without_a_tail_on_the_device_the_downlink_says_the_answer(
+    demo_directory: Path, tokenizer: TextTokenizer
+) -> None:
+    split = SplitModel(demo_directory, "6:")
+    codecs = split.make_codecs("int8,top100")
+    conversation = split.converse(tokenizer.encode(PROMPT), 8, codecs)
+    leak = measure("downlink", Situation(split, codecs, [conversation], []), tokenizer)
+    assert (leak.cut, leak.answer_percent) == ("6-8e", 100)

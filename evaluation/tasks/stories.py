@@ -1,14 +1,14 @@
 """What the local tasks ask about: stories of the demo model's validation text, and ROUGE-L.
 
-Loaded by lm-eval, by file, so it stands by itself.
+lm-eval loads it by its file, not as a part of a package.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-STORIES = Path(__file__).resolve().parents[2] / "models" / "stories-llama" / "validation.txt"
+from common.weights.demo_model import DEMO_TEXT_MODEL, find_model
+
 COUNT = 12
 
 
@@ -46,7 +46,8 @@ def score_summary(document: dict[str, Any], results: list[str]) -> dict[str, flo
 
 
 def _read() -> list[str]:
-    texts = STORIES.read_text(encoding="utf-8").split("\n\n")
+    path = find_model(DEMO_TEXT_MODEL) / "validation.txt"
+    texts = path.read_text(encoding="utf-8").split("\n\n")
     return [text.strip() for text in texts if text.strip()][:COUNT]
 
 

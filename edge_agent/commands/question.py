@@ -91,6 +91,9 @@ class Means:
         self.codecs.split()
         if self.tokenizer is not None and not self.tokenizer.is_file():
             raise SettingsError(f"--tokenizer {self.tokenizer} is no file")
+        for lists in self.neurons.files if self.neurons else ():
+            if not lists.is_file():
+                raise SettingsError(f"--neurons {lists} is no file")
         read_model_config(self.directory)
         self.read_spans()
 

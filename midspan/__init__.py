@@ -55,14 +55,14 @@ HOMES = {
     "PoolSettings": "deploy.pool",
     "SamplingSettings": "edge_agent.text.sampling",
     "Session": "edge_agent.text.session",
-    "SessionSettings": "edge_agent.text.text_session",
+    "SessionSettings": "edge_agent.text.session_settings",
     "TextTokenizer": "edge_agent.text.tokenizer",
     "Token": "edge_agent.engine.streams",
     "TokenStream": "edge_agent.engine.streams",
     "find_model": "common.weights.demo_model",
     "load_ends": "edge_agent.text.ends",
     "start_generation": "edge_agent.text.generation",
-    "uniform_settings": "edge_agent.text.text_session",
+    "uniform_settings": "edge_agent.text.session_settings",
 }
 PACKAGES = (
     "broker", "chaos", "cloud_worker", "common", "deploy", "edge_agent", "evaluation",

@@ -19,7 +19,7 @@ from common.neurons.passing import NeuronPass, Passing, Rows
 from common.neurons.sparse_mlp import LayerNeurons, LoadedInto, LoadedOut
 from common.spans.cut import Span
 from common.spans.states import NEURONS, StateName, StatePass, States
-from common.weights.checkpoint import ALIGNMENT, Checkpoint
+from common.weights.checkpoint import Checkpoint, round_up
 from common.weights.matrix_reader import MatrixReader
 from common.weights.tensors import WeightMap
 
@@ -87,14 +87,10 @@ def _size(layer: nn.Module, mlp: Mlp, choice: LayerChoice, dtype: torch.dtype) -
     matrices = [*mlp.into(layer), mlp.out(layer)]
     tensors = [tensor for matrix in matrices for tensor in (matrix.weight, matrix.bias)]
     return sum(
-        _round_up(tensor.numel() // mlp.width * len(choice.ranks) * dtype.itemsize)
+        round_up(tensor.numel() // mlp.width * len(choice.ranks) * dtype.itemsize)
         for tensor in tensors
         if tensor is not None
     )
-
-
-def _round_up(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 class _PartReader:
@@ -155,7 +151,7 @@ class _PartReader:
 
     def _make(self, shape: tuple[int, ...]) -> Tensor:
         start, size = self._at, math.prod(shape) * self._dtype.itemsize
-        self._at += _round_up(size)
+        self._at += round_up(size)
         return self._memory[start : start + size].view(self._dtype).view(shape)
 
 

@@ -193,13 +193,13 @@ class Checkpoint:
         new = [n for n in dict.fromkeys(tensor_names) if (n, dtype) not in self._cache]
         shapes = {name: self.shape(name) for name in new}
         sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
-        block = allocate(sum(_round_up(size) for size in sizes.values()))
+        block = allocate(sum(round_up(size) for size in sizes.values()))
         at = 0
         for name in new:
             tensor = block[at : at + sizes[name]].view(dtype).view(shapes[name])
             self._read_into(tensor, name, dtype)
             self._cache[name, dtype] = tensor
-            at += _round_up(sizes[name])
+            at += round_up(sizes[name])
         return {name: self._cache[name, dtype] for name in tensor_names}
 
     def _read_into(self, tensor: Tensor, name: str, dtype: torch.dtype) -> None:
@@ -347,7 +347,8 @@ def _not_plain(directory: Path, tensor_name: str, dtype: torch.dtype) -> Checkpo
     )
 
 
-def _round_up(size: int) -> int:
+def round_up(size: int) -> int:
+    """The next size that is a multiple of a vector register's."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 

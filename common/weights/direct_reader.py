@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from common.errors import CheckpointError
-from common.weights.safetensors_places import Place, check_unchanged
+from common.weights.safetensors_places import Place, check_size, check_unchanged
 
 SECTOR = 4096  # bytes; what disks and file systems ask offsets, sizes and memory to be multiples of
 BLOCK = 1 << 20  # bytes
@@ -42,10 +42,7 @@ class DirectReader:
         """Fill each memory, uint8 on the CPU, with the bytes of its place, which are as many."""
         blocks = []
         for memory, place in wanted:
-            if memory.numel() != place.size:
-                raise CheckpointError(
-                    f"{place.path} has {place.size} bytes where its shape needs {memory.numel()}"
-                )
+            check_size(memory, place)
             file = self._open(place.path)
             for begin, end in _cut_in_blocks(place.offset, place.offset + place.size):
                 part = memory[begin - place.offset : end - place.offset]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from common.weights.checkpoint import ALIGNMENT
+from common.weights.checkpoint import round_up
 from common.weights.direct_reader import DirectReader
 from common.weights.safetensors_places import Place
 from common.weights.tensors import WeightMap
@@ -50,7 +50,7 @@ class LayerReader:
             size = parameter.numel() * dtype.itemsize
             place = weights.place(prefix + name, tuple(parameter.shape))
             self._pieces.append(Piece(name, tuple(parameter.shape), at, size, place))
-            at += -(-size // ALIGNMENT) * ALIGNMENT
+            at += round_up(size)
         self.size = at  # bytes
 
     def views(self, memory: Tensor) -> dict[str, Tensor]:

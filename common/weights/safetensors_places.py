@@ -43,10 +43,7 @@ class PlaceReader:
 
     def read_into(self, memory: Tensor, place: Place) -> None:
         """Fill `memory`, as many bytes as the place has, uint8 on the CPU."""
-        if memory.numel() != place.size:
-            raise CheckpointError(
-                f"{place.path} has {place.size} bytes where its shape needs {memory.numel()}"
-            )
+        check_size(memory, place)
         left, at = memoryview(memory.numpy().data), place.offset
         try:
             while left:
@@ -69,6 +66,14 @@ class PlaceReader:
 
     def __del__(self) -> None:
         self.close()
+
+
+def check_size(memory: Tensor, place: Place) -> None:
+    """Raise CheckpointError unless a memory of bytes is as long as a place."""
+    if memory.numel() != place.size:
+        raise CheckpointError(
+            f"{place.path} has {place.size} bytes where its shape needs {memory.numel()}"
+        )
 
 
 def check_unchanged(file: int, place: Place) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import SettingsError
+from common.console.plots import require_matplotlib
 from common.neurons.lists import NeuronLists
 
 FIRST = 0.3  # of a layer's neurons, which the mask shows
@@ -35,11 +35,7 @@ def draw_lists_picture(lists: Sequence[NeuronLists], path: Path) -> None:
 
 def open_pyplot() -> Any:
     """Raises SettingsError where it is not installed."""
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise SettingsError("a picture needs matplotlib: pip install 'midspan[plot]'") from error
-    mpl.use("Agg")
+    require_matplotlib()
     from matplotlib import pyplot as plt
 
     return plt

@@ -1,11 +1,11 @@
 """What encoding and decoding cost, as a part of the time of one decoder layer of the same size.
 
-    python benchmarks/codec.py [--json]
+    python benchmarks/codec.py [--codec smallest] [--json]
 
-For every codec at hidden 256, 2048 and 4096 and for 1 and 256 tokens: what an edge does for a step,
-encoding the uplink and decoding the downlink, against a Llama layer (intermediate 2.7 times
-hidden, heads of 64) in the same run on the same number of threads. A calibration is made up, since
-only its shapes matter here.
+For every codec, or those that are named, at hidden 256, 2048 and 4096 and for 1 and 256 tokens:
+what an edge does for a step, encoding the uplink and decoding the downlink, against a Llama layer
+(intermediate 2.7 times hidden, heads of 64) in the same run on the same number of threads. A
+calibration is made up, since only its shapes matter here.
 """
 
 from __future__ import annotations
@@ -88,16 +88,23 @@ def codec_work(name: str, hidden: int, tokens: int, calibration: Calibration) ->
 @click.command()
 @click.option("--hidden", "sizes", multiple=True, type=int, default=[256, 2048, 4096])
 @click.option("--tokens", "counts", multiple=True, type=int, default=[1, 256])
+@click.option("--codec", "names", multiple=True, default=CODECS)
 @click.option("--threads", default=1, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
-def main(sizes: tuple[int, ...], counts: tuple[int, ...], threads: int, as_json: bool) -> None:
+def main(
+    sizes: tuple[int, ...],
+    counts: tuple[int, ...],
+    names: tuple[str, ...],
+    threads: int,
+    as_json: bool,
+) -> None:
     set_up_torch(threads)
     results = []
     for hidden in sizes:
         calibration = made_up_calibration(hidden)
         for tokens in counts:
             layer = layer_work(hidden, tokens)
-            for name in CODECS:
+            for name in names:
                 layer_s = median_s(layer, 0.5)
                 codec_s = median_s(codec_work(name, hidden, tokens, calibration), 0.5)
                 results.append(

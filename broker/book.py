@@ -45,9 +45,31 @@ class Book:
     def forget_session(self, session_id: bytes) -> None:
         self.ledger.drop_session(self.sessions.pop(session_id).account)
 
-    def drop_record(self, record: StepRecord) -> None:
+    def add_record(self, session: SessionRecord, record: StepRecord) -> None:
+        """A step of a session: its current one, or held behind that."""
+        self.steps[record.step.key] = record
+        self.ledger.add_step(record.account, record.body_bytes)
+        if session.current is None:
+            session.current = record
+        else:
+            record.is_held = True
+            session.following.append(record)
+
+    def drop_record(self, record: StepRecord) -> list[StepRecord]:
+        """A step is over; those that are held behind it, which are left for the caller."""
         del self.steps[record.step.key]
         self.ledger.drop_step(record.account, record.body_bytes)
+        session = self.sessions.get(record.step.session_id)
+        if session is None:
+            return []
+        if session.current is record:
+            session.current = None
+            return list(session.following)
+        if record not in session.following:
+            return []
+        behind = list(session.following)[session.following.index(record) + 1 :]
+        session.following.remove(record)
+        return behind
 
     def warm_worker_of(self, record: StepRecord) -> Worker | None:
         """Who is warm for a step's session and may have the step."""
@@ -99,7 +121,8 @@ class Book:
         """Look at what each service has to do. In the time that it takes to walk over all steps."""
         steps: dict[ServicePool, list[StepRecord]] = {pool: [] for pool in self.pools.values()}
         for record in self.steps.values():
-            steps.setdefault(record.pool, []).append(record)
+            if not record.is_held:
+                steps.setdefault(record.pool, []).append(record)
         for pool, records in steps.items():
             busy = {record.worker for record in records if record.worker is not None}
             queued = [now - record.queued_at for record in records if record.worker is None]

@@ -21,7 +21,7 @@ from broker.pools import (
     ServicePool,
     Worker,
 )
-from broker.records import SEND_AGAIN_S, StepRecord
+from broker.records import SEND_AGAIN_S, SessionRecord, StepRecord
 from common.protocol.messages import (
     StepKey,
 )
@@ -126,10 +126,28 @@ class Dispatcher:
         return [*self.remove(record), refusal]
 
     def remove(self, record: StepRecord) -> list[Action]:
-        self._book.drop_record(record)
+        """A step will not be answered, nor will those that are held behind it."""
+        behind = self._book.drop_record(record)
         if record.worker is None:
             self.take_from_queue(record)
-        return [Forget(record.step.key), *self.cancel_at_all(record)]
+        actions = [Forget(record.step.key), *self.cancel_at_all(record)]
+        return actions + self.remove_held(behind)
+
+    def remove_held(self, records: Iterable[StepRecord]) -> list[Action]:
+        """Steps that would go on from one that is not answered; nobody has them yet."""
+        actions: list[Action] = []
+        for record in records:
+            self._book.drop_record(record)
+            actions.append(Forget(record.step.key))
+        return actions
+
+    def route_next(self, session: SessionRecord, now: float) -> list[Action]:
+        """A step was answered: the one that goes on from it may be handed out."""
+        if session.current is not None or not session.following:
+            return []
+        record = session.current = session.following.popleft()
+        record.is_held, record.queued_at = False, now
+        return self.route(record, now)
 
     def cancel_at_all(self, record: StepRecord, but: str = "") -> list[Action]:
         """Whoever has a step that is over shall drop it, and counts as busy until then."""

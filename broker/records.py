@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 
 from broker.fair_queue import FairQueue
@@ -50,6 +51,7 @@ class StepRecord:
     again_after_s: float = SEND_AGAIN_S
     edge_gone_at: float | None = None
     wait_until: float = 0.0  # before it is handed out again
+    is_held: bool = False  # until the step that it goes on from is answered
 
     @property
     def tries(self) -> int:
@@ -88,7 +90,11 @@ class StepRecord:
 
 @dataclass(slots=True, eq=False)
 class SessionRecord:
-    """How a session was opened, where each part of its KV is warm, and its newest step."""
+    """How a session was opened, where each part of its KV is warm, and its steps.
+
+    `following` are those that go on where the one before them ends, in order: each waits until
+    that is answered.
+    """
 
     opening: AnyOpening
     edge: Peer
@@ -98,7 +104,14 @@ class SessionRecord:
     opening_frame: bytes = b""  # as it came
     precision: str = ""  # of the workers that have answered
     workers: dict[int, Worker] = field(default_factory=dict)  # by hop: who answered last there
+    current: StepRecord | None = None  # that is queued or in flight
+    following: deque[StepRecord] = field(default_factory=deque)
     suspect: Suspect | None = None  # because of whom a step was asked for anew
+
+    @property
+    def last(self) -> StepRecord | None:
+        """The newest step that is not answered yet."""
+        return self.following[-1] if self.following else self.current
 
     def warm_worker(self, hop: int) -> Worker | None:
         """Who has its KV of a part in memory, if it is still here."""

@@ -8,10 +8,11 @@ sessions or services there are (`broker/pools.py`); only steps that fail look at
 
 A step goes to the worker that is warm for its session (it computed the session's last step), as
 long as that worker has room; when it has not, the step waits for it unless another worker is
-idle. Without a warm worker the least loaded one with room gets it. A session has one step here at
-most, its newest, so that the queue goes round all sessions: a long prompt, which comes in many
-steps, holds up the others for one of them at a time. Edges are taken in turn, and while several
-have sessions none fills more than half of a worker.
+idle. Without a warm worker the least loaded one with room gets it. Of a session one step at a time
+is queued or in flight, so that the queue goes round all sessions: a long prompt, which comes in
+many steps, holds up the others for one of them at a time. Steps that go on where that one ends are
+held here until it is answered; any other newer step puts it aside. Edges are taken in turn, and
+while several have sessions none fills more than half of a worker.
 
 A worker counts as busy with a step until it answers or confirms to have dropped it, also when
 nobody waits for the step any more. A step that takes much longer than its service usually does
@@ -85,6 +86,7 @@ from common.spans.cut import are_joined, read_span
 
 SESSION_MEMORY_S = 600.0  # how long the warm worker of a silent session is remembered
 BUSY_RETRY_MS = 200
+MAX_HELD = 8  # steps of one session behind the one that is being computed
 SETTLE_S = 1.0  # between the second worker that died with a step and the third that gets it
 EDGE_RETURN_S = 5.0  # how long the steps of an edge that has gone are kept for its return
 FRESH_PART = 0.6  # of the time after which a silent worker is dead
@@ -157,7 +159,10 @@ class BrokerState:
         if why:
             self.counters["refused"] += 1
             return [Refuse(edge.address, key, "invalid", why)]
-        actions = self._abandon_older(session)
+        goes_on = session is not None and self._goes_on(session, step)
+        if session is not None and goes_on and len(session.following) >= MAX_HELD:
+            return [TellBusy(edge.address, key, BUSY_RETRY_MS)]
+        actions = [] if goes_on else self._abandon_older(session)
         precision = opening.precision or (session.precision if session is not None else "")
         pools = self._book.pools_on(opening, precision)
         account = self._account_of(session, edge)
@@ -178,9 +183,22 @@ class BrokerState:
         deadline_at = now + min(step.deadline_ms / 1000, MAX_DEADLINE_S)
         record = StepRecord(step, pool, edge, account, body_bytes, now, now, deadline_at)
         record.blame(session.suspect)
-        self.steps[key] = record
-        self._ledger.add_step(account, body_bytes)
-        return actions + self._dispatcher.route(record, now)
+        self._book.add_record(session, record)
+        return actions if record.is_held else actions + self._dispatcher.route(record, now)
+
+    def _goes_on(self, session: SessionRecord, step: Step) -> bool:
+        """Whether a step begins where one that is not answered yet ends: both are wanted.
+
+        An edge that has given that one up begins before it, or in a new generation.
+        """
+        last = session.last
+        return (
+            last is not None
+            and isinstance(session.opening, Opening)
+            and step.generation == last.step.generation
+            and step.step == last.step.step + 1
+            and step.position == last.step.end
+        )
 
     def _account_of(self, session: SessionRecord | None, edge: Peer) -> Account:
         name = edge.account
@@ -235,9 +253,9 @@ class BrokerState:
             return []
         if session.edge.key != edge.key:
             return [self._note_foreign(edge)]
-        self._book.forget_session(session_id)
         holders = self._holders_of(session)
         actions = self._abandon_older(session)
+        self._book.forget_session(session_id)
         anybody = next(iter(self.workers), None)
         parts_of: dict[str, list[str]] = {}
         for part, names in zip(session.opening.route, holders, strict=True):
@@ -251,7 +269,7 @@ class BrokerState:
         """Workers that have something of a session, by hop: warm ones, and those with its step."""
         warm = [session.warm_worker(hop) for hop in range(len(session.opening.route))]
         names = [[worker.name] if worker is not None else [] for worker in warm]
-        record = self.steps.get(session.newest)
+        record = session.current
         if record is not None:
             at_it = [record.worker_id, *record.late_on]
             names[record.hop] += [n for n in at_it if n in self.workers]
@@ -377,8 +395,12 @@ class BrokerState:
             actions = [*cancelled, *self._pass_on(record, session, answer, body_bytes, now)]
         else:
             cancelled = self._count_answer(record, session, worker, answer, now)
-            self._book.drop_record(record)
+            behind = self._book.drop_record(record)
             actions = [Answer(record.edge.address, answer.key), Forget(answer.key), *cancelled]
+            if isinstance(answer, Need):  # the edge begins anew, at what is lacking
+                actions += self._dispatcher.remove_held(behind)
+            else:
+                actions += self._dispatcher.route_next(session, now)
         return [*actions, *self._dispatcher.dispatch_to(worker, now)]
 
     def _count_answer(
@@ -428,8 +450,10 @@ class BrokerState:
         record = self._take_in_flight(dropped.key, worker, dropped.attempt)
         if record is None or record.late_on.pop(dropped.worker_id, None) is not None:
             return self._dispatcher.dispatch_to(worker, now)
-        self._book.drop_record(record)  # a newer step of the session reached it by another broker
-        return [Forget(dropped.key), *self._dispatcher.dispatch_to(worker, now)]
+        # a newer step of the session reached it by another broker
+        behind = self._book.drop_record(record)
+        gone = [Forget(dropped.key), *self._dispatcher.remove_held(behind)]
+        return [*gone, *self._dispatcher.dispatch_to(worker, now)]
 
     def on_failed(self, failed: StepFailed, now: float) -> list[Action]:
         """A worker could not compute a step: another one tries, up to `max_attempts` in all."""
@@ -565,7 +589,7 @@ class BrokerState:
             session_id, session = next(iter(self.sessions.items()))
             if now - session.seen_at <= SESSION_MEMORY_S:
                 return
-            if session.newest in self.steps:
+            if session.current is not None:
                 self._book.see(session_id, session, now)
             else:
                 self._book.forget_session(session_id)
@@ -599,8 +623,9 @@ class BrokerState:
 
     def _abandon_older(self, session: SessionRecord | None) -> list[Action]:
         """The edge has moved on: older steps of its session need no answer."""
-        record = self.steps.get(session.newest) if session is not None else None
-        return self._dispatcher.remove(record) if record is not None else []
+        if session is None or session.current is None:
+            return []
+        return self._dispatcher.remove(session.current)
 
     def _hear_worker(self, worker_id: str, now: float) -> Worker | None:
         worker = self.workers.get(worker_id)

@@ -14,7 +14,7 @@ import random
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -32,6 +32,7 @@ from common.console.renamed import RenamedOption
 from common.console.tables import format_table
 from common.errors import BrokerUnavailable, MidspanError, SettingsError
 from deploy.pool import LocalPool, PoolSettings
+from edge_agent.commands.draft_options import DraftChoice, draft_options
 
 if TYPE_CHECKING:
     from edge_agent.engine.engine import Engine
@@ -56,6 +57,8 @@ class Outcome:
     tokens_different: int = 0
     tokens_lost: int = 0
     tokens_doubled: int = 0
+    round_trips: int = 0  # after prompts
+    drafts_wrong: int = 0
     rows_replayed: int = 0
     answers_unusable: int = 0
     bytes_pulled: int = 0
@@ -74,6 +77,10 @@ class Outcome:
             self.tokens_different += sum(a != b for a, b in zip(got, want, strict=False))
             self.tokens_lost += max(0, len(want) - len(got))
             self.tokens_doubled += max(0, len(got) - len(want))
+            self.round_trips += sum(stats.round_trips for stats in costs)
+            self.drafts_wrong += sum(
+                stats.drafted.total() - stats.accepted.total() for stats in costs
+            )
             self.rows_replayed += sum(stats.rows_replayed for stats in costs)
             self.answers_unusable += sum(stats.answers_unusable for stats in costs)
             self.longest_stall_s = max(self.longest_stall_s, stall_s)
@@ -177,13 +184,14 @@ chaos_options = group_options(
 
 @click.command()
 @chaos_options
+@draft_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, not a table.")
-def chaos(settings: ChaosSettings, as_json: bool) -> None:
+def chaos(settings: ChaosSettings, drafts: DraftChoice, as_json: bool) -> None:
     """Break a pool on purpose, on a seeded schedule, and compare every token.
 
-    Exits with 1 if a session failed or a token differs from an undisturbed run.
+    Exits with 1 if a session failed or a token differs from an undisturbed run without drafts.
     """
-    outcome = run_chaos(settings)
+    outcome = run_chaos(settings, drafts)
     result = outcome.to_json()
     click.echo(json.dumps(result) if as_json else format_outcome(result))
     wrong = outcome.tokens_different + outcome.tokens_lost + outcome.tokens_doubled
@@ -191,7 +199,7 @@ def chaos(settings: ChaosSettings, as_json: bool) -> None:
         raise MidspanError("the pool did not keep its promise")
 
 
-def run_chaos(settings: ChaosSettings) -> Outcome:
+def run_chaos(settings: ChaosSettings, drafts: DraftChoice) -> Outcome:
     """Start a pool, have sessions generate in it while it is harmed, and count."""
     from common.console.processes import set_up_torch
     from common.weights.demo_model import find_model
@@ -211,12 +219,17 @@ def run_chaos(settings: ChaosSettings) -> Outcome:
     codecs = uniform_settings(settings.codec)
     with HarmedPool(pool_settings, settings.seed) as pool, contextlib.ExitStack() as stack:
         addresses = [pool.edge_address() for _ in range(settings.engines)]
+        with Engine(ends, addresses[:1], codecs) as undrafted:
+            wanted = [
+                _converse(undrafted, prompt, edit, settings.max_new_tokens)[0] for prompt in prompts
+            ]
+        codecs = replace(codecs, draft_tokens=drafts.draft_tokens)
+        drafters = drafts.open()
         engines = [
-            stack.enter_context(Engine(ends, [address], codecs, max_sessions=settings.sessions))
+            stack.enter_context(
+                Engine(ends, [address], codecs, max_sessions=settings.sessions, drafters=drafters)
+            )
             for address in addresses
-        ]
-        wanted = [
-            _converse(engines[0], prompt, edit, settings.max_new_tokens)[0] for prompt in prompts
         ]
         outcome = Outcome()
         stop_at = time.monotonic() + settings.duration_s

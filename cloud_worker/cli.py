@@ -14,6 +14,7 @@ from cloud_worker.start_times import StartTimes
 from common.adapters.choice import parse_choices
 from common.console.neuron_options import NeuronOptions, neuron_options
 from common.console.options import (
+    INT8,
     Logs,
     broker_option,
     calibration_option,
@@ -24,6 +25,7 @@ from common.console.options import (
     metrics_option,
     open_page,
     threads_option,
+    weights_option,
 )
 from common.console.processes import freeze_loaded_objects, set_up_torch
 from common.security.keys import load_client_keys, read_pair
@@ -50,6 +52,7 @@ log = logging.getLogger("midspan.worker")
 @neuron_options
 @calibration_option
 @dtype_option
+@weights_option
 @device_option
 @threads_option
 @bound_options
@@ -77,6 +80,7 @@ def worker(
     neurons: NeuronOptions,
     calibration: Path | None,
     dtype: str,
+    weights: str | None,
     device: str,
     threads: int | None,
     bounds: Bounds,
@@ -123,6 +127,7 @@ def worker(
         image_loras,
         models.image_weights,
         chosen,
+        weights == INT8,
     )
     makers = load_services(
         text_model,

@@ -57,6 +57,12 @@ class ServingSettings:
     image_loras: Sequence[LoraChoice] = ()
     image_weights: Path | None = None  # a file instead of those in the model's directory
     neurons: NeuronSettings | None = None  # of a language model: which are loaded; None: all
+    in_8_bits: bool = False  # weights of a language model's linear layers
+
+    @property
+    def text_precision(self) -> str:
+        """Sessions stay where they are computed alike."""
+        return f"{self.dtype}+int8" if self.in_8_bits else self.dtype
 
 
 def load_services(
@@ -72,6 +78,8 @@ def load_services(
 
     Raises CheckpointError or SettingsError.
     """
+    if text_model is None and settings.in_8_bits:
+        raise SettingsError("--weights int8 is for language models, and none is served here")
     if text_model is None and settings.resident_layers is not None:
         raise SettingsError("--stream-layers is for language models, and none is served here")
     parts = list(dict.fromkeys(image_parts)) if image_model is not None else []
@@ -106,10 +114,10 @@ def load_text_service(
     packs = check_twin(config)
     model = load_span(
         checkpoint, span, dtype, device, "tail" if span.with_end else "middle",
-        packs=packs, resident=settings.resident_layers,
+        packs=packs, resident=settings.resident_layers, in_8_bits=settings.in_8_bits,
     )  # fmt: skip
     service = Service(
-        checkpoint.fingerprint(), checkpoint.name, str(span), model.hidden, settings.dtype
+        checkpoint.fingerprint(), checkpoint.name, str(span), model.hidden, settings.text_precision
     )
     known = open_calibration(
         calibration, checkpoint.directory, service.model, (span.first, span.last)

@@ -56,6 +56,10 @@ class StepRefused(MidspanError):
     """The pool gave a step up for good (three workers failed, or its deadline passed): stop."""
 
 
+class StepOvertaken(StepRefused):
+    """A broker heard of a later step of the session first: ask again for what lacks an answer."""
+
+
 class TooManySessions(MidspanError):
     """An engine makes and keeps waiting all the answers that it may: try again later."""
 

@@ -30,6 +30,8 @@ MAX_BROKER_MB = 4096  # of resident memory; beyond that nothing new is taken
 MAX_HEADER_BYTES = 16 * 1024
 MAX_FRAMES = 8
 
+DRAFT_TOKENS = 16  # guesses of the next tokens that a step takes along at most
+PIECES_AHEAD = 4  # of a long prompt that are on their way at once, and as many answers
 PREFILL_ROWS = 256  # rows of one step; a longer prompt goes in several
 SESSION_TTL_S = 3600.0
 

@@ -37,6 +37,10 @@ COMMANDS = {
     "score": ("edge_agent.commands.score:score", "Say which continuation of a prompt is likelier."),
     "serve": ("deploy.serve:serve", "Answer any OpenAI client with the pool's help."),
     "status": ("deploy.status:status", "Show workers, sessions and queues."),
+    "train-drafter": (
+        "evaluation.drafting.command:train_drafter",
+        "Make what guesses a model's next tokens.",
+    ),
     "up": ("deploy.up:up", "Run a whole pool on this machine."),
     "worker": ("cloud_worker.cli:worker", "Run a worker."),
 }

@@ -68,6 +68,7 @@ def suggest_worker(settings: PoolSettings, worker_endpoint: str, redis_url: str)
     options += _unless_default("--span", settings.span, None)
     options += _unless_default("--calibration", settings.calibration, None)
     options += _unless_default("--dtype", settings.dtype, "float32")
+    options += settings.worker_options
     options += _unless_default("--broker", reachable(worker_endpoint), WORKER_ENDPOINT)
     if settings.keys is not None:
         options += _key_options(settings.keys, "local-worker")

@@ -42,6 +42,7 @@ from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_mo
 from common.weights.model_files import read_model_config
 from edge_agent.commands.codec_options import CodecChoice, codec_options
 from edge_agent.commands.connection_options import SERVED, Connection, connection_options
+from edge_agent.commands.draft_options import DraftChoice, draft_options
 from edge_agent.commands.prompts import read_file, read_template
 from edge_agent.commands.question import describe_route, describe_source
 from edge_agent.commands.run_options import encrypt_option, template_option, timeout_option
@@ -131,6 +132,7 @@ bound_options = add_options(
 @connection_options
 @encrypt_option
 @codec_options
+@draft_options
 @address_options
 @click.option("--with-pool", is_flag=True, help="Start Redis, a broker and workers as well.")
 @workers_option(WorkerRange(), "; with --with-pool", default="2", show_default=True)
@@ -152,6 +154,7 @@ def serve(
     connection: Connection,
     pool_key: str | None,
     codecs: CodecChoice,
+    drafts: DraftChoice,
     address: Address,
     with_pool: bool,
     worker_range: tuple[int, int],
@@ -230,9 +233,11 @@ def serve(
             pool = stack.enter_context(kept_pool(settings, ScalingSettings(least, most)))
             access = PoolAccess([pool.edge_endpoint], None, timeout_s, None)
         services = open_services(
-            cuts[0], access, codecs.read_settings(step_deadline_s=timeout_s),
+            cuts[0], access,
+            codecs.read_settings(step_deadline_s=timeout_s, draft_tokens=drafts.draft_tokens),
             bounds=Bounds(max_sessions, max_waiting, keep_chats),
-            calibration=codecs.find_calibration(*cuts), choose_cut=choice, template=template,
+            calibration=codecs.find_calibration(*cuts), choose_cut=choice, drafters=drafts.open(),
+            template=template,
             image_model=images, image_loras=image_choices, image_weights=image_weights,
             api_keys=api_keys,
         )  # fmt: skip

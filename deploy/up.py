@@ -23,6 +23,7 @@ from common.console.options import (
     insecure_option,
     lora_option,
     span_option,
+    weights_option,
     workers_option,
 )
 from common.console.processes import handle_signals
@@ -44,6 +45,7 @@ from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
 @span_option("the middle half")
 @calibration_option
 @dtype_option
+@weights_option
 @click.option(
     "--threads", type=THREADS, help="torch threads, of each worker.  [default: cores / N]"
 )
@@ -73,6 +75,7 @@ def up(
     span_text: str | None,
     calibration: Path | None,
     dtype: str,
+    weights: str | None,
     threads: int | None,
     redis_url: str | None,
     keys: Path | None,
@@ -125,6 +128,7 @@ def up(
         neuron_options=neurons.to_words(),
         image_loras=image_loras,
         image_weights=image_weights,
+        worker_options=["--weights", weights] if weights else [],
         edge_endpoint=parse_endpoint(edge_endpoint, "--edge-endpoint"),
         worker_endpoint=parse_endpoint(worker_endpoint, "--worker-endpoint"),
     )

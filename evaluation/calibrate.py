@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from common.console.waiting import progress_bar, waiting
 from evaluation.options import documents_option, text_option, tokens_option, window_option
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from common.codecs.calibration import Calibration
     from common.spans.cut import Cut
     from common.weights.checkpoint import Checkpoint
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
     "-o", "--output", type=click.Path(path_type=Path),
     help="What to write: a directory.  [default: calibration/A-B in the model directory]",
 )  # fmt: skip
-@tokens_option(20_000)
+@tokens_option(40_000)
 @window_option(256)
 @documents_option
 @threads_option
@@ -42,8 +45,10 @@ def calibrate(
 ) -> None:
     """Measure MODEL at one cut for the codecs that need it: compact, smallest, +norm, +predict.
 
-    Runs the whole model with gradients, so it needs the memory for that. Give the directory that it
-    writes to edges and workers alike, or leave it in the model directory, where both look.
+    Half of the text is measured; on the other half the step of smallest is searched, so that it
+    costs 1% of perplexity. Runs the whole model with gradients, so it needs the memory for that.
+    Give the directory that it writes to edges and workers alike, or leave it in the model
+    directory, where both look.
     """
     from common.codecs.calibration import default_directory, save_calibration
     from common.console.processes import set_up_torch
@@ -64,21 +69,63 @@ def calibrate(
     calibration = measure_calibration(checkpoint, cut, ids, window)
     fingerprint = save_calibration(calibration, target)
     click.echo(
-        f"calibrated span {cut.middle} of {checkpoint.name} on {calibration.tokens:,} tokens: "
+        f"calibrated span {cut.middle} of {checkpoint.name} on {len(ids):,} tokens: "
         f"{target} (fingerprint {fingerprint})"
+    )
+    click.echo(describe_budget(calibration))
+
+
+def describe_budget(calibration: Calibration) -> str:
+    """What became of the promise of `smallest`."""
+    from common.codecs.spec import PROMISED_LOSS
+    from evaluation.step_search import FEWEST_TOKENS
+
+    if calibration.smallest_budget is None:
+        return (
+            f"too short to search the step of smallest: {FEWEST_TOKENS:,} tokens more than are "
+            "measured; it is as fisher0.01+predict"
+        )
+    return (
+        f"smallest: as fisher{calibration.smallest_budget:.3g}+predict, for a loss of "
+        f"{PROMISED_LOSS:.0%} of perplexity"
     )
 
 
 def measure_calibration(
     checkpoint: Checkpoint, cut: Cut, token_ids: list[int], window: int
 ) -> Calibration:
-    """Rows that cross the cut both ways, and gradients of the loss there, over a text."""
+    """What `fit_calibration` says of a text's first half, and on the rest the step of `smallest`.
+
+    Raises SettingsError for a text too short.
+    """
+    from common.codecs.calibration import fit_calibration
+    from common.weights.loading import context_length, find_decoder
+    from evaluation.step_search import (
+        FEWEST_TOKENS,
+        ROUNDS,
+        CodedModel,
+        choose_windows,
+        find_budget,
+    )
+
+    model = load_whole_model(checkpoint)
+    decoder, layers_name = find_decoder(model, model.config.num_hidden_layers)
+    layers = getattr(decoder, layers_name)
+    least = 4 * getattr(model.config.get_text_config(), "hidden_size", 0)
+    fitted = min(len(token_ids), max(least, len(token_ids) // 2))
+    measured = measure_crossing(model, layers, cut, token_ids[:fitted], window)
+    calibration = fit_calibration(checkpoint.fingerprint(), (cut.begin, cut.end), **measured)
+    rest, context = token_ids[fitted:], context_length(model.config)
+    if len(rest) < FEWEST_TOKENS:
+        return calibration
+    with progress_bar(ROUNDS * len(choose_windows(len(rest), context)), "searching") as bar:
+        coded = CodedModel(model, layers, calibration)
+        return replace(calibration, smallest_budget=find_budget(coded, rest, context, bar.update))
+
+
+def load_whole_model(checkpoint: Checkpoint) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
-
-    from common.codecs.calibration import fit_calibration
-    from common.errors import SettingsError
-    from common.weights.loading import find_decoder
 
     with waiting(f"loading {checkpoint.name}"):
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -88,8 +135,20 @@ def measure_calibration(
             trust_remote_code=False,
         ).eval()
     model.requires_grad_(False)
-    decoder, layers_name = find_decoder(model, model.config.num_hidden_layers)
-    layers = getattr(decoder, layers_name)
+    return model
+
+
+def measure_crossing(
+    model: Any, layers: Any, cut: Cut, token_ids: list[int], window: int
+) -> dict[str, Tensor]:
+    """Rows that cross the cut both ways, and gradients of the loss there, as `fit_calibration` has.
+
+    Raises SettingsError for a text too short.
+    """
+    import torch
+
+    from common.errors import SettingsError
+
     crossing: dict[str, torch.Tensor] = {}
 
     def catch_up(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -130,4 +189,4 @@ def measure_calibration(
             f"{len(token_ids)} tokens are too few to calibrate {hidden} channels; "
             f"give a longer text or --tokens: at least {4 * hidden}"
         )
-    return fit_calibration(checkpoint.fingerprint(), (cut.begin, cut.end), **measured)
+    return measured

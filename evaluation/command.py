@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,25 +21,33 @@ from evaluation.images import image_command
 from evaluation.importance.command import importance_command
 from evaluation.layers import layers_command
 from evaluation.leakage.command import leakage_command
+from evaluation.link import Link
 from evaluation.neuron_commands import hardware, speed, tasks
 from evaluation.options import (
     codecs_option,
     csv_option,
     documents_option,
     json_option,
+    mbit_option,
     plot_option,
+    rtt_option,
     text_option,
     tokens_option,
     window_option,
 )
+from evaluation.split.command import split_command
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from edge_agent.text.ends import ModelEnds
+    from edge_agent.text.session import Session
+    from edge_agent.text.stats import GenerationStats
 
 DEFAULT_CODECS = ("fp16", "int8", "int6", "int5", "int4", "compact", "smallest")
 BASELINE = "fp32"
+PROMPT_TOKENS = 512
+ANSWER_TOKENS = 17  # of which the first comes with the prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +62,14 @@ class Measurement:
     loss_percent: float
 
 
+@dataclass(frozen=True, slots=True)
+class LinkMeasurement(Measurement):
+    """The same, and what a link would take for the bytes of a session, headers included."""
+
+    link_ms_per_token: float  # of an answer
+    link_ms_per_prompt: float  # of PROMPT_TOKENS
+
+
 @click.group("eval")
 def evaluate() -> None:
     """Measure quality against cost."""
@@ -63,6 +79,7 @@ evaluate.add_command(image_command)
 evaluate.add_command(importance_command)
 evaluate.add_command(layers_command)
 evaluate.add_command(leakage_command)
+evaluate.add_command(split_command)
 evaluate.add_command(speed)
 evaluate.add_command(hardware)
 evaluate.add_command(tasks)
@@ -82,6 +99,8 @@ evaluate.add_command(tasks)
 )
 @tokens_option(None, "  [default: all]")
 @documents_option
+@mbit_option
+@rtt_option
 @csv_option
 @plot_option
 @json_option
@@ -95,6 +114,8 @@ def codec(
     stride: int | None,
     tokens: int | None,
     documents: bool,
+    mbit: float | None,
+    rtt_ms: float,
     csv_path: Path | None,
     plot_path: Path | None,
     as_json: bool,
@@ -103,7 +124,9 @@ def codec(
 
     Starts a broker and a worker for every span and sends each window through them, so the bits are
     those that the edge's socket counted, headers included, up and down over all values.
-    loss_percent is the rise of perplexity over that with fp32.
+    loss_percent is the rise of perplexity over that with fp32. With --mbit two columns say what
+    such a link would take for a token of an answer and for a prompt of 512, by the bytes that a
+    session took: round trip + bytes / bandwidth.
     """
     from common.codecs.spec import parse_codec
     from common.console.processes import set_up_torch
@@ -128,10 +151,11 @@ def codec(
             ends = load_ends(directory, span)
         length = min(window or ends.context or 1024, ends.context or 1 << 30, len(ids))
         measured += measure_codecs(
-            ends, names, ids, length, stride or max(1, length // 2), calibration, not as_json
-        )
+            ends, names, ids, length, stride or max(1, length // 2), calibration, not as_json,
+            Link(mbit, rtt_ms) if mbit else None,
+        )  # fmt: skip
     rows = [tuple(asdict(m).values()) for m in measured]
-    headers = list(Measurement.__slots__)
+    headers = [field.name for field in fields(measured[0])]
     if csv_path is not None:
         with csv_path.open("w", newline="") as file:
             csv.writer(file).writerows([headers, *rows])
@@ -150,10 +174,11 @@ def measure_codecs(
     stride: int,
     calibration_directory: Path | None,
     is_shown: bool = True,
+    link: Link | None = None,
 ) -> list[Measurement]:
     """All codecs at one span; the first one is the baseline of the loss.
 
-    `is_shown`: how far it is.
+    `is_shown`: how far it is. With a `link`, LinkMeasurements.
     """
     from deploy.pool import LocalPool, PoolSettings
     from edge_agent.commands.codec_options import CodecChoice
@@ -191,16 +216,42 @@ def measure_codecs(
                 values += 2 * len(ids) * ends.hidden
                 bar.update(1)
             bits = (client.bytes_up + client.bytes_down) * 8 / values
-            client.close()
             base = measured[0].perplexity if measured else meter.perplexity
             loss = (meter.perplexity / base - 1) * 100 + 0.0
-            measured.append(
-                Measurement(
-                    name, str(ends.cut.middle), window, round(bits, 3), round(meter.perplexity, 5),
-                    round(loss, 3),
-                )
+            found = Measurement(
+                name, str(ends.cut.middle), window, round(bits, 3), round(meter.perplexity, 5),
+                round(loss, 3),
             )  # fmt: skip
+            if link is not None:
+                session = Session(ends, client, setting, calibration)
+                stats = write_answer(session, ends, token_ids)
+                found = LinkMeasurement(**asdict(found), **time_link(link, stats))
+            measured.append(found)
+            client.close()
     return measured
+
+
+def write_answer(session: Session, ends: ModelEnds, token_ids: Sequence[int]) -> GenerationStats:
+    """What a prompt of PROMPT_TOKENS, or all there are, and a short greedy answer to it cost."""
+    from edge_agent.text.sampling import BAN, SamplingSettings
+
+    room = (ends.context or 1 << 30) - ANSWER_TOKENS
+    goes_on = SamplingSettings(logit_bias=dict.fromkeys(ends.eos_ids, BAN))
+    for _ in session.generate(token_ids[: min(PROMPT_TOKENS, room)], ANSWER_TOKENS, goes_on):
+        pass
+    return session.stats
+
+
+def time_link(link: Link, stats: GenerationStats) -> dict[str, Any]:
+    """The columns that LinkMeasurement adds, by what an answer has cost."""
+    prompt_bytes = stats.prompt_bytes_up + stats.prompt_bytes_down
+    answer_bytes = stats.bytes_up + stats.bytes_down - prompt_bytes
+    token_ms = link.take_ms(answer_bytes / max(1, stats.new_tokens - 1))
+    prompt_ms = link.take_ms(prompt_bytes / stats.prompt_tokens * PROMPT_TOKENS)
+    return {
+        "link_ms_per_token": round(token_ms, 3),
+        "link_ms_per_prompt": round(prompt_ms, 3),
+    }
 
 
 def find_frontier(points: Sequence[Measurement]) -> list[Measurement]:

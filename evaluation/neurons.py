@@ -49,7 +49,7 @@ def neurons() -> None:
 
 @neurons.command()
 @click.argument("model")
-@click.option("--text", type=click.Path(path_type=Path), help="Text to measure on.")
+@click.option("--text", type=click.Path(path_type=Path), help="Text to read.")
 @task_option("prompts that come with midspan.")
 @click.option("--random", "is_random", is_flag=True, help="Measure nothing, draw an order.")
 @click.option(

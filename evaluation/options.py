@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from common.console.option_types import MAX_COUNT
+from common.console.option_types import MAX_COUNT, FiniteRange
 from common.console.options import Decorator
 
 AT_LEAST_TWO = click.IntRange(2, MAX_COUNT)  # one token predicts nothing
@@ -35,7 +35,7 @@ def window_option(default: int | None, more: str = "") -> Decorator:
 
 
 text_option = click.option(
-    "--text", type=click.Path(path_type=Path), required=True, help="Text to measure on."
+    "--text", type=click.Path(path_type=Path), required=True, help="Text to read."
 )
 codecs_option = click.option(
     "--codec", "codecs", multiple=True, help="Boundary codec; repeat it for several."
@@ -50,3 +50,15 @@ plot_option = click.option(
     "--plot", "plot_path", type=click.Path(path_type=Path), help="Write a PNG."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, not a table.")
+mbit_option = click.option(
+    "--mbit",
+    type=FiniteRange(min=0, min_open=True),
+    help="Say what a link of so many Mbit/s would take.",
+)
+rtt_option = click.option(
+    "--rtt-ms",
+    default=0.0,
+    show_default=True,
+    type=FiniteRange(min=0),
+    help="Its round trip, with --mbit.",
+)

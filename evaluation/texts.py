@@ -16,7 +16,7 @@ def read_tokens(
     With `documents`, blank lines separate documents, which are joined by the tokenizer's end and
     beginning tokens, as texts are packed in training. Raises SettingsError for a text too short.
     """
-    text = _read_text(path)
+    text = read_text(path)
     if documents:
         ids = []
         for document in _split_documents(text):
@@ -37,7 +37,7 @@ def read_prompts(
     With `documents` each is the beginning of one, else they follow on each other, each with the
     mark that begins a text, if the tokenizer sets one. Raises SettingsError.
     """
-    text = _read_text(path)
+    text = read_text(path)
     if documents:
         prompts = [tokenizer.encode(document)[:length] for document in _split_documents(text)]
     else:
@@ -51,13 +51,14 @@ def read_prompts(
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a text that are not empty; at least one. Raises SettingsError."""
-    lines = [line.strip() for line in _read_text(path).splitlines() if line.strip()]
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not lines:
         raise SettingsError(f"--text {path} has no lines; expected a prompt on each")
     return lines
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Raises SettingsError."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from edge_agent.engine.client import BrokerClient
     from edge_agent.engine.engine import Engine
     from edge_agent.engine.streams import Conversation, Token, TokenStream
+    from edge_agent.text.drafting.choice import Drafters
     from edge_agent.text.ends import load_ends
     from edge_agent.text.generation import start_generation
     from edge_agent.text.sampling import SamplingSettings
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BrokerClient",
     "Conversation",
+    "Drafters",
     "Engine",
     "LocalPool",
     "MidspanError",
@@ -49,6 +51,7 @@ __all__ = [
 HOMES = {
     "BrokerClient": "edge_agent.engine.client",
     "Conversation": "edge_agent.engine.streams",
+    "Drafters": "edge_agent.text.drafting.choice",
     "Engine": "edge_agent.engine.engine",
     "LocalPool": "deploy.pool",
     "MidspanError": "common.errors",

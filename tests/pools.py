@@ -5,14 +5,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
+import pytest
 import redis
 import torch
 
 from cloud_worker.loop.batcher import make_session_key
 from cloud_worker.state.redis_store import record_key
 from common.codecs.calibration import Calibration
+from common.protocol.messages import Step, StepKey
 from common.settings import PREFILL_ROWS
 from deploy.pool import LocalPool
+from edge_agent.engine.client import BrokerClient
+from edge_agent.engine.exchange import Ask
+from edge_agent.engine.exchanges import Outcome
 from edge_agent.text.ends import ModelEnds
 from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.session import Session
@@ -112,3 +117,22 @@ def generate_together(
     if errors:
         raise errors[0]
     return answers
+
+
+def intercept(
+    client: BrokerClient,
+    answer: Callable[[Step], Outcome | None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Have steps that `answer` has an answer to never get to the broker."""
+    send = client.send_ahead
+
+    def send_ahead(ask: Ask) -> StepKey:
+        assert isinstance(ask.step, Step)
+        outcome = answer(ask.step)
+        if outcome is None:
+            return send(ask)
+        client._outcomes[ask.step.key] = outcome
+        return ask.step.key
+
+    monkeypatch.setattr(client, "send_ahead", send_ahead)

@@ -100,7 +100,9 @@ def test_a_serve_prints_what_an_engine_of_its_own_would(
     assert "served_by" not in own["stats"]
     assert (served["text"], served["token_ids"]) == (own["text"], own["token_ids"])
     assert set(served["stats"]) == set(own["stats"])
-    same = ("prompt_tokens", "new_tokens", "tokens_by_worker", "finish_reason")
+    same = ["prompt_tokens", "new_tokens", "finish_reason"]
+    if "--stop" not in options:  # how much was computed behind it depends on what was guessed
+        same.append("tokens_by_worker")
     assert [served["stats"][name] for name in same] == [own["stats"][name] for name in same]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from edge_agent.text.ends import ModelEnds
 from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.session import Session
 from edge_agent.text.session_settings import uniform_settings
+from edge_agent.text.text_session import rows_of_piece
 from edge_agent.text.tokenizer import TextTokenizer
 
 CACHE_MB = 2
@@ -41,6 +43,12 @@ def begin(client: BrokerClient, ends: ModelEnds, prompt: str) -> Iterator[int]:
     return stream
 
 
+def count_steps(ends: ModelEnds, prompt: str) -> int:
+    """Of a prompt, which goes in pieces if it is long."""
+    rows = len(TextTokenizer(ends.directory).encode(prompt))
+    return math.ceil(rows / rows_of_piece(rows))
+
+
 def stats_after(client: BrokerClient, steps: int) -> dict[str, Any]:
     """What the worker announces once it has computed so many steps."""
     give_up_at = time.monotonic() + 10
@@ -60,13 +68,14 @@ def test_text_may_have_more_than_an_even_share_of_the_cache(
     first = begin(client, demo_ends, long)
     short = begin(client, demo_ends, PROMPTS[0])
     next(first)  # still warm
-    steps = 2 + 1 + 1  # a long prompt goes in two
+    steps = count_steps(demo_ends, long) + 1 + 1
     stats = stats_after(client, steps)
     assert stats["takeovers"] == 0
     assert stats["warm_bytes"] > (CACHE_MB << 20) / 3  # there are three services
     others = [begin(client, demo_ends, prompt + long) for prompt in PROMPTS[:2]]
     next(first)  # used longest ago, it had to go
-    stats = stats_after(client, steps + 2 * 2 + 1)
+    steps += sum(count_steps(demo_ends, prompt + long) for prompt in PROMPTS[:2])
+    stats = stats_after(client, steps + 1)
     assert stats["takeovers"] == 1
     assert stats["warm_bytes"] <= CACHE_MB << 20
     for stream in (first, short, *others):

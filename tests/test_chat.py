@@ -139,6 +139,7 @@ class Terminal:
         self._main, side = pty.openpty()
         command = [
             sys.executable, "-m", "midspan", "chat", "--broker", pool.edge_endpoint, "-n", "400",
+            "--draft", "off",  # stories would be over before they are stopped
         ]  # fmt: skip
         environment = {**os.environ, "HOME": str(home), "TERM": "dumb", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from edge_agent.text.session import Session
 from edge_agent.text.session_settings import uniform_settings
 from edge_agent.text.text_session import TextSession
 from edge_agent.text.tokenizer import TextTokenizer
-from edge_agent.text.work import DecodeRow, EncodeRow, RunHead, RunTail
+from edge_agent.text.work import AwaitAnswer, DecodeRow, EncodeRows, RunHead, RunTail, SendAhead
 
 COUNT = 16
 
@@ -130,17 +131,22 @@ def drive(ends: ModelEnds, session: TextSession, prompt_ids: list[int], count: i
     steps: list[Step] = []
     working = session.answer(prompt_ids, count, GREEDY)
     result: Any = None
+    ahead: deque[Ask] = deque()
     for _ in range(1000):
         try:
             work = working.send(result)
         except StopIteration:
             return steps
+        if isinstance(work, AwaitAnswer):
+            work = ahead.popleft()
         match work:
+            case SendAhead(ask):
+                ahead.append(ask)
             case RunHead(token_ids, caches):
                 (result,) = ends.run_heads([(token_ids, caches)])
             case RunTail(rows, caches):
                 (result,) = ends.run_tails([(rows, caches)])
-            case EncodeRow() | DecodeRow():
+            case EncodeRows() | DecodeRow():
                 result = work.do()
             case Ask(step):
                 assert isinstance(step, Step)

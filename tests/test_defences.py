@@ -8,20 +8,27 @@ import pytest
 import torch
 
 from edge_agent.text.tokenizer import TextTokenizer
-from evaluation.leakage.adaptive import PriorSearch, align
+from evaluation.leakage.adaptive import (
+    PriorSearch,
+    align,
+    sort_by_known_rows,
+    sort_by_statistics,
+)
 from evaluation.leakage.defences import (
     Defence,
     cheap_noise,
     coarse,
+    draw_order,
     draw_rotation,
     erased,
     even_noise,
     find_telling_directions,
     sparse,
 )
+from evaluation.leakage.exact_search import ExactSearch
 from evaluation.leakage.inversion import LinearMap
 from evaluation.leakage.split_model import SplitModel
-from evaluation.leakage.tryout import Ground, find_strength
+from evaluation.leakage.tryout import Ground, draw_rows, find_strength, load_heads
 from evaluation.texts import read_prompts
 
 TOKENS = torch.arange(400) % 20
@@ -85,6 +92,32 @@ def test_a_rotation_keeps_lengths_and_is_found_from_a_few_known_tokens(
     found = align(rotated, plain[:64], ground.own_rows, ground.own_tokens)
     right = (found == ground.tokens[: len(plain)]).float().mean()
     assert right > 0.9
+
+
+def test_shuffled_channels_are_sorted_by_a_few_known_rows_and_by_statistics_alone(
+    ground: Ground,
+) -> None:
+    plain = torch.cat(ground.rows)
+    order = draw_order(plain.shape[1], seed=5)
+    assert sorted(order.tolist()) == list(range(128))
+    shuffled = plain[:, order]
+    assert torch.equal(sort_by_known_rows(shuffled, plain[:64]), plain)
+    told = sort_by_statistics(shuffled, ground.own_rows, ground.own_tokens)
+    in_place = (told == plain).all(dim=0)
+    assert int(in_place.sum()) > 120  # of 128; from other texts, without a known token
+
+
+def test_exact_search_reads_rows_whose_cut_was_drawn_for_each_step(ground: Ground) -> None:
+    heads = load_heads(ground.split.ends.directory, (1, 7))
+    text = ground.texts[0][:30]
+    rows = draw_rows(heads, text, seed=4)
+    whole = [draw_rows([head], text, seed=0) for head in heads]
+    chosen = {index for n, row in enumerate(rows) for index in (0, 1) if row.equal(whole[index][n])}
+    assert chosen == {0, 1}
+    codec = ground.split.make_codecs("fp32").up
+    vocabulary = ground.split.ends.vocabulary
+    assert ExactSearch(heads, vocabulary, text[0]).recover(rows, codec) == text
+    assert ExactSearch(heads[:1], vocabulary, text[0]).recover(rows, codec) != text
 
 
 def test_what_the_model_expects_helps_where_noise_is_as_large_as_the_rows(

@@ -26,7 +26,7 @@ from evaluation.importance.coarse import (
 from evaluation.importance.experiment import Experiment, read_experiment
 from evaluation.importance.metrics import METRICS, Attention, rank_correlation, score_tokens
 from evaluation.importance.observation import WatchedModel
-from evaluation.importance.sweep import CHANNELS, EXACT, measure
+from evaluation.importance.sweep import CHANNELS, EXACT, draw_cuts, measure
 
 LAYERS, HEADS, TOKENS = 3, 2, 5
 NARROW: dict[str, Any] = {
@@ -153,8 +153,8 @@ def test_what_a_model_pays_is_seen_and_its_rows_can_be_changed(name: str, tmp_pa
         assert paid.shape == (model.heads, len(IDS), len(IDS))
         assert torch.allclose(paid.sum(dim=-1), torch.ones(()), atol=1e-5)
     exact = model.logits(IDS)
-    assert torch.equal(model.logits(IDS, 1, lambda rows: rows), exact)
-    assert not torch.equal(model.logits(IDS, 1, lambda rows: rows * 2), exact)
+    assert torch.equal(model.logits(IDS, {1: lambda rows: rows}), exact)
+    assert not torch.equal(model.logits(IDS, {1: lambda rows: rows * 2}), exact)
     assert torch.equal(model.logits(IDS), exact), "a change is gone after its pass"
 
 
@@ -199,13 +199,45 @@ def test_a_sweep_finds_what_rounding_by_hand_costs(tmp_path: Path) -> None:
             ("mean", lambda rows, of=importance: round_least_important(rows, of, 0.5)),
             (CHANNELS, lambda rows: round_channels(rows, 4)),
         ):
-            chances = model.logits(ids, 1, change).log_softmax(dim=-1)
+            chances = model.logits(ids, {1: change}).log_softmax(dim=-1)
             nats[way] -= sum(float(chances[i - 1, ids[i]]) for i in range(8 - scored, 8))
     for point in found.points:
         assert point.perplexity == pytest.approx(math.exp(nats[point.metric] / 11), rel=1e-4)
     assert np.diag(found.correlation) == pytest.approx([1] * model.layers)
     assert {p.metric for p in found.prompts} == {"size", "mean", "uniform"}
     assert found.prompts[0].bits_per_value == pytest.approx(0.25 * 5 + 0.75 * 2)
+
+
+def test_a_drawn_cut_rounds_each_row_behind_a_layer_of_its_own(tmp_path: Path) -> None:
+    model = WatchedModel(save_random_model(SHAPES["llama"], tmp_path))
+    asked = Experiment(
+        "llama", Path(), window=12, stride=12, layers=(), channels=(), bits=(3,), cuts=(0, 2)
+    )  # fmt: skip
+    found = {(p.metric, p.layer): p.perplexity for p in measure(model, IDS, asked).points}
+    drawn = draw_cuts((0, 2), len(IDS), seed=0).tolist()
+    assert set(drawn) == {0, 2}
+    chosen = {("cut", 0): [0] * 12, ("cut", 2): [2] * 12, ("drawn cut", -1): drawn}
+    for way, layers in chosen.items():
+        assert found[way] == pytest.approx(perplexity_of_rounding(model, layers), rel=1e-4)
+
+
+def perplexity_of_rounding(model: WatchedModel, layers: list[int]) -> float:
+    """Of IDS, each token's row in three bits with a scale of its own behind its layer."""
+
+    def round_mine(layer: int) -> Any:
+        def change(rows: torch.Tensor) -> torch.Tensor:
+            for token, row in enumerate(rows):
+                if layers[token] == layer:
+                    step = row.abs().max() / 3
+                    rows[token] = (row / step).round() * step
+            return rows
+
+        return change
+
+    changes = {layer: round_mine(layer) for layer in set(layers)}
+    chances = model.logits(IDS, changes).log_softmax(dim=-1)
+    nats = [-float(chances[i - 1, IDS[i]]) for i in range(1, len(IDS))]
+    return math.exp(sum(nats) / len(nats))
 
 
 def test_the_command_measures_writes_and_draws(tmp_path: Path) -> None:
@@ -250,6 +282,7 @@ def write(directory: Path, words: str) -> Path:
         ("metrics = ['loud']", "metrics names 'loud'; expected some of mean, "),
         ("ratios = [1.5]", "ratios has 1.5; expected shares between 0 and 1"),
         ("channels = ['9']", "channels has '9'; expected bits from 1 to 8"),
+        ("cuts = 2", "cuts is 2; expected a list of int"),
         ("stride = 0", "stride is 0; expected at least 1"),
         ("stride = 600", "stride is 600; expected at most window, 512"),
         ("bits = [1]", "bits has 1; expected 2 to 8"),

@@ -13,7 +13,13 @@ from transformers import GPT2Config, MambaConfig
 
 from common.errors import SettingsError
 from edge_agent.text.tokenizer import TextTokenizer
-from evaluation.leakage.attacks import ATTACKS, KNOWN_TOKENS, Situation, use_known_plaintext
+from evaluation.leakage.attacks import (
+    ATTACKS,
+    DRAFTED,
+    KNOWN_TOKENS,
+    Situation,
+    use_known_plaintext,
+)
 from evaluation.leakage.command import ATTACK_NAMES
 from evaluation.leakage.exact_search import ExactSearch
 from evaluation.leakage.inversion import LinearMap, Network, know_plaintext
@@ -48,20 +54,45 @@ def test_exact_search_reads_all_of_prompts_and_answers_whatever_the_cut_and_code
     done = run_midspan(
         "eval", "leakage", "stories-llama", "--text", str(demo_directory / "validation.txt"),
         "--documents", "--tokens", "24", "--window", "16", "-n", "4",
-        "--attack", "exact-search", "--attack", "downlink",
+        "--attack", "exact-search", "--attack", "downlink", "--attack", "drafted-rows",
         "--cut", "1:7", "--cut", "4:6", "--codec", "fp32", "--codec", "int4", "--json",
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
     assert report["headline_percent"] == 100
     found = {(a["attack"], a["cut"], a["codec"]): a for a in report["attacks"]}
-    assert len(found) == 8
+    assert len(found) == 12
     for (attack, _, codec), leak in found.items():
         if attack == "exact-search":
             assert leak["recovered_percent"] == leak["similarity_percent"] == 100
+        elif attack == "drafted-rows":  # of tokens that were never written
+            assert leak["recovered_percent"] == leak["answer_percent"] == 100
         elif codec == "fp32":
             assert leak["answer_percent"] == 100  # greedy choice is what the logits say
             assert leak["prompt_percent"] < 100
+
+
+def test_wrong_guesses_are_tokens_that_the_session_has_not_written(
+    split: SplitModel, situation: Situation
+) -> None:
+    steps = situation.of_wrong_guesses().conversations
+    assert steps
+    (conversation,) = situation.conversations
+    written = conversation.token_ids
+    for step in steps:
+        known = step.prompt_tokens
+        assert step.token_ids[:known] == written[:known]
+        assert step.token_ids[known] != written[known]
+        rows = split.send(step.token_ids, situation.codecs)
+        assert torch.equal(step.up, rows)
+
+
+def test_a_session_without_wrong_guesses_has_no_line_for_them(
+    split: SplitModel, tokenizer: TextTokenizer
+) -> None:
+    codecs = split.make_codecs("fp32")
+    short = split.converse(tokenizer.encode(PROMPT), 1, codecs)
+    assert measure(DRAFTED, Situation(split, codecs, [short], []), tokenizer) is None
 
 
 def test_a_conversation_is_what_the_whole_model_writes(
@@ -84,7 +115,7 @@ def test_exact_search_reads_a_model_of_another_family_by_its_own_head_only(tmp_p
     codecs = split.make_codecs("int8")
     tokens = draw_texts(25, 25, 3, 90)[0]
     seen = split.send(tokens, codecs)
-    own = ExactSearch(split.ends.head, 90, 3)
+    own = ExactSearch([split.ends.head], 90, 3)
     assert own.recover(seen, codecs.up) == tokens
     generator = torch.Generator().manual_seed(1)
     turn, _ = torch.linalg.qr(torch.randn(32, 32, generator=generator))
@@ -225,7 +256,7 @@ def test_exact_search_is_refused_where_layers_keep_a_state_of_the_text(tmp_path:
     codecs = split.make_codecs("fp32")
     seen = split.send([3, 4, 5], codecs)
     with pytest.raises(SettingsError, match="choose other attacks with --attack"):
-        ExactSearch(split.ends.head, 40, 3).recover(seen, codecs.up)
+        ExactSearch([split.ends.head], 40, 3).recover(seen, codecs.up)
 
 
 def test_without_a_tail_on_the_device_the_downlink_says_the_answer(

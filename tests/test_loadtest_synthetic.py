@@ -42,7 +42,7 @@ def test_what_it_writes_is_what_head_middle_and_tail_write(demo_directory: Path)
     for _ in range(5):
         (rows,) = ends.run_heads([(ids, caches)])
         rows = middle.run(rows, [Segment(kv, kv.length, len(ids))])
-        (scores,) = ends.run_tails([(rows, caches)])
+        ((scores,),) = ends.run_tails([(rows, caches)])
         written.append(scores.best)
         ids = [scores.best]
     assert written == write_on(prompt, 5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 
@@ -27,7 +28,9 @@ from common.spans.parts import ends_of, middle_of
 from deploy.cli import midspan
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.engine.engine import Engine
+from edge_agent.text.drafting.choice import Drafters
 from edge_agent.text.ends import ModelEnds, load_ends
+from edge_agent.text.remote_middle import RemoteMiddle
 from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.served_parts import pick_part
 from edge_agent.text.session import Session
@@ -100,6 +103,32 @@ def test_many_sessions_write_what_the_whole_model_writes(
         assert [[token.token_id for token in stream] for stream in streams] == reference
 
 
+@pytest.mark.parametrize("name", LOGITS_AS)
+def test_guesses_are_checked_by_the_logits_that_come_back(
+    name: str,
+    pool: LocalPool,
+    ends: ModelEnds,
+    prompts: list[list[int]],
+    reference: list[list[int]],
+) -> None:
+    drafters = Drafters("ngram")
+    with Engine(ends, [pool.edge_endpoint], LOGITS_AS[name], drafters=drafters) as engine:
+        streams = [engine.submit(prompt, NEW_TOKENS) for prompt in prompts]
+        assert [[token.token_id for token in stream] for stream in streams] == reference
+    assert sum(stream.stats.accepted["ngram"] for stream in streams) > 0
+
+
+def test_no_logits_are_drafted_for_that_would_take_too_long(ends: ModelEnds) -> None:
+    """65,536 bytes of them, or guesses would be dearer than the round trips that they save."""
+    counts = {}
+    for codec in ("fp32", "top3"):
+        settings = SessionSettings("fp32", "fp32", "fp32", codec)
+        wide = dataclasses.replace(ends, vocabulary=50_000)
+        counts[codec] = RemoteMiddle(wide, settle(settings, wide)).most_drafts
+    assert counts["fp32"] == 0
+    assert counts["top3"] > 16
+
+
 @pytest.mark.parametrize("other", [str(SPANS[1]), "2-8e"])
 def test_a_chain_whose_last_part_dies_goes_on_over_another(
     other: str, ends: ModelEnds, prompts: list[list[int]], reference: list[list[int]]
@@ -160,9 +189,9 @@ def test_a_prompt_is_scored_as_the_whole_model_scores_it(
 def test_logits_of_many_rows_come_a_few_rows_at_a_time(
     ends: ModelEnds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge_agent.text.text_session.LOGIT_BYTES", 3 * 4 * ends.vocabulary)
-    session = TextSession(ends, uniform_settings("fp32"))
-    assert (session._rows_at_once(True), session._rows_at_once(False)) == (3, PREFILL_ROWS)
+    monkeypatch.setattr("edge_agent.text.remote_middle.LOGIT_BYTES", 3 * 4 * ends.vocabulary)
+    middle = RemoteMiddle(ends, settle(uniform_settings("fp32"), ends))
+    assert (middle.rows_at_once(True), middle.rows_at_once(False)) == (3, PREFILL_ROWS)
 
 
 def test_the_command_line_asks_such_a_pool(

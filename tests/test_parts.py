@@ -162,10 +162,12 @@ def test_a_folder_of_parts_has_the_files_of_its_parts_only(tmp_path: Path) -> No
     model = save_random_model(CONFIGS["llama"], tmp_path / "model")
     for name in ("tokenizer.json", "merges.txt", "README.md", "code.py"):
         (model / name).write_text("{}")
+    (model / "drafting").mkdir()
+    (model / "drafting" / "ngrams.safetensors").touch()
     device, worker = split(model, tmp_path)
     common = {"config.json", MANIFEST}
     ends = {f"{name}.safetensors" for name in ("begin", "end", *map(name_layer, (0, 1, 4, 5)))}
-    beside = {"generation_config.json", "tokenizer.json", "merges.txt"}
+    beside = {"generation_config.json", "tokenizer.json", "merges.txt", "drafting"}
     assert {path.name for path in device.iterdir()} == common | ends | beside
     assert {path.name for path in worker.iterdir()} == common | {"mid.00002.pth", "mid.00003.pth"}
 

@@ -209,7 +209,8 @@ def test_an_edge_with_too_much_is_recomputed_and_others_are_not(
     assert tokens == references
     replayed = [session.stats.rows_replayed for session in sessions]
     assert [rows > 0 for rows in replayed] == [False, True, True, True, False]
-    assert len(kept) == 2  # type: ignore[arg-type]
+    # those that fit, and perhaps the first pieces of another prompt
+    assert len(kept) in (2, 3)  # type: ignore[arg-type]
 
 
 def wait_until_refused(pool: LocalPool, commits: int) -> None:

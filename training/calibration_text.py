@@ -6,4 +6,4 @@ python training/calibration_text.py > /tmp/calibration.txt
 from stories import write_stories
 
 if __name__ == "__main__":
-    print("\n\n".join(write_stories(150, seed=4)))
+    print("\n\n".join(write_stories(600, seed=4)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -153,14 +154,22 @@ class TextExecutor:
         return bodies
 
     def _decode(self, task: Task) -> Tensor:
-        """The boundary rows of a step, float32 (T, D)."""
-        decoded = []
-        at = 0
-        for part in task.step.parts:
-            codec = self._codec(task.text_opening.codecs[part.codec], "up")
-            body = task.body[at : at + part.body_bytes]
-            decoded.append(codec.decode(body, part.shape[0], task.text_opening.hidden))
-            at += part.body_bytes
+        """The boundary rows of a step, float32 (T, D); single ones after another in one go."""
+        hidden, decoded, at = task.text_opening.hidden, list[Tensor](), 0
+        for (name, is_row), parts in itertools.groupby(
+            task.step.parts, lambda part: (part.codec, part.shape[0] == 1)
+        ):
+            codec = self._codec(task.text_opening.codecs[name], "up")
+            bodies, rows = list[bytes](), list[int]()
+            for part in parts:
+                bodies.append(task.body[at : at + part.body_bytes])
+                rows.append(part.shape[0])
+                at += part.body_bytes
+            if is_row:
+                decoded.append(codec.decode_each(bodies, hidden))
+            else:
+                pairs = zip(bodies, rows, strict=True)
+                decoded += [codec.decode(body, count, hidden) for body, count in pairs]
         return decoded[0] if len(decoded) == 1 else torch.cat(decoded)
 
 

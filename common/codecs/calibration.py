@@ -9,6 +9,9 @@ Of each direction (up: head to middle, down: middle to tail), over the tokens of
   are uncorrelated: the square root of the Fisher information of the loss, then the eigenvectors
   of the covariance there (Karhunen-Loève), with the deviation of every coordinate.
 
+Of both together the budget of `smallest`, with which it costs what it promises. Files of earlier
+versions have none.
+
 Kept as calibration.safetensors and calibration.json in one directory, named by a fingerprint that
 both ends of a session must agree on.
 
@@ -30,6 +33,7 @@ from torch import Tensor
 from common.errors import CheckpointError
 
 TENSORS_FILE, RECORD_FILE = "calibration.safetensors", "calibration.json"
+BUDGET = "smallest.budget"
 RIDGE = 1e-3  # of the mean variance, added to every covariance that is inverted
 
 
@@ -71,6 +75,7 @@ class Calibration:
     residual: DirectionCalibration  # of the downlink less its prediction
     predictor: Predictor
     fingerprint: str = ""
+    smallest_budget: float | None = None  # nats per token; exact in float32
 
     @property
     def hidden(self) -> int:
@@ -146,6 +151,8 @@ def _tensors_of(calibration: Calibration) -> dict[str, Tensor]:
             tensors[f"{name}.{field}"] = getattr(direction, field)
     for field in Predictor.__slots__:
         tensors[f"predictor.{field}"] = getattr(calibration.predictor, field)
+    if calibration.smallest_budget is not None:
+        tensors[BUDGET] = torch.tensor([calibration.smallest_budget])
     return tensors
 
 
@@ -177,9 +184,10 @@ def load_calibration(directory: Path) -> Calibration:
         }
         predictor = Predictor(*(tensors[f"predictor.{f}"] for f in Predictor.__slots__))
         _check_tensors(tensors)
+        budget = float(tensors[BUDGET]) if BUDGET in tensors else None
         calibration = Calibration(
             record["model"], (record["span"][0], record["span"][1]), record["tokens"],
-            parts["up"], parts["down"], parts["residual"], predictor, _fingerprint(data),
+            parts["up"], parts["down"], parts["residual"], predictor, _fingerprint(data), budget,
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
         raise CheckpointError(f"{directory} holds no usable calibration: {error}") from error
@@ -198,7 +206,7 @@ def _check_tensors(tensors: dict[str, Tensor]) -> None:
     shapes = {
         "mean": (hidden,), "scale": (hidden,), "deviation": (hidden,), "fisher": (hidden, hidden),
         "fisher_inverse": (hidden, hidden), "diagonal": (hidden,), "constant": (hidden,),
-        "reduce": (hidden, rank), "expand": (rank, hidden),
+        "reduce": (hidden, rank), "expand": (rank, hidden), "budget": (1,),
     }  # fmt: skip
     for name, tensor in tensors.items():
         field = name.partition(".")[2]
@@ -206,7 +214,7 @@ def _check_tensors(tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shapes[field]}")
         if tensor.dtype != torch.float32 or not torch.isfinite(tensor).all():
             raise ValueError(f"{name} holds other things than finite float32 numbers")
-        if field in ("scale", "deviation") and not (tensor > 0).all():
+        if field in ("scale", "deviation", "budget") and not (tensor > 0).all():
             raise ValueError(f"{name} holds numbers that are not positive")
 
 

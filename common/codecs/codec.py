@@ -21,7 +21,7 @@ import zstandard
 from torch import Tensor
 
 from common.codecs.calibration import Calibration, DirectionCalibration
-from common.codecs.entropy import decode_symbols, encode_symbols
+from common.codecs.entropy import SymbolCoder
 from common.codecs.quantize import (
     body_bytes,
     dequantize,
@@ -47,6 +47,7 @@ class Codec:
         self.spec = spec
         self.name = spec.name
         self._predictor = None
+        self._budget = spec.budget
         self._known: DirectionCalibration | None = None
         if spec.needs_calibration:
             if calibration is None:
@@ -59,6 +60,8 @@ class Codec:
                 self._predictor = None
             known = {"up": calibration.up, "down": calibration.down}[direction]
             self._known = known if self._predictor is None else calibration.residual
+            if spec.is_searched and calibration.smallest_budget is not None:
+                self._budget = calibration.smallest_budget
 
     @property
     def needs_uplink(self) -> bool:
@@ -106,6 +109,14 @@ class Codec:
             raise NonFiniteError(f"a {self.name} body decodes to NaN or infinity")
         return decoded.to(dtype)
 
+    def approximate(self, rows: Tensor, uplink: Tensor | None = None) -> Tensor:
+        """What `decode` gives for what `encode` gives of rows (T, D), sooner if it can."""
+        if self.spec.kind != "fisher":
+            body = self.encode(rows, uplink)
+            return self.decode(body, len(rows), rows.shape[1], uplink=uplink)
+        values = self._before_quantizing(rows, uplink)
+        return self._after_quantizing(values.div(self._step()).round_().mul_(self._step()), uplink)
+
     @property
     def _has_separate_rows(self) -> bool:
         """And no product of matrices, whose last bits may depend on how many rows there are."""
@@ -152,6 +163,10 @@ class Codec:
             self._check_size(size, rows, hidden)
 
     # --- sizes
+
+    def row_bytes(self, hidden: int) -> int:
+        """Of a row that comes alone, before zstd; the most that it may be if that depends."""
+        return self._largest_body(1, hidden)
 
     def _fixed_size(self, rows: int, hidden: int) -> int | None:
         """Bytes of a body before zstd, or None if that depends on the values."""
@@ -245,7 +260,7 @@ class Codec:
     def _quantize(self, values: Tensor) -> bytes:
         spec = self.spec
         if spec.kind == "fisher":
-            return encode_symbols(values.div(self._step()).round_(), self._deviations())
+            return self._coder.encode(values.div(self._step()).round_())
         if not len(values):
             return b""
         if not spec.low_bits:
@@ -260,7 +275,7 @@ class Codec:
     def _dequantize(self, data: memoryview, rows: int, hidden: int) -> Tensor:
         spec = self.spec
         if spec.kind == "fisher":
-            return decode_symbols(data, rows, self._deviations()).mul_(self._step())
+            return self._coder.decode(data, rows).mul_(self._step())
         if not spec.low_bits:
             return dequantize(data, spec, rows, hidden, spec.bits)
         mask_bytes = -(-rows // 8)
@@ -287,11 +302,12 @@ class Codec:
     def _step(self) -> float:
         """Rounding errors of D coordinates cost D * step^2 / 24 nats, half their squared length."""
         assert self._known is not None
-        return math.sqrt(24 * self.spec.budget / len(self._known.mean))
+        return math.sqrt(24 * self._budget / len(self._known.mean))
 
-    def _deviations(self) -> Tensor:
+    @functools.cached_property
+    def _coder(self) -> SymbolCoder:
         assert self._known is not None
-        return self._known.deviation / self._step()
+        return SymbolCoder(self._known.deviation / self._step())
 
 
 def make_codec(name: str, direction: str, calibration: Calibration | None = None) -> Codec:

@@ -10,7 +10,8 @@
 For example `int4:token:affine+hadamard64+predict`. `intN/M@F` gives the fraction F of the rows
 that would lose most N bits and the others M. `fisherS` quantizes in the calibrated Fisher metric,
 with a step that is expected to cost S nats per token, and entropy-codes the result:
-`fisher0.01+predict`. norm, predict and fisher need a calibration. `topK` is for logits, which
+`fisher0.01+predict`. Of `smallest` that is the step only where a calibration has none of its own,
+searched for a loss of 1%. norm, predict and fisher need a calibration. `topK` is for logits, which
 workers send that hold the LM head: the K largest as they are, nothing of the others.
 """
 
@@ -23,12 +24,14 @@ from common.errors import SettingsError
 
 DEFAULT_CODEC = "int8"
 EXACT = "fp32"
+SMALLEST = "smallest"
+PROMISED_LOSS = 0.01  # of perplexity, by `smallest`
 
 SHORT_NAMES = {
     "int8": "int8:token:sym",
     "bool": "int1:token:sym",
     "compact": "int5:token:sym+norm+hadamard64+predict",
-    "smallest": "fisher0.01+predict",
+    SMALLEST: "fisher0.01+predict",
     "fp8-e4m3": "fp4.3",
     "fp8-e5m2": "fp5.2",
 }
@@ -52,6 +55,7 @@ class CodecSpec:
     group: int = 0
     affine: bool = False
     budget: float = 0.0  # of fisher, in nats per token
+    is_searched: bool = False  # the calibration's budget counts, if it has one
     count: int = 0  # of top, values of a row
     norm: bool = False
     hadamard: int = 0  # block size, 0 for none
@@ -71,6 +75,7 @@ def parse_codec(name: str) -> CodecSpec:
     body, *options = text.split("+")
     head, *rest = body.split(":")
     values = _parse_format(name, SHORT_NAMES.get(head, head).split(":")[0])
+    values["is_searched"] = name == SMALLEST
     if head in SHORT_NAMES and not rest:
         rest = SHORT_NAMES[head].split("+")[0].split(":")[1:]
     while rest:

@@ -68,12 +68,18 @@ def tokenizer_option(more: str, *names: str) -> Decorator:
     )
 
 
+INT8 = "int8"
 dtype_option = click.option(
     "--dtype",
     default="float32",
     show_default=True,
     type=click.Choice(DTYPES),
     help="Precision to compute in.",
+)
+weights_option = click.option(
+    "--weights",
+    type=click.Choice([INT8]),
+    help="Keep the weights of the language model's layers in 8 bits.  [default: as --dtype]",
 )
 device_option = click.option(
     "--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, …"

@@ -2,7 +2,7 @@
 
 Each tensor of the model is in exactly one file, as it is stored, under its stored name; so a folder
 of all parts can be taken apart and put together with cp. What a device needs besides weights (its
-tokenizer, generation settings) goes along where the beginning does, calibrations always.
+tokenizer, generation settings, drafters) goes along where the beginning does, calibrations always.
 """
 
 from __future__ import annotations
@@ -119,17 +119,23 @@ def save_tensors(names: Sequence[str], read: Callable[[str], Tensor], path: Path
 def copy_companions(source: Path, target: Path, for_device: bool) -> None:
     """Copy what lies beside the weights; a worker needs nothing that tells of texts.
 
-    Raises CheckpointError for a calibration that cannot be copied.
+    Raises CheckpointError for a folder that cannot be copied.
     """
     for path in sorted(source.iterdir()):
         if path.name == CONFIG or (for_device and _is_companion(path)):
             shutil.copyfile(path, target / path.name)
-    if (source / "calibration").is_dir():
-        try:
-            shutil.copytree(source / "calibration", target / "calibration")
-        except shutil.Error as error:  # which lists files, and names no errno
-            _, path, reason = error.args[0][0]
-            raise CheckpointError(f"{path} cannot be written: {reason}") from error
+    for name in ("calibration", "drafting") if for_device else ("calibration",):
+        if (source / name).is_dir():
+            _copy_folder(source / name, target / name)
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    """Raises CheckpointError."""
+    try:
+        shutil.copytree(source, target)
+    except shutil.Error as error:  # which lists files, and names no errno
+        _, path, reason = error.args[0][0]
+        raise CheckpointError(f"{path} cannot be written: {reason}") from error
 
 
 def _is_companion(path: Path) -> bool:

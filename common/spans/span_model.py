@@ -122,11 +122,6 @@ class SpanModel:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @torch.inference_mode()
-    def last_logits(self, rows: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """Tail only: rows of sessions (sum of T, D) to the logits after each one's last, (n, V)."""
-        return self.chosen_logits(rows, segments, [1] * len(segments))
-
-    @torch.inference_mode()
     def chosen_logits(
         self, rows: Tensor, segments: Sequence[Segment], wanted: Sequence[int]
     ) -> Tensor:

@@ -303,7 +303,7 @@ class _Parts:
             for o, kv in zip(other, ours, strict=True)
         ]
         rows = head.embed_and_run(torch.cat([ids[3 : 3 + OTHER], ids[PROMPT:]]), both[0])
-        last = tail.last_logits(middle.run(rows, both[1]), both[2])
+        last = tail.chosen_logits(middle.run(rows, both[1]), both[2], [1, 1])
         return torch.cat([early, last[1:]])
 
 

@@ -202,6 +202,10 @@ class Checkpoint:
             at += round_up(sizes[name])
         return {name: self._cache[name, dtype] for name in tensor_names}
 
+    def forget(self) -> None:
+        """Share what was read until now with nobody any more: who has it may let go of it."""
+        self._cache.clear()
+
     def _read_into(self, tensor: Tensor, name: str, dtype: torch.dtype) -> None:
         """Straight from the file where nothing has to be done to it."""
         is_plain = name not in self._packed and self._file_of[name].endswith(".safetensors")

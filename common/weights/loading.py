@@ -30,6 +30,7 @@ from common.spans.span_model import FORGETFUL_LAYERS, STATE_LAYERS, SpanModel
 from common.weights.buffers import fill_buffers, move_buffers
 from common.weights.checkpoint import Checkpoint, allocate
 from common.weights.direct_reader import DirectReader
+from common.weights.int8 import pack_linears
 from common.weights.layer_reader import LayerReader
 from common.weights.packed import METHODS, method_of
 from common.weights.shapes import build_without_values
@@ -175,12 +176,14 @@ def load_span(
     part: Part = "middle",
     packs: bool = True,
     resident: int | None = None,
+    in_8_bits: bool = False,
 ) -> SpanModel:
     """Build the layers of `span`, as the head with the embeddings, as the tail with the LM head.
 
     Sessions go through it together if its attention is one that we know and `packs` allows it. With
     `resident` that many of its layers are in memory at once, and the others are read when their
-    turn comes; such a span is run by one thread.
+    turn comes; such a span is run by one thread. The weights of its linear layers are kept as they
+    are, in `dtype`, or `in_8_bits`.
 
     Raises CheckpointError when the model's kind cannot be cut or a tensor is missing, SettingsError
     for too few resident layers.
@@ -192,6 +195,8 @@ def load_span(
     if causal_lm.get_input_embeddings() is None:
         raise CheckpointError(f"{config.model_type} models have no input embedding to keep")
     causal_lm.eval()
+    if in_8_bits and (resident is not None or checkpoint.neurons is not None):
+        raise SettingsError("--weights int8 cannot be combined with --stream-layers or --neurons")
     weights = WeightMap(checkpoint, causal_lm)
     fill_buffers(causal_lm, outside(causal_lm, layers), "cpu", leave_unknown=True)
     rehearsal = rehearse(causal_lm, layers)
@@ -207,7 +212,10 @@ def load_span(
         )
     if resident is not None:
         streamed = stream_layers(weights.apart(), layers, prefix, span, resident, dtype, device)
-    bytes_read = weights.fill(causal_lm, "", dtype, device)
+    bytes_read = {}
+    if in_8_bits:
+        bytes_read = fill_in_8_bits(weights, layers, prefix, span, dtype, device)
+    bytes_read |= weights.fill(causal_lm, "", dtype, device)
     if neurons is not None:
         bytes_read |= neurons.bytes_read
     fill_buffers(causal_lm, causal_lm.named_modules(), device)
@@ -225,6 +233,29 @@ def load_span(
         streamed=streamed,
         neurons=neurons,
     )
+
+
+def fill_in_8_bits(
+    weights: WeightMap,
+    layers: nn.ModuleList,
+    prefix: str,
+    span: Span,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> dict[str, int]:
+    """Fill the layers of a span, one at a time in `dtype`; bytes that were read, by tensor.
+
+    Raises SettingsError for a model without linear layers.
+    """
+    bytes_read: dict[str, int] = {}
+    packed = 0
+    for index in range(span.first, span.last):
+        bytes_read |= weights.fill(layers[index], f"{prefix}.{index}.", dtype, device)
+        packed += pack_linears(layers[index])
+        weights.forget()
+    if not packed:
+        raise SettingsError("the model has no linear layers for --weights int8")
+    return bytes_read
 
 
 def stream_layers(

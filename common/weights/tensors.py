@@ -86,6 +86,10 @@ class WeightMap:
         other._checkpoint = self._checkpoint.apart()
         return other
 
+    def forget(self) -> None:
+        """As Checkpoint.forget."""
+        self._checkpoint.forget()
+
     def place(self, name: str, shape: tuple[int, ...]) -> Place | None:
         """Where a parameter of this shape is stored; None if it is made of what is.
 

@@ -22,6 +22,7 @@ def format_stats(stats: Mapping[str, Any]) -> str:
                             f"{stats['bytes_down_per_token']} down"),
         ("bytes in all", f"{stats['bytes_up']:,} up, {stats['bytes_down']:,} down"),
         ("ms per token", ", ".join(f"{name} {ms}" for name, ms in stages.items())),
+        ("round trips", describe_trips(stats)),
         ("rows by worker", workers),
         ("rows replayed", str(stats["rows_replayed"])),
         ("detours over other spans", str(stats["detours"])),
@@ -29,6 +30,14 @@ def format_stats(stats: Mapping[str, Any]) -> str:
     if "served_by" in stats:
         rows.append(("served by", stats["served_by"]))
     return format_table(HEADERS, rows)
+
+
+def describe_trips(stats: Mapping[str, Any]) -> str:
+    """How many tokens each brought, and who guessed them."""
+    told = f"{stats['round_trips']}, {stats['tokens_per_round_trip']:.2f} tokens each"
+    for name, count in stats["drafted"].items():
+        told += f"; {name} guessed {count}, {stats['accepted'].get(name, 0)} right"
+    return told
 
 
 def format_cut_off(costs: Sequence[Mapping[str, Any]], served_by: str) -> str:

@@ -26,6 +26,7 @@ from common.security.keys import read_public
 from common.weights.demo_model import find_model
 from edge_agent.commands.codec_options import CodecChoice, codec_options
 from edge_agent.commands.connection_options import SERVED, Connection, connection_options
+from edge_agent.commands.draft_options import DraftChoice, draft_options
 from edge_agent.commands.question import Means
 from edge_agent.commands.run_options import encrypt_option, timeout_option
 from edge_agent.server.announcement import Route
@@ -39,6 +40,7 @@ OPTIONS = add_options(
     connection_options,
     encrypt_option,
     codec_options,
+    draft_options,
     dtype_option,
     threads_option,
     timeout_option(60.0),
@@ -59,6 +61,7 @@ def means_options(command: Command) -> Command:
         connection: Connection,
         pool_key: str | None,
         codecs: CodecChoice,
+        drafts: DraftChoice,
         dtype: str,
         threads: int | None,
         timeout_s: float,
@@ -74,11 +77,13 @@ def means_options(command: Command) -> Command:
             read_public(pool_key) if pool_key else None,
             timeout_s,
             threads,
-            _list_given(),
+            _list_given(Route),
             tokenizer,
             parse_choices(loras),
             span_seed,
             neurons.read(),
+            drafts,
+            bool(_list_given(DraftChoice)),
         )
         means.check()
         return command(means=means, **others)
@@ -86,10 +91,10 @@ def means_options(command: Command) -> Command:
     return OPTIONS(gather)
 
 
-def _list_given() -> frozenset[str]:
-    """Options about the way to the pool that somebody gave, in whatever way."""
+def _list_given(group: type) -> frozenset[str]:
+    """The fields of a group of options that somebody gave, in whatever way."""
     context = click.get_current_context()
-    names = [field.name for field in fields(Route)]
+    names = [field.name for field in fields(group)]
     return frozenset(
         name for name in names if context.get_parameter_source(name) != ParameterSource.DEFAULT
     )

@@ -51,13 +51,15 @@ class OwnAnswer:
         from edge_agent.text.session import Session
         from edge_agent.text.tokenizer import TextTokenizer
 
-        settings = means.codecs.read_settings(step_deadline_s=means.timeout_s)
+        settings = means.codecs.read_settings(
+            step_deadline_s=means.timeout_s, draft_tokens=means.drafts.draft_tokens
+        )
         span = draw_span(means.span_text, means.span_seed)
         ends = load_ends(means.directory, span, means.dtype, report, means.loras, means.neurons)
         calibration = means.codecs.find_calibration(ends)
         tokenizer = TextTokenizer(means.directory, means.tokenizer)
         generation = Generation(
-            Session(ends, self._client, settings, calibration, means.pool_key),
+            Session(ends, self._client, settings, calibration, means.pool_key, means.drafts.open()),
             tokenizer,
             encode_question(question, tokenizer),
             question.drawing,

@@ -48,12 +48,15 @@ def open_engine(means: Means) -> Iterator[OwnEngine]:
     with Engine(
         cuts[0],
         means.connection.endpoints(),
-        means.codecs.read_settings(step_deadline_s=means.timeout_s),
+        means.codecs.read_settings(
+            step_deadline_s=means.timeout_s, draft_tokens=means.drafts.draft_tokens
+        ),
         keys=means.connection.keys(),
         timeout_s=means.timeout_s,
         calibration=means.codecs.find_calibration(*cuts),
         pool_key=means.pool_key,
         choose_cut=choice,
+        drafters=means.drafts.open(),
     ) as engine:
         tokenizer = TextTokenizer(means.directory, means.tokenizer)
         yield OwnEngine(engine, tokenizer, cuts[0].name, choice)

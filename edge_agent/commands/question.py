@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.adapters.choice import LoraChoice
@@ -14,6 +14,7 @@ from common.spans.cut import Span, parse_span, read_span
 from common.weights.model_files import read_model_config
 from edge_agent.commands.codec_options import CodecChoice
 from edge_agent.commands.connection_options import Connection
+from edge_agent.commands.draft_options import DraftChoice
 from edge_agent.commands.prompts import check_text
 from edge_agent.server.announcement import (
     Announcement,
@@ -81,6 +82,8 @@ class Means:
     loras: tuple[LoraChoice, ...] = ()
     span_seed: int | None = None  # which of several spans is drawn
     neurons: NeuronSettings | None = None  # which are loaded; None: all
+    drafts: DraftChoice = field(default_factory=DraftChoice)
+    drafts_are_given: bool = False  # by somebody who wants these and no others
 
     def check(self) -> None:
         """Raises SettingsError for options that mean nothing, CheckpointError for what is no model.
@@ -109,7 +112,7 @@ class Means:
 
     def fit(self, announcement: Announcement) -> bool:
         """Whether a running serve would answer as an engine with these would."""
-        if self.tokenizer is not None:
+        if self.tokenizer is not None or self.drafts_are_given:
             return False
         spans = self.read_spans()
         if spans and ",".join(map(str, spans)) != announcement.span:

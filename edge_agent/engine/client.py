@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -9,20 +10,20 @@ from typing import Any
 import msgpack
 import zmq
 
-from common.errors import BrokerUnavailable
-from common.protocol.messages import AnyOpening, EndSession, StatusQuery, StatusReport, Step
+from common.errors import BrokerUnavailable, MidspanError
+from common.protocol.messages import (
+    AnyOpening,
+    EndSession,
+    StatusQuery,
+    StatusReport,
+    Step,
+    StepKey,
+)
 from common.protocol.wire import encode_header
 from common.security.keys import ClientKeys
-from edge_agent.engine.exchange import (
-    ASK_AGAIN_S,
-    Answer,
-    Answered,
-    Ask,
-    BrokerGone,
-    Exchange,
-    LinkRate,
-)
-from edge_agent.engine.link import BrokerLink, key_of
+from edge_agent.engine.exchange import Answer, Answered, Ask
+from edge_agent.engine.exchanges import Exchanges, Outcome
+from edge_agent.engine.link import BrokerLink
 
 STATUS_POLL_MS = 50
 
@@ -34,8 +35,8 @@ class BrokerClient:
         self, brokers: Sequence[str], timeout_s: float = 60.0, keys: ClientKeys | None = None
     ) -> None:
         self._link = BrokerLink(brokers, keys)
-        self._timeout_s = timeout_s
-        self._rate = LinkRate()
+        self._exchanges = Exchanges[None](self._link, timeout_s)
+        self._outcomes: dict[StepKey, Outcome] = {}  # that nobody has fetched yet
         self.asked_again = 0
 
     @property
@@ -113,38 +114,40 @@ class BrokerClient:
 
     def exchange(self, asked: Ask) -> Answered:
         """The same, with what it cost."""
-        exchange = Exchange(asked, self._timeout_s, self._rate, time.monotonic())
-        try:
-            while True:
-                answered = self._go_on(exchange)
-                if answered is not None:
-                    return answered
-        except BrokerGone:
-            raise BrokerUnavailable(self._link.why_unavailable(self._timeout_s)) from None
-        finally:
-            self.asked_again += exchange.asked_again
+        return self.await_answer(self.send_ahead(asked))
 
-    def _go_on(self, exchange: Exchange) -> Answered | None:
-        """Send what is due, and wait for what comes until the next is."""
-        link, now = self._link, time.monotonic()
-        if link.has_lost_link():
-            exchange.on_link_lost()
-        if exchange.check(now, link.broker):
-            link.use_next()
-            exchange.on_other_broker(now)
-        frames = exchange.due(now)
-        if frames is not None:
-            if not link.send(frames, ASK_AGAIN_S):
-                exchange.on_not_handed_over(time.monotonic(), 0.0)
-                return None
-            exchange.on_handed_over(frames, time.monotonic())
-        received = link.receive(max(0.001, exchange.due_at - time.monotonic()))
-        if received is None:
-            return None
-        message, body, size = received
-        if key_of(message) != exchange.key:
-            return None  # the answer to something asked before
-        return exchange.hear(message, body, size, time.monotonic())
+    def send_ahead(self, asked: Ask) -> StepKey:
+        """Have a step computed without waiting for it. Raises SettingsError if it is too large."""
+        return self._exchanges.begin(None, asked)
+
+    def await_answer(self, key: StepKey) -> Answered:
+        """The answer to a step that was sent ahead. Raises as `ask`."""
+        try:
+            while key not in self._outcomes:
+                for _, done, outcome in self._exchanges.receive():
+                    self._outcomes[done] = outcome
+                for _, done, outcome in self._exchanges.look_after():
+                    self._outcomes[done] = outcome
+                if key not in self._outcomes:
+                    self._wait()
+        except BaseException:
+            self.drop(key)
+            raise
+        outcome = self._outcomes.pop(key)
+        if isinstance(outcome, MidspanError):
+            raise outcome
+        self.asked_again += outcome.asked_again
+        return outcome
+
+    def drop(self, key: StepKey) -> None:
+        """Nobody waits for a step that was sent ahead."""
+        self._exchanges.drop(key)
+        self._outcomes.pop(key, None)
+
+    def _wait(self) -> None:
+        """Until something comes, or is due to be sent again."""
+        due_at = self._exchanges.due_at or 0.0
+        self._link.socket.poll(max(1, math.ceil(1000 * (due_at - time.monotonic()))))
 
     def end_session(self, session_id: bytes) -> None:
         """Say that a session is over. Nobody answers; what was not heard expires."""

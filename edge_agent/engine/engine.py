@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import heapq
 import itertools
 import logging
 import math
@@ -32,28 +31,34 @@ from common.errors import (
     EngineClosed,
     MidspanError,
     NoWorker,
+    StepOvertaken,
     TooManySessions,
 )
 from common.protocol.messages import EndSession, StepKey
 from common.protocol.wire import encode_header
 from common.security.keys import ClientKeys
 from common.spans.cut import Cut, Span
-from edge_agent.engine.exchange import Answered, Ask, BrokerGone, Exchange, LinkRate
-from edge_agent.engine.link import BrokerLink, key_of
+from edge_agent.engine.exchange import Ask
+from edge_agent.engine.exchanges import Exchanges, Outcome
+from edge_agent.engine.link import BrokerLink
 from edge_agent.engine.streams import Conversation, Token, TokenStream, Wanted
+from edge_agent.text.drafting.drafter import DrafterSource
 from edge_agent.text.ends import ModelEnds
 from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.session_settings import SessionSettings
 from edge_agent.text.text_session import TextSession
 from edge_agent.text.work import (
+    AwaitAnswer,
     DecodeRow,
-    EncodeRow,
+    DropAsks,
+    EncodeRows,
     EndElsewhere,
     NewToken,
     PromptScored,
     RunHead,
     RunTail,
     ScoreRows,
+    SendAhead,
     Work,
     Working,
 )
@@ -64,10 +69,9 @@ MAX_SESSIONS = 64  # computed at once
 MAX_WAITING = 1024  # accepted, and begun when another ends
 MAX_BATCH_ROWS = 512
 IDLE_POLL_S = 1.0
-RETRY_SEND_S = 0.02  # when there is no connection
 HOLD_PART = 0.5  # of the time that a batch takes, for which the others of it are waited for
 
-RowWork = TypeVar("RowWork", EncodeRow, DecodeRow)
+RowWork = TypeVar("RowWork", EncodeRows, DecodeRow)
 
 
 @dataclass(slots=True, eq=False)
@@ -79,7 +83,9 @@ class _Running:
     wanted: Wanted
     ends_session: bool
     working: Working | None = None
-    exchange: Exchange | None = None
+    asked: deque[StepKey] = field(default_factory=deque)  # its steps, in order
+    outcomes: dict[StepKey, Outcome] = field(default_factory=dict)  # of those that are answered
+    awaits: bool = False  # the answer to the first of them
     asked_at: float = field(default_factory=time.monotonic)
     is_over: bool = False
 
@@ -103,17 +109,21 @@ class Engine:
         max_sessions: int = MAX_SESSIONS,
         max_waiting: int = MAX_WAITING,
         choose_cut: Callable[[], ModelEnds] | None = None,
+        drafters: DrafterSource | None = None,
     ) -> None:
-        """`choose_cut` gives the ends for each session, all of the model that `ends` are of."""
+        """`choose_cut` gives the ends for each session, all of the model that `ends` are of.
+
+        `drafters` gives the drafter of each.
+        """
         self._choose_cut = choose_cut or (lambda: ends)
         self._detours: dict[Cut, list[Span]] = {}  # that sessions have found lately
         self._settings = settings or SessionSettings()
         self._calibration, self._pool_key = calibration, pool_key
+        self._drafters = drafters
         self._new_session()  # complains now, if ever
-        self._timeout_s = timeout_s
         self._max_sessions, self._max_waiting = max_sessions, max_waiting
         self._link = BrokerLink(brokers, keys)
-        self._rate = LinkRate()
+        self._exchanges = Exchanges[_Running](self._link, timeout_s)
         self._commands: deque[Callable[[], None]] = deque()
         self._lock = threading.Lock()
         self._closing = False
@@ -121,13 +131,10 @@ class Engine:
         self._accepted = 0  # answers that are neither over nor refused
         self._waiting: deque[_Running] = deque()
         self._running: dict[TokenStream, _Running] = {}
-        self._by_key: dict[StepKey, _Running] = {}
-        self._due: list[tuple[float, int, _Running, Exchange]] = []
-        self._order = itertools.count()
         self._heads: list[tuple[_Running, RunHead]] = []
         self._tails: list[tuple[_Running, RunTail]] = []
         self._scorings: deque[tuple[_Running, ScoreRows]] = deque()
-        self._encodings: list[tuple[_Running, EncodeRow]] = []
+        self._encodings: list[tuple[_Running, EncodeRows]] = []
         self._decodings: list[tuple[_Running, DecodeRow]] = []
         self._ready_since = 0.0  # the first of the answers that are here
         self._batch_s = 0.0  # that tails and heads take, lately
@@ -171,7 +178,7 @@ class Engine:
         ends, settings = self._choose_cut(), self._settings
         if ends.cut in self._detours:
             settings = replace(settings, route=self._detours[ends.cut])
-        return TextSession(ends, settings, self._calibration, self._pool_key)
+        return TextSession(ends, settings, self._calibration, self._pool_key, self._drafters)
 
     def count_answers(self) -> tuple[int, int]:
         """How many are being made, and how many wait."""
@@ -253,7 +260,7 @@ class Engine:
         for each in (socket, events):
             poller.register(each, zmq.POLLIN)
         now = time.monotonic()
-        due_at = self._due[0][0] if self._due else now + IDLE_POLL_S
+        due_at = self._exchanges.due_at or now + IDLE_POLL_S
         if self._is_anything_ready:
             due_at = min(due_at, self._hold_until)
         if self._scorings:
@@ -278,30 +285,24 @@ class Engine:
 
     def _receive(self) -> None:
         try:
-            while (received := self._link.receive_now()) is not None:
-                message, body, size = received
-                running = self._by_key.get(key_of(message) or (b"", 0, 0))
-                if running is not None and running.exchange is not None:
-                    self._hear(running, running.exchange, message, body, size)
+            for running, key, outcome in self._exchanges.receive():
+                self._hear(running, key, outcome)
         except BrokerUnavailable as error:  # it speaks another protocol
             self._finish_all(error)
 
-    def _hear(
-        self, running: _Running, exchange: Exchange, message: Any, body: bytes, size: int
-    ) -> None:
-        answered: Answered | NoWorker | None
-        try:
-            answered = exchange.hear(message, body, size, time.monotonic())
-        except NoWorker as error:
-            answered = error
-        except MidspanError as error:
-            self._finish(running, error)
+    def _hear(self, running: _Running, key: StepKey, outcome: Outcome) -> None:
+        """A step of a session is answered, or will not be."""
+        if isinstance(outcome, MidspanError) and not isinstance(outcome, NoWorker | StepOvertaken):
+            self._finish(running, outcome)
             return
-        if answered is None:
-            self._plan(running, exchange)
-        else:
-            self._drop_exchange(running)
-            self._go_on(running, answered)
+        running.outcomes[key] = outcome
+        if running.awaits and running.asked[0] == key:
+            self._go_on(running, self._take_outcome(running))
+
+    def _take_outcome(self, running: _Running) -> Outcome:
+        """What became of the first step that a session waits for."""
+        running.awaits = False
+        return running.outcomes.pop(running.asked.popleft())
 
     @property
     def _hold_until(self) -> float:
@@ -316,7 +317,7 @@ class Engine:
 
         Not for long: what comes later forms a group of its own, in the pool while this one is here.
         """
-        if self._heads or self._scorings or not self._by_key:
+        if self._heads or self._scorings or not self._exchanges:
             return True
         return self._is_anything_ready and time.monotonic() >= self._hold_until
 
@@ -337,6 +338,7 @@ class Engine:
                 lambda ends, batch: ends.run_tails(
                     [(work.rows, caches) for _, caches, work in batch],
                     [work.is_prompt for _, _, work in batch],
+                    [work.wanted for _, _, work in batch],
                 ),
             )
             heads, self._heads = self._heads, []
@@ -350,7 +352,10 @@ class Engine:
             encodings, self._encodings = self._encodings, []
             self._run_rows(
                 encodings,
-                lambda codec, works: codec.encode_each(torch.cat([work.row for work in works])),
+                lambda codec, works: _deal(
+                    codec.encode_each(torch.cat([work.rows for work in works])),
+                    [len(work.rows) for work in works],
+                ),
             )
         if self._scorings:  # one at a time: prompts that are scored are long
             running, work = self._scorings.popleft()
@@ -393,7 +398,7 @@ class Engine:
             for (running, _), result in zip(group, results, strict=True):
                 self._go_on(running, result)
 
-    def _do_alone(self, running: _Running, work: EncodeRow | DecodeRow) -> None:
+    def _do_alone(self, running: _Running, work: EncodeRows | DecodeRow) -> None:
         try:
             result = work.do()
         except Exception as error:
@@ -450,13 +455,24 @@ class Engine:
                 self._note_ready()
                 self._decodings.append((running, work))
                 return
-            if isinstance(work, EncodeRow):
+            if isinstance(work, EncodeRows):
                 self._encodings.append((running, work))
                 return
-            if isinstance(work, Ask):
-                self._begin_exchange(running, work)
-                return
-            if isinstance(work, EndElsewhere):
+            if isinstance(work, Ask | SendAhead):
+                if not self._ask(running, work if isinstance(work, Ask) else work.ask):
+                    return
+                if isinstance(work, Ask):
+                    running.awaits = True
+                    return
+            elif isinstance(work, AwaitAnswer):
+                running.awaits = True
+                if running.asked[0] not in running.outcomes:
+                    return
+                result = self._take_outcome(running)
+                continue
+            elif isinstance(work, DropAsks):
+                self._drop_exchanges(running)
+            elif isinstance(work, EndElsewhere):
                 self._end_session(work.session_id)
             elif isinstance(work, PromptScored):
                 running.stream.prompt_logprobs = work.logprobs
@@ -480,66 +496,25 @@ class Engine:
 
     # --- exchanges
 
-    def _begin_exchange(self, running: _Running, asked: Ask) -> None:
+    def _ask(self, running: _Running, ask: Ask) -> bool:
+        """Have a step computed; False if it cannot be, which ends the answer."""
         try:
-            exchange = Exchange(asked, self._timeout_s, self._rate, time.monotonic())
+            running.asked.append(self._exchanges.begin(running, ask))
         except MidspanError as error:
             self._finish(running, error)
-            return
-        running.exchange = exchange
-        self._by_key[exchange.key] = running
-        self._send(exchange)
-        self._plan(running, exchange)
+            return False
+        return True
 
-    def _drop_exchange(self, running: _Running) -> None:
-        if running.exchange is not None:
-            self._by_key.pop(running.exchange.key, None)
-            running.exchange = None
-
-    def _plan(self, running: _Running, exchange: Exchange) -> None:
-        heapq.heappush(self._due, (exchange.due_at, next(self._order), running, exchange))
+    def _drop_exchanges(self, running: _Running) -> None:
+        for key in running.asked:
+            self._exchanges.drop(key)
+        running.asked.clear()
+        running.outcomes.clear()
+        running.awaits = False
 
     def _look_after_exchanges(self) -> None:
-        """Send what is due again, and go to the next broker when this one is silent."""
-        now = time.monotonic()
-        if self._link.has_lost_link():
-            for running in self._by_key.values():
-                if running.exchange is not None:
-                    running.exchange.on_link_lost()
-        while self._due and self._due[0][0] <= now:
-            _, _, running, exchange = heapq.heappop(self._due)
-            if running.exchange is not exchange or exchange.due_at > now:
-                continue  # it has been answered, or is planned for later
-            try:
-                is_given_up = exchange.check(now, self._link.broker)
-            except BrokerGone:
-                why = self._link.why_unavailable(self._timeout_s)
-                self._finish(running, BrokerUnavailable(why))
-                continue
-            except MidspanError as error:
-                self._finish(running, error)
-                continue
-            if is_given_up:
-                self._use_next_broker(now)
-            self._send(exchange)
-            self._plan(running, exchange)
-
-    def _use_next_broker(self, now: float) -> None:
-        self._link.use_next()
-        for running in self._by_key.values():
-            if running.exchange is not None:
-                running.exchange.on_other_broker(now)
-                self._plan(running, running.exchange)
-
-    def _send(self, exchange: Exchange) -> None:
-        now = time.monotonic()
-        frames = exchange.due(now)
-        if frames is None:
-            return
-        if self._link.send(frames, 0.0):
-            exchange.on_handed_over(frames, now)
-        else:
-            exchange.on_not_handed_over(now, RETRY_SEND_S)
+        for running, key, outcome in self._exchanges.look_after():
+            self._hear(running, key, outcome)
 
     def _end_session(self, session_id: bytes) -> None:
         self._link.send([encode_header(EndSession(session_id))], 0.0)
@@ -560,7 +535,7 @@ class Engine:
         if running.is_over:
             return
         running.is_over = True
-        self._drop_exchange(running)
+        self._drop_exchanges(running)
         self._drop_work(running)
         self._running.pop(running.stream, None)
         if running.working is not None:
@@ -589,6 +564,12 @@ class Engine:
         for running in [*self._running.values(), *self._waiting]:
             self._finish(running, error)
         self._waiting.clear()
+
+
+def _deal(items: Sequence[bytes], counts: Sequence[int]) -> list[list[bytes]]:
+    """So many items to each, one after another."""
+    rest = iter(items)
+    return [list(itertools.islice(rest, count)) for count in counts]
 
 
 def _split(batch: list[tuple[_Running, Any, Any]]) -> Iterator[list[tuple[_Running, Any, Any]]]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from common.errors import NoWorker, SettingsError, StepRefused
+from common.errors import NoWorker, SettingsError, StepOvertaken, StepRefused
 from common.protocol.messages import (
     AnyOpening,
     AskAgain,
@@ -99,7 +99,10 @@ class Exchange:
     what became of that. Raises SettingsError on construction for a body that no broker takes.
     """
 
-    def __init__(self, ask: Ask, timeout_s: float, rate: LinkRate, now: float) -> None:
+    def __init__(
+        self, ask: Ask, timeout_s: float, rate: LinkRate, now: float, behind_bytes: int = 0
+    ) -> None:
+        """`behind_bytes` of the same session are on their way before it."""
         if len(ask.body) > MAX_BODY_BYTES:
             raise SettingsError(
                 f"a step has {len(ask.body):,} bytes and brokers take {MAX_BODY_BYTES:,}; make "
@@ -111,7 +114,8 @@ class Exchange:
         if not ask.is_known:
             self._frames.append(encode_header(ask.opening))
         self._rate = rate
-        self._travel_s = rate.travel_s(wire_bytes(self._frames) + ask.reply_bytes)
+        self.travel_bytes = wire_bytes(self._frames) + ask.reply_bytes
+        self._travel_s = rate.travel_s(self.travel_bytes + behind_bytes)
         self._timeout_s = timeout_s
         self._give_up_at = now + timeout_s + self._travel_s
         self._send_at = now + ask.pause_s
@@ -124,6 +128,11 @@ class Exchange:
         self._was_sent = False  # at all
         self.asked_again = 0
         self.bytes_up = self.bytes_down = 0
+
+    @property
+    def is_sent(self) -> bool:
+        """To the broker in use, over a connection that lasts."""
+        return self._is_sent
 
     @property
     def due_at(self) -> float:
@@ -201,6 +210,8 @@ class Exchange:
         elif isinstance(message, NeedOpening):
             self._frames = [*self._frames[:2], encode_header(self._ask.opening)]
         elif isinstance(message, StepRefusedMessage):
+            if message.code == "stale":
+                raise StepOvertaken(message.reason)
             if message.code != "no_worker":
                 raise StepRefused(message.reason)
             detour = message.detour if self._ask.takes_detours else []

@@ -57,6 +57,7 @@ class SessionAsks:
         generation: int = 0,
         fork: int = 0,
         reply_rows: int = 0,
+        tentative: int = 0,
     ) -> Ask:
         """The next step. `reply_bytes` says about how much comes back."""
         step = Step(
@@ -70,6 +71,7 @@ class SessionAsks:
             reply_codec=reply_codec,
             deadline_ms=round(deadline_s * 1000),
             shun=self._shun,
+            tentative=tentative,
         )
         self._number += 1
         self._shun = ""

@@ -96,6 +96,7 @@ class Answer:
                 if self._shown.is_over:
                     self.finish_reason = "stop"
                     await self._end()
+                    self.stream.stats.new_tokens = self.new_tokens  # others came with the last
                     return
             if is_echo_due:
                 yield self._echo()

@@ -21,6 +21,7 @@ from edge_agent.server.images import ImageService
 from edge_agent.server.metrics import Metrics
 from edge_agent.server.pool_view import PoolView
 from edge_agent.server.text_service import TextService
+from edge_agent.text.drafting.drafter import DrafterSource
 from edge_agent.text.ends import ModelEnds
 from edge_agent.text.sampling import read_defaults
 from edge_agent.text.session_settings import SessionSettings, settle
@@ -59,6 +60,7 @@ def open_services(
     bounds: Bounds | None = None,
     calibration: Calibration | None = None,
     choose_cut: Callable[[], ModelEnds] | None = None,
+    drafters: DrafterSource | None = None,
     template: str | None = None,
     image_model: Path | None = None,
     image_loras: Sequence[LoraChoice] = (),
@@ -74,6 +76,7 @@ def open_services(
         ends, pool.brokers, session, keys=pool.keys, timeout_s=pool.timeout_s,
         calibration=calibration, pool_key=pool.pool_key,
         max_sessions=bounds.max_sessions, max_waiting=bounds.max_waiting, choose_cut=choose_cut,
+        drafters=drafters,
     )  # fmt: skip
     text = TextService(
         ends, tokenizer, engine, defaults, metrics,

@@ -50,6 +50,11 @@ class ModelEnds:
         """Values of a row that the pool answers with: of a boundary row, or logits."""
         return self.hidden if self.cut.has_tail else self.vocabulary
 
+    @property
+    def keeps_states(self) -> bool:
+        """Whether head or tail have layers that keep a state of the whole text."""
+        return self.head.keeps_states or self.tail.keeps_states
+
     def new_caches(self) -> EndCaches:
         return EndCaches(self.head.new_kv(), self.tail.new_kv())
 
@@ -68,23 +73,29 @@ class ModelEnds:
         return list(torch.split(rows, [segment.rows for segment in segments]))
 
     def run_tails(
-        self, batch: Sequence[tuple[Tensor, EndCaches]], prompts: Sequence[bool] = ()
-    ) -> list[Scores]:
-        """Boundary rows (T, D) of some sessions to the scores after the last row of each.
+        self,
+        batch: Sequence[tuple[Tensor, EndCaches]],
+        prompts: Sequence[bool] = (),
+        wanted: Sequence[int] = (),
+    ) -> list[list[Scores]]:
+        """Boundary rows (T, D) of some sessions to the scores after the last rows of each.
 
-        Of a model that has its tail in the pool what comes are logits (T, V). `prompts` as above.
+        After so many rows as `wanted` says of each; without it after the very last. Of a model
+        that has its tail in the pool what comes are logits (T, V). `prompts` as above.
         """
         segments = mark_prompts(
             [Segment(c.tail, c.tail.length, len(rows)) for rows, c in batch], prompts
         )
+        wanted = wanted or [1] * len(batch)
         rows = batch[0][0] if len(batch) == 1 else torch.cat([rows for rows, _ in batch])
-        logits = self.tail.last_logits(rows.to(self.tail.dtype), segments).float()
+        logits = self.tail.chosen_logits(rows.to(self.tail.dtype), segments, wanted).float()
         if not self.cut.has_tail:  # rows of which no logits came are there, too
             for _, caches in batch:
                 caches.tail.length = caches.head.length
         finite = torch.isfinite(logits.sum(-1)).tolist()  # a fifth of the time of looking at each
         best = logits.argmax(-1).tolist()
-        return [Scores(*scores) for scores in zip(logits, best, finite, strict=True)]
+        scores = map(Scores, logits, best, finite)
+        return [list(itertools.islice(scores, count)) for count in wanted]
 
     def score_tail(self, rows: Tensor, caches: EndCaches) -> Tensor:
         """Boundary rows (T, D) to the logits after each of them, (T, vocabulary)."""
@@ -121,13 +132,16 @@ class NoTail:
     """Where the last worker has the LM head: what it answers are logits already."""
 
     dtype = torch.float32
+    keeps_states = False
 
     def new_kv(self) -> KvRows:
         return KvRows(make_layout([], self.dtype))
 
-    def last_logits(self, rows: Tensor, segments: Sequence[Segment]) -> Tensor:
-        ends = list(itertools.accumulate(segment.rows for segment in segments))
-        return rows[[end - 1 for end in ends]]
+    def chosen_logits(
+        self, rows: Tensor, segments: Sequence[Segment], wanted: Sequence[int]
+    ) -> Tensor:
+        ends = itertools.accumulate(segment.rows for segment in segments)
+        return torch.cat([rows[end - n : end] for end, n in zip(ends, wanted, strict=True)])
 
     def logits(self, rows: Tensor, segment: Segment, last: int) -> Tensor:
         segment.kv.length = segment.end

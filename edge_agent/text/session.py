@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from common.codecs.calibration import Calibration
-from common.errors import NoWorker
+from common.errors import NoWorker, StepOvertaken
+from common.protocol.messages import StepKey
 from edge_agent.engine.client import BrokerClient
-from edge_agent.engine.exchange import Ask
+from edge_agent.engine.exchange import Answered, Ask
+from edge_agent.text.drafting.drafter import DrafterSource
 from edge_agent.text.ends import ModelEnds
 from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.session_settings import SessionSettings
 from edge_agent.text.stats import GenerationStats
 from edge_agent.text.text_session import TextSession
 from edge_agent.text.work import (
+    AwaitAnswer,
     DecodeRow,
-    EncodeRow,
+    DropAsks,
+    EncodeRows,
     EndElsewhere,
     NewToken,
     RunHead,
     RunTail,
     ScoreRows,
+    SendAhead,
     Work,
 )
 
@@ -41,11 +47,13 @@ class Session:
         settings: SessionSettings | None = None,
         calibration: Calibration | None = None,
         pool_key: bytes | None = None,
+        drafters: DrafterSource | None = None,
     ) -> None:
         """As TextSession."""
         self._ends = ends
         self._client = client
-        self._text = TextSession(ends, settings, calibration, pool_key)
+        self._ahead: deque[StepKey] = deque()  # steps that were sent, in order
+        self._text = TextSession(ends, settings, calibration, pool_key, drafters)
 
     @property
     def session_id(self) -> bytes:
@@ -98,6 +106,7 @@ class Session:
                     result = self._do(work)
         finally:
             working.close()
+            self._drop_ahead()
             if not keep_open:
                 self.end()
 
@@ -130,16 +139,29 @@ class Session:
         match work:
             case RunHead(token_ids, caches, is_prompt):
                 return self._ends.run_heads([(token_ids, caches)], [is_prompt])[0]
-            case RunTail(rows, caches, is_prompt):
-                return self._ends.run_tails([(rows, caches)], [is_prompt])[0]
+            case RunTail(rows, caches, is_prompt, wanted):
+                return self._ends.run_tails([(rows, caches)], [is_prompt], [wanted])[0]
             case ScoreRows(rows, caches):
                 return self._ends.score_tail(rows, caches)
-            case EncodeRow() | DecodeRow():
+            case EncodeRows() | DecodeRow():
                 return work.do()
             case EndElsewhere(session_id):
                 return self._client.end_session(session_id)
+            case SendAhead(ask):
+                return self._ahead.append(self._client.send_ahead(ask))
+            case AwaitAnswer():
+                return self._await(self._ahead.popleft())
+            case DropAsks():
+                return self._drop_ahead()
             case Ask():
-                try:
-                    return self._client.exchange(work)
-                except NoWorker as error:
-                    return error
+                return self._await(self._client.send_ahead(work))
+
+    def _drop_ahead(self) -> None:
+        while self._ahead:
+            self._client.drop(self._ahead.popleft())
+
+    def _await(self, key: StepKey) -> Answered | NoWorker | StepOvertaken:
+        try:
+            return self._client.await_answer(key)
+        except (NoWorker, StepOvertaken) as error:
+            return error

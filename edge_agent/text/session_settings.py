@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from common.codecs.spec import DEFAULT_CODEC, EXACT
+from common.codecs.spec import DEFAULT_CODEC, EXACT, parse_codec
 from common.errors import SettingsError
-from common.settings import PREFILL_ROWS
+from common.settings import DRAFT_TOKENS, PIECES_AHEAD, PREFILL_ROWS
 from common.spans.cut import Span, are_joined
 from edge_agent.text.ends import ModelEnds
 
@@ -31,6 +31,8 @@ class SessionSettings:
     step_deadline_s: float = 60.0
     route: Sequence[Span] = ()
     between: str = EXACT
+    pieces_ahead: int = PIECES_AHEAD  # of a long prompt, on their way at once
+    draft_tokens: int = DRAFT_TOKENS  # at most, in one step; where there is a drafter
 
     @property
     def codecs(self) -> list[str]:
@@ -52,6 +54,16 @@ def settle(settings: SessionSettings, ends: ModelEnds) -> SessionSettings:
     )  # fmt: skip
     prompt_down, decode_down = (EXACT if up == down else down for up, down in pairs)
     return replace(settings, prompt_down=prompt_down, decode_down=decode_down)
+
+
+def why_no_drafts(settings: SessionSettings, ends: ModelEnds) -> str:
+    """Why guesses could not be checked several at once; empty if they can."""
+    if ends.keeps_states:
+        return "its layers keep a state of the text, which cannot be taken back token by token"
+    spec = parse_codec(settings.decode_down)
+    if spec.low_bits or spec.granularity in ("tensor", "channel"):
+        return f"rows that come back together in {spec.name} are not what they are one by one"
+    return ""
 
 
 def check_route(route: Sequence[Span], middle: Span) -> list[Span]:

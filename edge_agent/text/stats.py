@@ -29,6 +29,18 @@ class GenerationStats:
     committed: int = 0
     stage_s: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in STAGES})
     tokens_by_worker: Counter[str] = field(default_factory=Counter)
+    round_trips: int = 0  # of decode steps
+    drafted: Counter[str] = field(default_factory=Counter)  # tokens that were sent, by drafter
+    accepted: Counter[str] = field(default_factory=Counter)  # of these, the right ones
+
+    @property
+    def tokens_per_round_trip(self) -> float:
+        """Of the tokens after the first, which comes with the prompt."""
+        return (self.new_tokens - 1) / self.round_trips if self.round_trips else 0.0
+
+    def count_drafts(self, drafter: str, sent: int, right: int) -> None:
+        self.drafted[drafter] += sent
+        self.accepted[drafter] += right
 
     def add_stage(self, name: str, seconds: float) -> None:
         self.stage_s[name].append(seconds)
@@ -41,6 +53,7 @@ class GenerationStats:
         """Plain numbers. Bytes per token and stage medians are over decode steps only."""
         steps = max(1, self.new_tokens - 1)
         decode_s = self.total_s - self.first_token_s
+        trips_per_token = self.round_trips / steps
         return {
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,
@@ -51,7 +64,7 @@ class GenerationStats:
             "bytes_up_per_token": round((self.bytes_up - self.prompt_bytes_up) / steps, 1),
             "bytes_down_per_token": round((self.bytes_down - self.prompt_bytes_down) / steps, 1),
             "ms_per_token": {
-                name: round(median(values) * 1e3, 3) if values else 0.0
+                name: round(median(values) * trips_per_token * 1e3, 3) if values else 0.0
                 for name, values in self.stage_s.items()
             },
             "rows_replayed": self.rows_replayed,
@@ -60,4 +73,8 @@ class GenerationStats:
             "detours": self.detours,
             "committed": self.committed,
             "tokens_by_worker": dict(self.tokens_by_worker),
+            "round_trips": self.round_trips,
+            "tokens_per_round_trip": round(self.tokens_per_round_trip, 3),
+            "drafted": dict(self.drafted),
+            "accepted": dict(self.accepted),
         }

@@ -1,8 +1,8 @@
 """What a text session wants done for it: it computes nothing itself and knows no socket.
 
 A session's answer is a generator that yields one of these and is sent the result. That of an Ask is
-what was Answered, or the NoWorker that knows a detour. Whoever drives it decides how: one at a time
-(edge_agent/text/session.py), or with those of many sessions in one batch
+what was Answered, or the NoWorker that knows a detour, or StepOvertaken. Whoever drives it decides
+how: one at a time (edge_agent/text/session.py), or with those of many sessions in one batch
 (edge_agent/engine/engine.py).
 """
 
@@ -36,11 +36,12 @@ class RunHead:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RunTail:
-    """The pool's rows (T, D) through the tail; the result are the Scores after the last."""
+    """The pool's rows (T, D) through the tail; the result are the Scores after the last ones."""
 
     rows: Tensor
     caches: EndCaches
     is_prompt: bool = False
+    wanted: int = 1  # after how many
 
     @property
     def size(self) -> int:
@@ -48,22 +49,22 @@ class RunTail:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class EncodeRow:
-    """A boundary row (1, D) to a body; the result is that, or the MidspanError that says why not.
+class EncodeRows:
+    """Boundary rows (T, D) to a body each; the result is those, or the MidspanError why not.
 
     Rows of many sessions are quantized in one go, to the bytes that each has alone.
     """
 
     codec: Codec
-    row: Tensor
+    rows: Tensor
 
     @property
     def width(self) -> int:
-        return self.row.shape[1]
+        return self.rows.shape[1]
 
-    def do(self) -> bytes | MidspanError:
+    def do(self) -> list[bytes] | MidspanError:
         try:
-            return self.codec.encode(self.row)
+            return self.codec.encode_each(self.rows)
         except MidspanError as error:
             return error
 
@@ -96,6 +97,23 @@ class ScoreRows:
 
 
 @dataclass(frozen=True, slots=True)
+class SendAhead:
+    """A step that goes on from the one before, to be asked for without a wait; no result."""
+
+    ask: Ask
+
+
+@dataclass(frozen=True, slots=True)
+class AwaitAnswer:
+    """The first of the steps that were sent ahead; the result is as that of an Ask."""
+
+
+@dataclass(frozen=True, slots=True)
+class DropAsks:
+    """Nobody waits for what was sent ahead; no result."""
+
+
+@dataclass(frozen=True, slots=True)
 class EndElsewhere:
     """The pool may forget a session that goes on under another id; no result."""
 
@@ -118,7 +136,7 @@ class PromptScored:
 
 
 Work = (
-    RunHead | RunTail | ScoreRows | EncodeRow | DecodeRow
-    | Ask | EndElsewhere | NewToken | PromptScored
+    RunHead | RunTail | ScoreRows | EncodeRows | DecodeRow
+    | Ask | SendAhead | AwaitAnswer | DropAsks | EndElsewhere | NewToken | PromptScored
 )  # fmt: skip
 Working = Generator[Work, Any, None]

@@ -56,6 +56,12 @@ def round_channels(rows: Tensor, bits: int, by: str = "maximum") -> Tensor:
     return round_to(rows, scale, bits)
 
 
+def round_rows(rows: Tensor, bits: int) -> Tensor:
+    """All rows (T, D) in so many bits, a scale for each row."""
+    scale = (rows.abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)).clamp_min(SMALLEST)
+    return round_to(rows, scale, bits)
+
+
 def round_two_widths(rows: Tensor, importance: Tensor, share: float, high: int, low: int) -> Tensor:
     """The ceil(share x T) most important rows in `high` bits, others in `low`; a scale for a row.
 
@@ -64,9 +70,4 @@ def round_two_widths(rows: Tensor, importance: Tensor, share: float, high: int, 
     count = math.ceil(share * len(rows))
     best = torch.zeros(len(rows), dtype=torch.bool)
     best[importance.argsort(stable=True, descending=True)[:count]] = True
-    sizes = rows.abs().amax(dim=1, keepdim=True)
-    wide, narrow = (
-        round_to(rows, (sizes / (2 ** (bits - 1) - 1)).clamp_min(SMALLEST), bits)
-        for bits in (high, low)
-    )
-    return torch.where(best[:, None], wide, narrow)
+    return torch.where(best[:, None], round_rows(rows, high), round_rows(rows, low))

@@ -75,7 +75,7 @@ def write(findings: Findings, output: Path, with_plots: bool) -> None:
     if with_plots:
         from evaluation.importance import pictures
 
-        for name in PICTURES:
+        for name in PICTURES if pictures.list_sweep(findings) else PICTURES[1:]:
             save_figure(getattr(pictures, f"draw_{name}")(findings), output / f"{name}.png")
 
 

@@ -32,6 +32,7 @@ class Experiment:
         "1 mean",
         "1 maximum",
     )  # bits, and what one bit stands for
+    cuts: tuple[int, ...] = ()  # all rows are rounded behind each, and behind one drawn per token
     first: int = 1  # layers that the metric `first` looks at
     relevance_texts: int = 8  # windows that the relevance of heads is measured on
     prompts: int = 0  # prompts of half a window whose rows get two widths; none
@@ -59,9 +60,10 @@ class Experiment:
 
     def check_layers(self, count: int) -> None:
         """Raises SettingsError for layers that a model of `count` layers does not have."""
-        for layer in self.layers:
-            if layer not in range(count):
-                raise SettingsError(f"layers has {layer}; expected 0 to {count - 1}")
+        for name in ("layers", "cuts"):
+            for layer in getattr(self, name):
+                if layer not in range(count):
+                    raise SettingsError(f"{name} has {layer}; expected 0 to {count - 1}")
         if self.first > count:
             raise SettingsError(f"first is {self.first}; the model has {count} layers")
 

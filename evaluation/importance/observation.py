@@ -11,7 +11,7 @@ Letters: L layers, H heads, T tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from common.weights.loading import find_decoder
 from evaluation.importance.metrics import Attention
 
 Change = Callable[[Tensor], Tensor]  # of rows (T, D)
+NO_CHANGE: Mapping[int, Change] = {}
 
 
 class WatchedModel:
@@ -81,11 +82,11 @@ class WatchedModel:
         return rows
 
     @torch.inference_mode()
-    def logits(
-        self, ids: Sequence[int], layer: int | None = None, change: Change | None = None
-    ) -> Tensor:
-        """After each token, (T, V); `change` is done to the rows that leave a layer."""
-        with self._changed(layer, change) if change else contextlib.nullcontext():
+    def logits(self, ids: Sequence[int], changes: Mapping[int, Change] = NO_CHANGE) -> Tensor:
+        """After each token, (T, V); `changes` are done to the rows that leave those layers."""
+        with contextlib.ExitStack() as changed:
+            for layer, change in changes.items():
+                changed.enter_context(self._changed(layer, change))
             logits: Tensor = self.model(torch.tensor([ids]), use_cache=False).logits[0]
         return logits
 
@@ -99,9 +100,7 @@ class WatchedModel:
         return [int(token) for token in written[0, len(ids) :]]
 
     @contextlib.contextmanager
-    def _changed(self, layer: int | None, change: Change) -> Iterator[None]:
-        assert layer is not None, "rows change behind a layer"
-
+    def _changed(self, layer: int, change: Change) -> Iterator[None]:
         def replace(_module: Any, _args: Any, output: Any) -> Any:
             rows = change(_rows_of(output)[0])[None]
             return (rows, *output[1:]) if isinstance(output, tuple) else rows

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from evaluation.importance.metrics import RANDOM
-from evaluation.importance.sweep import CHANNELS, EXACT, Findings, Point
+from evaluation.importance.sweep import CHANNELS, CUT, DRAWN, EXACT, Findings, Point
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+OTHER_WAYS = (EXACT, CHANNELS, CUT, DRAWN)  # than to choose tokens
 
 
 def draw_sweep(findings: Findings) -> Figure:
@@ -19,7 +21,7 @@ def draw_sweep(findings: Findings) -> Figure:
     """
     from matplotlib import pyplot as plt
 
-    points = [point for point in findings.points if point.metric not in (EXACT, CHANNELS)]
+    points = list_sweep(findings)
     layers = list(dict.fromkeys(point.layer for point in points))
     widths = list(dict.fromkeys(point.bits for point in points))
     figure, panels = plt.subplots(
@@ -35,6 +37,11 @@ def draw_sweep(findings: Findings) -> Figure:
         panel.set_xlabel("share of tokens, the least important first")
     panels[0][-1].legend(fontsize=8)
     return figure
+
+
+def list_sweep(findings: Findings) -> list[Point]:
+    """Points where some tokens were chosen by a metric."""
+    return [point for point in findings.points if point.metric not in OTHER_WAYS]
 
 
 def _draw_lines(panel: Any, points: Sequence[Point]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from edge_agent.text.perplexity import PerplexityMeter, sliding_windows
-from evaluation.importance.coarse import round_channels, round_least_important, round_two_widths
+from evaluation.importance.coarse import (
+    round_channels,
+    round_least_important,
+    round_rows,
+    round_two_widths,
+)
 from evaluation.importance.experiment import Experiment, read_channel
 from evaluation.importance.metrics import (
     Attention,
@@ -22,6 +27,7 @@ from evaluation.importance.metrics import (
 from evaluation.importance.observation import Change, WatchedModel
 
 EXACT, CHANNELS = "exact", "channels"
+CUT, DRAWN = "cut", "drawn cut"  # all rows behind one layer; each behind one that was drawn for it
 HIGH, LOW, SHARE = 5, 2, 0.25  # of the codec intN/M@F
 UNIFORM, SIZE = "uniform", "size"  # all rows the same; those with the largest values, as the codec
 
@@ -30,8 +36,8 @@ UNIFORM, SIZE = "uniform", "size"  # all rows the same; those with the largest v
 class Point:
     """One way to round the rows behind one layer. Its fields are the columns of the CSV."""
 
-    layer: int
-    metric: str  # `exact`, `channels`, or by what the least important tokens were found
+    layer: int  # -1 of `exact` and `drawn cut`
+    metric: str  # `exact`, `channels`, `cut`, or by what the least important tokens were found
     ratio: float  # of the tokens
     bits: int
     by: str  # what one bit of a channel stands for
@@ -62,6 +68,7 @@ class Findings:
 
 
 Tick = Callable[[int], object]
+Changes = Mapping[int, Change]  # by the layer behind which they are made
 
 
 def count_passes(experiment: Experiment, tokens: int) -> int:
@@ -89,8 +96,7 @@ def measure(
         exact.add(model.logits(part), part, window.scored)
         tick(1)
         for way, meter in zip(ways, meters, strict=True):
-            change = way.change(attention, number)
-            meter.add(model.logits(part, way.layer, change), part, window.scored)
+            meter.add(model.logits(part, way.list_changes(attention, number)), part, window.scored)
             tick(1)
     points = [
         way.describe(meter.perplexity, exact.perplexity)
@@ -115,9 +121,14 @@ class _Way:
     bits: int
     by: str = ""  # of channels
 
-    def change(self, attention: Attention, window: int) -> Change:
+    def list_changes(self, attention: Attention, window: int) -> Changes:
+        return {self.layer: self._choose_change(attention, window)}
+
+    def _choose_change(self, attention: Attention, window: int) -> Change:
         if self.metric == CHANNELS:
             return partial(round_channels, bits=self.bits, by=self.by)
+        if self.metric == CUT:
+            return partial(round_rows, bits=self.bits)
         importance = score_tokens(self.metric, attention, self.layer, seed=window)
         return partial(
             round_least_important, importance=importance, ratio=self.ratio, bits=self.bits
@@ -130,7 +141,33 @@ class _Way:
         )
 
 
-def _list_ways(experiment: Experiment) -> list[_Way]:
+@dataclass(frozen=True, slots=True)
+class _DrawnCut:
+    """Each token's row is rounded behind a layer of its own, drawn by lot: a cut for every step."""
+
+    cuts: tuple[int, ...]
+    bits: int
+
+    def list_changes(self, attention: Attention, window: int) -> Changes:
+        drawn = draw_cuts(self.cuts, attention.layers[0].shape[-1], seed=window)
+        return {cut: partial(_round_some, which=drawn == cut, bits=self.bits) for cut in self.cuts}
+
+    def describe(self, perplexity: float, exact: float) -> Point:
+        return _Way(-1, DRAWN, 1.0, self.bits).describe(perplexity, exact)
+
+
+def draw_cuts(cuts: Sequence[int], tokens: int, seed: int) -> Tensor:
+    """One of `cuts` for each token, (T,); the same ones with the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.tensor(cuts)[torch.randint(len(cuts), (tokens,), generator=generator)]
+
+
+def _round_some(rows: Tensor, which: Tensor, bits: int) -> Tensor:
+    return torch.where(which[:, None], round_rows(rows, bits), rows)
+
+
+def _list_ways(experiment: Experiment) -> list[_Way | _DrawnCut]:
+    drawn = [_DrawnCut(experiment.cuts, bits) for bits in experiment.bits if experiment.cuts]
     return [
         *(
             _Way(layer, metric, ratio, bits)
@@ -142,6 +179,8 @@ def _list_ways(experiment: Experiment) -> list[_Way]:
             _Way(layer, CHANNELS, 1.0, *read_channel(channel))
             for layer, channel in product(experiment.layers, experiment.channels)
         ),
+        *(_Way(cut, CUT, 1.0, bits) for cut, bits in product(experiment.cuts, experiment.bits)),
+        *drawn,
     ]
 
 
@@ -183,7 +222,7 @@ def _measure_prompt_way(
     for index, text in enumerate(texts):
         attention = model.look(text[:-written], relevance, experiment.first)
         rounding = _PromptRounding(metric, number, attention, layer, index)
-        logits = model.logits(text, layer, rounding.change)
+        logits = model.logits(text, {layer: rounding.change})
         meter.add(logits, text, written)
         drawn = logits[-written - 1 : -1].argmax(dim=1)
         agreed += int((drawn == torch.tensor(text[-written:])).sum())

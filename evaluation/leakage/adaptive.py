@@ -5,6 +5,7 @@
   the public model, whole, takes it to come next. Greedy, from left to right.
 - Alignment: a secret rotation is found from a few known tokens and from what rows of the same
   model look like unrotated, by Procrustes and by naming rows in turns.
+- Statistics: shuffled channels are told by how their values are spread, without a known token.
 
 Letters: T tokens, N rows, D width, V vocabulary.
 """
@@ -22,6 +23,7 @@ from evaluation.leakage.split_model import Codecs, SplitModel, run_each
 BY_ROW = 48  # tokens that a row resembles and that are tried
 BY_PRIOR = 16  # that the model expects
 ROUNDS = 8
+QUANTILES = 101
 
 
 class PriorSearch:
@@ -74,6 +76,31 @@ def align(rotated: Tensor, known: Tensor, own: Tensor, own_tokens: Tensor) -> Te
         back = _procrustes(rotated, torch.stack([means[int(token)] for token in tokens]))
         tokens = reader.recover(rotated @ back)
     return tokens
+
+
+def sort_by_known_rows(shuffled: Tensor, known: Tensor) -> Tensor:
+    """The channels of rows (N, D) back in order, whose first ones were `known` (n, D)."""
+    return shuffled[:, _match(known, shuffled[: len(known)])]
+
+
+def sort_by_statistics(shuffled: Tensor, own: Tensor, own_tokens: Tensor) -> Tensor:
+    """The same without knowing any: channels of `own` rows are spread alike.
+
+    What that leaves open is found by naming all rows and matching channels anew, in turns.
+    """
+    reader = LinearMap(own, own_tokens)
+    means = {int(t): own[own_tokens == t].mean(dim=0) for t in set(own_tokens.tolist())}
+    shares = torch.linspace(0, 1, QUANTILES)
+    order = _match(own.quantile(shares, dim=0), shuffled.quantile(shares, dim=0))
+    for _ in range(ROUNDS):
+        tokens = reader.recover(shuffled[:, order])
+        order = _match(torch.stack([means[int(token)] for token in tokens]), shuffled)
+    return shuffled[:, order]
+
+
+def _match(plain: Tensor, shuffled: Tensor) -> Tensor:
+    """For each channel (D,) of plain rows the shuffled one that is nearest to it."""
+    return torch.cdist(plain.T, shuffled.T).argmin(dim=1)
 
 
 def _procrustes(rotated: Tensor, plain: Tensor) -> Tensor:

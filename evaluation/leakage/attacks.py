@@ -7,20 +7,21 @@
 | linear-map, network | a head to ask | rows of texts of their own |
 | known-plaintext | nothing | 64 tokens of the sessions |
 | downlink | the tail's weights | |
+| drafted-rows | the head's weights | what was read so far |
 
-Rows that were drafted and not kept would tell more. Nothing in midspan drafts yet, so there are
-none to attack.
+The last reads what was never written: rows of guesses that were wrong.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from evaluation.leakage.drafts import list_wrong_guesses
 from evaluation.leakage.exact_search import ExactSearch
 from evaluation.leakage.inversion import (
     LinearMap,
@@ -34,6 +35,7 @@ from evaluation.leakage.split_model import Codecs, Conversation, SplitModel
 NOTHING = -1  # a token of which an attack does not see anything
 GIVEN = -2  # one that was known before
 KNOWN_TOKENS = 64
+DRAFTED = "drafted-rows"
 
 Guesses = list[list[int]]  # of each session, for each token that it sent
 
@@ -46,6 +48,15 @@ class Situation:
     codecs: Codecs
     conversations: Sequence[Conversation]
     own_texts: Sequence[Sequence[int]]
+
+    def of_wrong_guesses(self) -> Situation:
+        """The steps of these sessions that took wrong guesses along."""
+        wrong = [
+            step
+            for each in self.conversations
+            for step in list_wrong_guesses(self.split, each, self.codecs)
+        ]
+        return replace(self, conversations=wrong)
 
     @functools.cached_property
     def own_rows(self) -> Tensor:
@@ -60,9 +71,23 @@ class Situation:
 def search_exactly(situation: Situation) -> Guesses:
     ends = situation.split.ends
     first_token = situation.conversations[0].token_ids[0]
-    search = ExactSearch(ends.head, ends.vocabulary, first_token)
+    search = ExactSearch([ends.head], ends.vocabulary, first_token)
     up = situation.codecs.up
     return [search.recover(each.up, up) for each in situation.conversations]
+
+
+def read_drafted_rows(situation: Situation) -> Guesses:
+    """By exact search, behind what stood before the guesses: `situation` is that of wrong ones."""
+    ends = situation.split.ends
+    if not situation.conversations:
+        return []
+    search = ExactSearch([ends.head], ends.vocabulary, situation.conversations[0].token_ids[0])
+    up, guesses = situation.codecs.up, []
+    for each in situation.conversations:
+        known = each.prompt_tokens
+        found = search.recover(each.up[known:], up, before=each.token_ids[:known])
+        guesses.append([GIVEN] * known + found)
+    return guesses
 
 
 def find_nearest_embedding(situation: Situation) -> Guesses:
@@ -106,4 +131,5 @@ ATTACKS: dict[str, Callable[[Situation], Guesses]] = {
     "network": train_network,
     "known-plaintext": use_known_plaintext,
     "downlink": read_downlink,
+    DRAFTED: read_drafted_rows,
 }

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 DEFAULT_CODECS = ("fp32", "int8", "int4")
 ATTACK_NAMES = (
     "exact-search", "nearest-embedding", "linear-map", "network", "known-plaintext", "downlink",
+    "drafted-rows",
 )  # fmt: skip
 
 

@@ -129,6 +129,11 @@ def draw_rotation(width: int, generator: torch.Generator) -> Tensor:
     return rotation
 
 
+def draw_order(width: int, seed: int) -> Tensor:
+    """Channels (D,) in an order that whoever has the seed can draw again."""
+    return torch.randperm(width, generator=torch.Generator().manual_seed(seed))
+
+
 def _fix(rows: Tensor, change: Callable[[Tensor], Tensor]) -> Fixed:
     error = float((change(rows) - rows).square().mean().sqrt())
     return Fixed(change, max(error, 1e-6 * float(rows.std())))

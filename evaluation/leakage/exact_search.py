@@ -8,6 +8,9 @@ To be quick, tokens are tried in the order in which their rows after a text's fi
 resemble the row that is sought, and the search ends with the first that gives it. If none does, all
 of the vocabulary has been tried and the nearest is taken.
 
+Where each row may have left the model behind another layer, because the device draws a cut for
+every step, each of those heads is asked.
+
 Letters: V tokens of the vocabulary, D width of a row.
 """
 
@@ -74,35 +77,46 @@ class Trials:
 
 
 class ExactSearch:
-    """With a head's weights. Raises SettingsError for one whose layers keep states."""
+    """With the weights of a head, or of several where the cut of each row is not known.
 
-    def __init__(self, head: SpanModel, vocabulary: int, first_token: int) -> None:
+    Raises SettingsError for heads whose layers keep states.
+    """
+
+    def __init__(self, heads: Sequence[SpanModel], vocabulary: int, first_token: int) -> None:
         """`first_token` is what texts of this model begin with."""
-        self._head = head
-        self._alone = run_each(head, range(vocabulary), [first_token])  # (V, D)
+        self._heads = heads
+        self._alone = [run_each(head, range(vocabulary), [first_token]) for head in heads]
 
-    def recover(self, seen: Tensor, codec: Codec) -> list[int]:
-        """The tokens of one session's uplink rows (T, D)."""
-        trials = Trials(self._head)
+    def recover(self, seen: Tensor, codec: Codec, before: Sequence[int] = ()) -> list[int]:
+        """The tokens of one session's uplink rows (T, D), which follow on known ones."""
+        trials = [Trials(head) for head in self._heads]
+        for token in before:
+            for each in trials:
+                each.accept(token)
         found = []
         for row in seen:
             token = self._find(trials, row, _reencoder(codec))
-            trials.accept(token)
+            for each in trials:
+                each.accept(token)
             found.append(token)
         return found
 
-    def rank(self, row: Tensor) -> list[int]:
+    def rank(self, row: Tensor, head: int = 0) -> list[int]:
         """All tokens; those whose rows resemble this one (D,) first."""
-        order: list[int] = (self._alone - row).norm(dim=1).argsort().tolist()
+        order: list[int] = (self._alone[head] - row).norm(dim=1).argsort().tolist()
         return order
 
-    def _find(self, trials: Trials, row: Tensor, reencode: Callable[[Tensor], Tensor]) -> int:
+    def _find(
+        self, trials: Sequence[Trials], row: Tensor, reencode: Callable[[Tensor], Tensor]
+    ) -> int:
         nearest, least = -1, float("inf")
-        for token_ids in _widen(self.rank(row)):
-            distances = (reencode(trials.try_next(token_ids)) - row).norm(dim=1)
-            index = int(distances.argmin())
-            if float(distances[index]) < least:
-                nearest, least = token_ids[index], float(distances[index])
+        orders = [_widen(self.rank(row, head)) for head in range(len(trials))]
+        for parts in zip(*orders, strict=True):
+            for each, token_ids in zip(trials, parts, strict=True):
+                distances = (reencode(each.try_next(token_ids)) - row).norm(dim=1)
+                index = int(distances.argmin())
+                if float(distances[index]) < least:
+                    nearest, least = token_ids[index], float(distances[index])
             if least <= SAME * float(row.norm()):
                 break
         return nearest

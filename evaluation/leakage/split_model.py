@@ -101,20 +101,21 @@ class SplitModel:
 
     def score(self, up: Tensor) -> Tensor:
         """Rows (T, D) as the pool got them to the logits after each, (T, vocabulary)."""
-        return self.read_downlink(self._run_middle(up, self._middle.new_kv()))
+        return self.read_downlink(self.run_middle(up, self._middle.new_kv()))
 
     def step(
         self, token_ids: list[int], caches: EndCaches, kv: KvRows, codecs: Codecs
     ) -> tuple[Tensor, Tensor, Scores]:
         up = cross(codecs.up, self.ends.run_heads([(token_ids, caches)])[0])
-        down = cross(codecs.down, self._run_middle(up, kv), up)
-        return up, down, self.ends.run_tails([(down, caches)])[0]
+        down = cross(codecs.down, self.run_middle(up, kv), up)
+        return up, down, self.ends.run_tails([(down, caches)])[0][0]
 
     def new_kv(self) -> KvRows:
         """Of the middle."""
         return self._middle.new_kv()
 
-    def _run_middle(self, rows: Tensor, kv: KvRows) -> Tensor:
+    def run_middle(self, rows: Tensor, kv: KvRows) -> Tensor:
+        """Rows (T, D) as the pool got them to those that it answers with."""
         segment = Segment(kv, kv.length, len(rows))
         if self._middle.gives_logits:
             return self._middle.logits(rows, segment, last=len(rows))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_agent.text.tokenizer import TextTokenizer
-from evaluation.leakage.attacks import ATTACKS, GIVEN, NOTHING, Guesses, Situation
+from evaluation.leakage.attacks import ATTACKS, DRAFTED, GIVEN, NOTHING, Guesses, Situation
 from evaluation.leakage.split_model import Conversation, SplitModel
 from evaluation.leakage.texts import Texts
 
@@ -52,11 +52,16 @@ def attack_model(
             [split.converse(prompt, campaign.answer_tokens, codecs) for prompt in texts.prompts],
             texts.others,
         )
-        yield [measure(name, situation, tokenizer) for name in campaign.attacks]
+        leaks = [measure(name, situation, tokenizer) for name in campaign.attacks]
+        yield [leak for leak in leaks if leak is not None]
 
 
-def measure(attack: str, situation: Situation, tokenizer: TextTokenizer) -> Leak:
-    """Attack, and count."""
+def measure(attack: str, situation: Situation, tokenizer: TextTokenizer) -> Leak | None:
+    """Attack, and count; None if there is nothing to attack."""
+    if attack == DRAFTED:
+        situation = situation.of_wrong_guesses()
+    if not situation.conversations:
+        return None
     guesses: Guesses = ATTACKS[attack](situation)
     pairs = zip(situation.conversations, guesses, strict=True)
     kept = [_keep(conversation, guess, tokenizer) for conversation, guess in pairs]

@@ -2,9 +2,9 @@
 
     python -m evaluation.leakage.tryout
 
-on the demo model. A defence holds if of 10,000 rows at most a fifth of the tokens is recovered by
-someone who knows the defence and 64 of the tokens, while perplexity rises by a tenth at most. So
-each is made as strong as a rise by a tenth allows, and then attacked.
+on the demo model (--defence for some of them). A defence holds if of 10,000 rows at most a fifth of
+the tokens is recovered by someone who knows the defence and 64 of the tokens, while perplexity
+rises by a tenth at most. So each is made as strong as a rise by a tenth allows, and then attacked.
 
 Letters: T tokens, N rows, D width.
 """
@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import click
 import torch
@@ -23,20 +25,32 @@ from torch import Tensor
 from common.codecs.calibration import open_calibration
 from common.console.processes import set_up_torch
 from common.console.tables import format_table
+from common.spans.attention import Segment
+from common.spans.cut import Span
+from common.spans.span_model import SpanModel
+from common.weights.checkpoint import Checkpoint
 from common.weights.demo_model import find_model
+from common.weights.loading import load_span
 from edge_agent.text.tokenizer import TextTokenizer
-from evaluation.leakage.adaptive import PriorSearch, align
+from evaluation.leakage.adaptive import (
+    PriorSearch,
+    align,
+    sort_by_known_rows,
+    sort_by_statistics,
+)
 from evaluation.leakage.attacks import KNOWN_TOKENS
 from evaluation.leakage.defences import (
     Defence,
     cheap_noise,
     coarse,
+    draw_order,
     draw_rotation,
     erased,
     even_noise,
     sparse,
 )
-from evaluation.leakage.inversion import LinearMap, Network, know_plaintext
+from evaluation.leakage.exact_search import ExactSearch
+from evaluation.leakage.inversion import LinearMap, Network, RowAttack, know_plaintext
 from evaluation.leakage.split_model import SplitModel
 from evaluation.texts import read_prompts
 
@@ -47,7 +61,11 @@ ALLOWED_RISE = 10.0  # percent
 LONGEST = 256  # tokens of a text
 SEARCH_STEPS = 7
 TOO_STRONG = (2.0, 4.0, 8.0)  # noise, as a share of the rows' deviation
-ATTACKS = ("prior_search", "linear_map", "network", "known_plaintext", "alignment")
+DRAWN_CUTS = (1, 2, 4)
+ATTACKS = (
+    "prior_search", "linear_map", "network", "known_plaintext", "alignment", "statistics",
+    "search_at_each_cut",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,13 +189,80 @@ def judge_rotation(ground: Ground) -> Verdict:
     return Verdict("secret rotation", ground.split.name, 1.0, 0.0, recovered)
 
 
+def judge_shuffle(ground: Ground) -> Verdict:
+    """Channels in an order that a seed gives, whose workers' weights are in that order as well.
+
+    It costs nothing. Workers that put the channels back themselves have the seed, and then there is
+    nothing to attack.
+    """
+    order = draw_order(ground.own_rows.shape[1], seed=3)
+    plain = torch.cat(ground.rows)
+    rows = plain[:, order]
+    known = know_plaintext(rows[:KNOWN_TOKENS], ground.tokens[:KNOWN_TOKENS])
+    reader = LinearMap(ground.own_rows, ground.own_tokens)
+    aligned = sort_by_known_rows(rows, plain[:KNOWN_TOKENS])
+    told = sort_by_statistics(rows, ground.own_rows, ground.own_tokens)
+    recovered = {
+        "known_plaintext": _score_tokens(ground, known.recover(rows)),
+        "alignment": _score_tokens(ground, reader.recover(aligned)),
+        "statistics": _score_tokens(ground, reader.recover(told)),
+    }
+    return Verdict("channels shuffled", ground.split.name, 1.0, 0.0, recovered)
+
+
+def judge_drawn_cut(ground: Ground, cuts: Sequence[int] = DRAWN_CUTS) -> Verdict:
+    """A device that draws a cut for every step, and does not say which. It costs nothing.
+
+    The pool would need the KV of all layers behind the first of the cuts, so this is only here.
+    """
+    heads = load_heads(ground.split.ends.directory, cuts)
+    seen = [draw_rows(heads, text, seed) for seed, text in enumerate(ground.texts)]
+    own = torch.cat([draw_rows(heads, text, -1 - n) for n, text in enumerate(ground.own_texts)])
+    rows = torch.cat(seen)
+    maps: dict[str, RowAttack] = {
+        "linear_map": LinearMap(own, ground.own_tokens),
+        "network": Network(own, ground.own_tokens),
+        "known_plaintext": know_plaintext(rows[:KNOWN_TOKENS], ground.tokens[:KNOWN_TOKENS]),
+    }
+    recovered = {name: _score_tokens(ground, each.recover(rows)) for name, each in maps.items()}
+    search = ExactSearch(heads, ground.split.ends.vocabulary, ground.texts[0][0])
+    codec = ground.split.make_codecs("fp32").up
+    recovered["search_at_each_cut"] = _score_texts(
+        ground, seen, lambda rows: search.recover(rows, codec)
+    )
+    return Verdict("cut drawn per step", "/".join(map(str, cuts)), 1.0, 0.0, recovered)
+
+
+def load_heads(directory: Path, cuts: Sequence[int]) -> list[SpanModel]:
+    """Of the layers up to each cut."""
+    checkpoint = Checkpoint(directory)
+    heads = [load_span(checkpoint, Span(0, cut), part="head") for cut in cuts]
+    checkpoint.close()
+    return heads
+
+
+def draw_rows(heads: Sequence[SpanModel], text: Sequence[int], seed: int) -> Tensor:
+    """Of each token the row that one of the heads gives, drawn by lot: (T, D)."""
+    tokens = torch.tensor(text)
+    rows = [head.embed_and_run(tokens, [Segment(head.new_kv(), 0, len(text))]) for head in heads]
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(heads), (len(text),), generator=generator)
+    return torch.stack(rows)[drawn, torch.arange(len(text))]
+
+
 def _search(ground: Ground, defence: Defence, seen: Sequence[Tensor]) -> float:
     codecs = ground.split.make_codecs("fp32")
     search = PriorSearch(ground.split, defence, ground.texts[0][0])
+    return _score_texts(ground, seen, lambda rows: search.recover(rows, codecs))
+
+
+def _score_texts(
+    ground: Ground, seen: Sequence[Tensor], recover: Callable[[Tensor], list[int]]
+) -> float:
+    """Percent that are right of the first texts' tokens, each text recovered by itself."""
     right = count = 0
     for text, rows in zip(ground.texts, seen, strict=True):
-        found = search.recover(rows, codecs)
-        right += sum(a == b for a, b in zip(text, found, strict=True))
+        right += sum(a == b for a, b in zip(text, recover(rows), strict=True))
         count += len(text)
         if count >= SEARCHED_ROWS:
             break
@@ -206,6 +291,9 @@ def open_ground(span: str) -> Ground:
     return Ground(split, victims, own)
 
 
+Trial = tuple[str, Callable[[], Verdict]]
+
+
 def list_makers(ground: Ground) -> list[Maker]:
     """Defences that can be made stronger and stronger, and between which strengths to look."""
     rows, tokens = ground.own_rows, ground.own_tokens
@@ -223,28 +311,41 @@ def list_makers(ground: Ground) -> list[Maker]:
     ]
 
 
-def try_all(ground: Ground) -> Iterator[Verdict]:
+def list_trials(ground: Ground) -> list[Trial]:
     """Each defence as strong as the allowed loss lets it be, and noise that is too strong."""
     rows = ground.own_rows
-    for name, make, weak, strong in list_makers(ground):
-        strength = find_strength(ground, make, weak, strong)
-        yield judge(ground, name, make(strength), strength)
-    yield judge(ground, "codec bool", coarse(rows, "bool"), 1.0)
-    yield judge_rotation(ground)
-    for strength in TOO_STRONG:
-        yield judge(ground, "even noise", even_noise(rows, strength), strength)
+    return [
+        *((maker[0], partial(_judge_strongest, ground, maker)) for maker in list_makers(ground)),
+        ("codec bool", lambda: judge(ground, "codec bool", coarse(rows, "bool"), 1.0)),
+        ("secret rotation", lambda: judge_rotation(ground)),
+        ("channels shuffled", lambda: judge_shuffle(ground)),
+        ("cut drawn per step", lambda: judge_drawn_cut(ground)),
+        *(("too much noise", partial(_judge_noise, ground, s)) for s in TOO_STRONG),
+    ]
+
+
+def _judge_strongest(ground: Ground, maker: Maker) -> Verdict:
+    name, make, weak, strong = maker
+    strength = find_strength(ground, make, weak, strong)
+    return judge(ground, name, make(strength), strength)
+
+
+def _judge_noise(ground: Ground, strength: float) -> Verdict:
+    return judge(ground, "too much noise", even_noise(ground.own_rows, strength), strength)
 
 
 @click.command()
 @click.option("--span", "spans", multiple=True, default=("2:6", "6:7"), show_default=True)
-def main(spans: tuple[str, ...]) -> None:
+@click.option("--defence", "names", multiple=True, help="Only this; repeat it for several.")
+def main(spans: tuple[str, ...], names: tuple[str, ...]) -> None:
     """Try every defence at each cut."""
     set_up_torch(threads=1)
     verdicts = []
     for span in spans:
-        for verdict in try_all(open_ground(span)):
-            verdicts.append(verdict)
-            click.echo(f"{verdict.defence}: {verdict.strongest}%", err=True)
+        for name, run in list_trials(open_ground(span)):
+            if not names or name in names:
+                verdicts.append(run())
+                click.echo(f"{name}: {verdicts[-1].strongest}%", err=True)
     headers = ("defence", "cut", "strength", "loss_percent", *ATTACKS, "strongest")
     click.echo(format_table(headers, [verdict.to_row() for verdict in verdicts]))
 

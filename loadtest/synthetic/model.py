@@ -169,18 +169,19 @@ class SyntheticSpan(SpanModel):
         return states
 
     @torch.inference_mode()
-    def last_logits(self, rows: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """Tail: rows of sessions (sum of T, D) to the logits after each one's last, (n, V)."""
-        counts = torch.tensor([segment.rows for segment in segments])
+    def chosen_logits(
+        self, rows: Tensor, segments: Sequence[Segment], wanted: Sequence[int]
+    ) -> Tensor:
+        """Tail: rows of sessions (sum of T, D) to the logits after some of each's last, (n, V)."""
         for segment in segments:
             segment.kv.length = segment.end
-        return self._score(rows[counts.cumsum(0) - 1])
+        parts = torch.split(rows, [segment.rows for segment in segments])
+        chosen = [part[len(part) - n :] for part, n in zip(parts, wanted, strict=True)]
+        return self._score(torch.cat(chosen))
 
-    @torch.inference_mode()
     def logits(self, rows: Tensor, segment: Segment, last: int = 1) -> Tensor:
         """Tail: rows (T, D) to the logits after the last ones, (last, V)."""
-        segment.kv.length = segment.end
-        return self._score(rows[-last:])
+        return self.chosen_logits(rows, [segment], [last])
 
     def _score(self, rows: Tensor) -> Tensor:
         tokens = read_numbers(rows) % VOCABULARY

@@ -1,0 +1,1 @@
+"""Drafting: guessing a session's next tokens on the device, to have several checked in one step."""

@@ -1,0 +1,1 @@
+"""Making drafters for a model: a table of n-grams, and a trained layer."""

@@ -1,0 +1,1 @@
+"""One session cut in one process, stage by stage, beside the two ways not to cut it."""

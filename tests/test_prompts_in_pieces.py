@@ -205,6 +205,6 @@ def test_pieces_reach_a_broker_that_comes_late_in_their_order() -> None:
         message = decode_header(broker.recv_multipart()[1])
         if isinstance(message, Step):
             came.append(message.step)
-    assert came[:4] == [0, 1, 2, 3]
+    assert list(dict.fromkeys(came)) == [0, 1, 2, 3]  # some of them twice
     client.close()
     context.destroy(linger=0)

@@ -17,11 +17,11 @@ from common.console.outputs import check_writable
 from common.console.plots import require_matplotlib, save_figure
 from common.console.tables import format_table
 from common.console.waiting import progress_bar, waiting
+from common.link import Link
 from evaluation.images import image_command
 from evaluation.importance.command import importance_command
 from evaluation.layers import layers_command
 from evaluation.leakage.command import leakage_command
-from evaluation.link import Link
 from evaluation.neuron_commands import hardware, speed, tasks
 from evaluation.options import (
     codecs_option,

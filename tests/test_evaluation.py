@@ -18,6 +18,7 @@ from transformers import LlamaConfig
 
 from common.codecs.calibration import load_calibration
 from common.errors import StepRefused
+from common.link import Link
 from common.weights.checkpoint import Checkpoint
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.engine.client import BrokerClient
@@ -29,7 +30,6 @@ from edge_agent.text.session_settings import uniform_settings
 from edge_agent.text.stats import GenerationStats
 from edge_agent.text.tokenizer import TextTokenizer
 from evaluation.command import Measurement, time_link
-from evaluation.link import Link
 from evaluation.texts import read_tokens
 
 

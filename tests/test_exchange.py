@@ -21,7 +21,8 @@ from common.protocol.messages import (
 from common.protocol.messages import StepRefused as StepRefusedMessage
 from common.protocol.wire import decode_header, encode_header
 from common.settings import MAX_BODY_BYTES
-from edge_agent.engine.exchange import Ask, BrokerGone, Exchange, LinkRate
+from edge_agent.engine.exchange import Ask, BrokerGone, Exchange
+from edge_agent.engine.link_meter import LinkMeter
 from edge_agent.engine.session_asks import ALONE_PAUSE_S, SessionAsks
 
 STEP = Step(b"s" * 16, 0, 0, 3, 11, [Part(0, [1], 130)], 1, 0, 60_000)
@@ -32,7 +33,7 @@ REPLY = StepReply(*STEP.key, 1, 1, 11, "w1", 3, 9)
 def make(
     is_known: bool = True, waits: bool = True, body: bytes = b"b" * 130, timeout_s: float = 60.0
 ) -> Exchange:
-    return Exchange(Ask(STEP, body, OPENING, is_known, waits), timeout_s, LinkRate(), now=0.0)
+    return Exchange(Ask(STEP, body, OPENING, is_known, waits), timeout_s, LinkMeter(), now=0.0)
 
 
 def send(exchange: Exchange, now: float) -> list[bytes]:
@@ -174,17 +175,16 @@ def test_what_cannot_be_handed_over_is_tried_again_in_full() -> None:
 
 
 def test_the_rate_is_learnt_from_what_came_through() -> None:
-    rate = LinkRate()
-    exchange = Exchange(Ask(STEP, bytes(100_000), OPENING, True, True), 60.0, rate, 0.0)
+    meter = LinkMeter()
+    exchange = Exchange(Ask(STEP, bytes(100_000), OPENING, True, True), 60.0, meter, 0.0)
     send(exchange, 0.0)
     hear(exchange, REPLY, 2.0)
-    assert rate.bytes_per_s == pytest.approx(50_000, rel=0.01)
-    assert rate.travel_s(50_000) == pytest.approx(4.0, rel=0.01)
+    assert meter.travel_s(50_000) == pytest.approx(4.0, rel=0.01)
 
 
 def test_a_step_with_a_pause_is_sent_after_it() -> None:
     ask = Ask(STEP, b"", OPENING, True, True, pause_s=1.0)
-    exchange = Exchange(ask, 10.0, LinkRate(), 100.0)
+    exchange = Exchange(ask, 10.0, LinkMeter(), 100.0)
     assert exchange.due(100.5) is None
     assert exchange.due_at == 101.0
     assert exchange.due(101.0) is not None

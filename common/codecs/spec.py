@@ -25,6 +25,7 @@ from common.errors import SettingsError
 DEFAULT_CODEC = "int8"
 EXACT = "fp32"
 SMALLEST = "smallest"
+AUTO = "auto"  # no codec: one is chosen by the link
 PROMISED_LOSS = 0.01  # of perplexity, by `smallest`
 
 SHORT_NAMES = {

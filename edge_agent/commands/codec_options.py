@@ -1,6 +1,6 @@
 """How codecs are chosen on the command line: --codec and its relatives.
 
-Each takes a name, or two as UP,DOWN for the two directions.
+Each takes a name, or two as UP,DOWN for the two directions, or auto.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from common.codecs.spec import DEFAULT_CODEC, parse_codec
+from common.codecs.spec import AUTO, DEFAULT_CODEC, parse_codec
 from common.console.options import calibration_option, group_options
 from common.errors import SettingsError
 
@@ -50,7 +50,7 @@ class CodecChoice:
 
         if others:
             for name in self.split():
-                if parse_codec(name).needs_calibration:
+                if name != AUTO and parse_codec(name).needs_calibration:
                     raise SettingsError(
                         f"codec {name} needs a calibration, which is of one span; --span names "
                         f"{1 + len(others)}"
@@ -67,7 +67,7 @@ codec_options = group_options(
         "--codec",
         default=DEFAULT_CODEC,
         show_default=True,
-        help="Boundary codec: fp32, fp16, bf16, int8, compact, smallest or the grammar.",
+        help="Boundary codec: fp32, fp16, bf16, int8, compact, smallest, the grammar, or auto.",
     ),
     click.option("--codec-prefill", help="Another one for the prompt."),
     click.option("--codec-decode", help="Another one for the tokens after it."),
@@ -76,7 +76,11 @@ codec_options = group_options(
 
 
 def _split(text: str) -> tuple[str, str]:
+    if text == AUTO:
+        return AUTO, AUTO
     names = text.split(",")
+    if AUTO in names:
+        raise SettingsError(f"codec {text!r}: auto chooses both directions; expected it alone")
     if len(names) > 2:
         raise SettingsError(f"codec {text!r} names {len(names)} codecs; expected NAME or UP,DOWN")
     for name in names:

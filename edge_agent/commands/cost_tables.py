@@ -22,6 +22,7 @@ def format_stats(stats: Mapping[str, Any]) -> str:
                             f"{stats['bytes_down_per_token']} down"),
         ("bytes in all", f"{stats['bytes_up']:,} up, {stats['bytes_down']:,} down"),
         ("ms per token", ", ".join(f"{name} {ms}" for name, ms in stages.items())),
+        ("codecs", describe_codecs(stats)),
         ("round trips", describe_trips(stats)),
         ("rows by worker", workers),
         ("rows replayed", str(stats["rows_replayed"])),
@@ -30,6 +31,21 @@ def format_stats(stats: Mapping[str, Any]) -> str:
     if "served_by" in stats:
         rows.append(("served by", stats["served_by"]))
     return format_table(HEADERS, rows)
+
+
+def describe_codecs(stats: Mapping[str, Any]) -> str:
+    """In which rows travelled, up and down, and why if the link was asked."""
+    prompt, decode = (
+        _name_both_ways(stats["codecs"][f"{phase}_up"], stats["codecs"][f"{phase}_down"])
+        for phase in ("prompt", "decode")
+    )
+    told = prompt if prompt == decode else f"prompt {prompt}; then {decode}"
+    link = stats["codecs_chosen_for"]
+    return f"{told}; chosen for {link['mbit']:g} Mbit/s, {link['rtt_ms']:g} ms" if link else told
+
+
+def _name_both_ways(up: str, down: str) -> str:
+    return up if up == down else f"{up} up, {down} down"
 
 
 def describe_trips(stats: Mapping[str, Any]) -> str:

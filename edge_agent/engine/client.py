@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import secrets
 import time
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 import msgpack
 import zmq
 
 from common.errors import BrokerUnavailable, MidspanError
+from common.link import Link
 from common.protocol.messages import (
     AnyOpening,
+    AskAgain,
     EndSession,
     StatusQuery,
     StatusReport,
@@ -23,19 +27,28 @@ from common.protocol.wire import encode_header
 from common.security.keys import ClientKeys
 from edge_agent.engine.exchange import Answer, Answered, Ask
 from edge_agent.engine.exchanges import Exchanges, Outcome
-from edge_agent.engine.link import BrokerLink
+from edge_agent.engine.link import BrokerLink, key_of
+from edge_agent.engine.link_meter import LinkMeter
 
 STATUS_POLL_MS = 50
+SMALL_PROBES = 2  # of the round trip alone
+PROBE_BYTES = (8 << 10, 64 << 10, 256 << 10)
+PROBE_S = 5.0  # a link on which one takes longer is as thin as that
+PROBE_ENOUGH_S = 0.02  # of its bytes, beyond a few round trips
 
 
 class BrokerClient:
     """One edge's connection to its brokers. Not thread-safe: one client for each thread."""
 
     def __init__(
-        self, brokers: Sequence[str], timeout_s: float = 60.0, keys: ClientKeys | None = None
+        self,
+        brokers: Sequence[str],
+        timeout_s: float = 60.0,
+        keys: ClientKeys | None = None,
+        meter: LinkMeter | None = None,
     ) -> None:
         self._link = BrokerLink(brokers, keys)
-        self._exchanges = Exchanges[None](self._link, timeout_s)
+        self._exchanges = Exchanges[None](self._link, timeout_s, meter)
         self._outcomes: dict[StepKey, Outcome] = {}  # that nobody has fetched yet
         self.asked_again = 0
 
@@ -89,6 +102,39 @@ class BrokerClient:
                 if socket is not in_use:
                     socket.close(linger=0)
         raise BrokerUnavailable(link.why_unavailable(timeout_s))
+
+    def measure_link(self) -> Link | None:
+        """How far and thin the link is: measured once with probes, then from what steps take.
+
+        None as long as nothing answers. Probes grow until the bytes take longer than the way.
+        """
+        if self._exchanges.meter.link is None and not self._exchanges:
+            self._send_probes(self._exchanges.meter)
+        return self._exchanges.meter.link
+
+    def _send_probes(self, meter: LinkMeter) -> None:
+        if self._probe(0) is None:  # which opens the connection
+            return
+        round_trip_s = [self._probe(0) or PROBE_S for _ in range(SMALL_PROBES)]
+        for seconds in round_trip_s:
+            meter.note(0, seconds)
+        for size in PROBE_BYTES:
+            seconds = self._probe(size) or PROBE_S
+            meter.note(size, seconds)
+            if seconds > 3 * median(round_trip_s) + PROBE_ENOUGH_S:
+                break
+
+    def _probe(self, size: int) -> float | None:
+        """Seconds until the broker says that it knows nothing of a step that nobody has sent."""
+        probe = AskAgain(secrets.token_bytes(16), 0, 0)
+        begun_at = time.monotonic()
+        if not self._link.send([encode_header(probe), secrets.token_bytes(size)], PROBE_S):
+            return None
+        while (left_s := begun_at + PROBE_S - time.monotonic()) > 0:
+            received = self._link.receive(left_s)
+            if received is not None and key_of(received[0]) == probe.key:
+                return time.monotonic() - begun_at
+        return None
 
     def ask(
         self,

@@ -38,10 +38,13 @@ from common.protocol.messages import EndSession, StepKey
 from common.protocol.wire import encode_header
 from common.security.keys import ClientKeys
 from common.spans.cut import Cut, Span
+from edge_agent.engine.client import BrokerClient
 from edge_agent.engine.exchange import Ask
 from edge_agent.engine.exchanges import Exchanges, Outcome
 from edge_agent.engine.link import BrokerLink
+from edge_agent.engine.link_meter import LinkMeter
 from edge_agent.engine.streams import Conversation, Token, TokenStream, Wanted
+from edge_agent.text.codec_choice import CodecChooser
 from edge_agent.text.drafting.drafter import DrafterSource
 from edge_agent.text.ends import ModelEnds
 from edge_agent.text.sampling import SamplingSettings
@@ -118,12 +121,16 @@ class Engine:
         self._choose_cut = choose_cut or (lambda: ends)
         self._detours: dict[Cut, list[Span]] = {}  # that sessions have found lately
         self._settings = settings or SessionSettings()
+        self._chooser = CodecChooser(self._settings, calibration)
         self._calibration, self._pool_key = calibration, pool_key
         self._drafters = drafters
+        self._meter = LinkMeter()
         self._new_session()  # complains now, if ever
+        if self._settings.is_open:
+            self._measure_link(brokers, keys)
         self._max_sessions, self._max_waiting = max_sessions, max_waiting
         self._link = BrokerLink(brokers, keys)
-        self._exchanges = Exchanges[_Running](self._link, timeout_s)
+        self._exchanges = Exchanges[_Running](self._link, timeout_s, self._meter)
         self._commands: deque[Callable[[], None]] = deque()
         self._lock = threading.Lock()
         self._closing = False
@@ -175,10 +182,19 @@ class Engine:
         return Conversation(self, self._new_session())
 
     def _new_session(self) -> TextSession:
-        ends, settings = self._choose_cut(), self._settings
+        ends = self._choose_cut()
+        settings = self._chooser.choose(ends, self._meter.link)
         if ends.cut in self._detours:
             settings = replace(settings, route=self._detours[ends.cut])
         return TextSession(ends, settings, self._calibration, self._pool_key, self._drafters)
+
+    def _measure_link(self, brokers: Sequence[str], keys: ClientKeys | None) -> None:
+        """Over a connection that nothing else is on; steps go on with it."""
+        client = BrokerClient(brokers, keys=keys, meter=self._meter)
+        try:
+            client.measure_link()
+        finally:
+            client.close()
 
     def count_answers(self) -> tuple[int, int]:
         """How many are being made, and how many wait."""

@@ -32,13 +32,12 @@ from common.protocol.messages import StepRefused as StepRefusedMessage
 from common.protocol.sockets import wire_bytes
 from common.protocol.wire import encode_header
 from common.settings import MAX_BODY_BYTES
+from edge_agent.engine.link_meter import LinkMeter
 
 ASK_AGAIN_S = 0.5  # a step that is not answered is sent again after this
 SILENCE_S = 1.5  # a broker that says nothing for this long is given up for the next
 ASKED_S = 1.0  # if it was asked for so long: an edge that had no time to ask heard nothing either
 NO_WORKER_RETRY_S = 0.25
-SLOWEST_LINK = 4000.0  # bytes per second that a link must carry
-RATE_FROM_BYTES = 4096  # smaller messages say nothing about the rate
 
 Answer = StepReply | Need
 
@@ -74,24 +73,6 @@ class Answered:
     asked_again: int
 
 
-@dataclass(slots=True)
-class LinkRate:
-    """How fast the link to a broker is, as last seen."""
-
-    bytes_per_s: float | None = None
-
-    def travel_s(self, message_bytes: int) -> float:
-        """How long a message may be on its way; a fourth of the rate that was seen is allowed."""
-        return message_bytes / max(SLOWEST_LINK, (self.bytes_per_s or 0.0) / 4)
-
-    def learn(self, message_bytes: int, seconds: float) -> None:
-        """An answer came: so much went through since the step was sent, at least."""
-        if message_bytes < RATE_FROM_BYTES:
-            return
-        rate = message_bytes / max(1e-6, seconds)
-        self.bytes_per_s = rate if self.bytes_per_s is None else (self.bytes_per_s + rate) / 2
-
-
 class Exchange:
     """Goes on until `hear` returns the answer or something raises. Not thread-safe.
 
@@ -100,7 +81,7 @@ class Exchange:
     """
 
     def __init__(
-        self, ask: Ask, timeout_s: float, rate: LinkRate, now: float, behind_bytes: int = 0
+        self, ask: Ask, timeout_s: float, meter: LinkMeter, now: float, behind_bytes: int = 0
     ) -> None:
         """`behind_bytes` of the same session are on their way before it."""
         if len(ask.body) > MAX_BODY_BYTES:
@@ -113,9 +94,10 @@ class Exchange:
         self._frames = [encode_header(ask.step), ask.body]
         if not ask.is_known:
             self._frames.append(encode_header(ask.opening))
-        self._rate = rate
+        self._meter = meter
         self.travel_bytes = wire_bytes(self._frames) + ask.reply_bytes
-        self._travel_s = rate.travel_s(self.travel_bytes + behind_bytes)
+        self._goes_alone = not behind_bytes
+        self._travel_s = meter.travel_s(self.travel_bytes + behind_bytes)
         self._timeout_s = timeout_s
         self._give_up_at = now + timeout_s + self._travel_s
         self._send_at = now + ask.pause_s
@@ -197,7 +179,7 @@ class Exchange:
         self._was_heard = True
         self.bytes_down += size
         if self._sent_at is not None:
-            self._rate.learn(wire_bytes(self._frames) + len(body), now - self._sent_at)
+            self._learn(message, size, now - self._sent_at)
             self._sent_at = None
         if isinstance(message, StepReply | Need):
             return Answered(message, body, self.bytes_up, self.bytes_down, self.asked_again)
@@ -219,6 +201,13 @@ class Exchange:
                 raise NoWorker(f"{message.reason}{self._ask.hint}", detour)
             self._send_at += NO_WORKER_RETRY_S
         return None
+
+    def _learn(self, message: Message, size: int, seconds: float) -> None:
+        both_ways_bytes = wire_bytes(self._frames) + size
+        self._meter.learn(both_ways_bytes, seconds)
+        if isinstance(message, StepReply) and self._goes_alone:
+            pool_s = (message.queue_us + message.compute_us) / 1e6
+            self._meter.note(both_ways_bytes, seconds - pool_s)
 
     def _begin(self, now: float) -> None:
         self._since, self._pause_s, self._asked_at = now, ASK_AGAIN_S, None

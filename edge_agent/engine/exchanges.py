@@ -15,8 +15,9 @@ from typing import Any, Generic, TypeVar
 
 from common.errors import BrokerUnavailable, MidspanError
 from common.protocol.messages import StepKey
-from edge_agent.engine.exchange import Answered, Ask, BrokerGone, Exchange, LinkRate
+from edge_agent.engine.exchange import Answered, Ask, BrokerGone, Exchange
 from edge_agent.engine.link import BrokerLink, key_of
+from edge_agent.engine.link_meter import LinkMeter
 
 RETRY_SEND_S = 0.02  # when there is no connection
 
@@ -27,10 +28,11 @@ Outcome = Answered | MidspanError
 class Exchanges(Generic[Owner]):
     """Not thread-safe."""
 
-    def __init__(self, link: BrokerLink, timeout_s: float) -> None:
+    def __init__(self, link: BrokerLink, timeout_s: float, meter: LinkMeter | None = None) -> None:
+        """The `meter` learns from them, and may be another's as well."""
         self._link = link
         self._timeout_s = timeout_s
-        self._rate = LinkRate()
+        self.meter = meter or LinkMeter()
         self._by_key: dict[StepKey, tuple[Owner, Exchange]] = {}
         self._of_session: dict[bytes, dict[StepKey, Exchange]] = {}  # in the order of its steps
         self._due: list[tuple[float, int, StepKey, Exchange]] = []
@@ -48,7 +50,7 @@ class Exchanges(Generic[Owner]):
         """Have a step computed. Raises SettingsError for a body that no broker takes."""
         before = self._of_session.get(ask.step.session_id, {})
         behind_bytes = sum(exchange.travel_bytes for exchange in before.values())
-        exchange = Exchange(ask, self._timeout_s, self._rate, time.monotonic(), behind_bytes)
+        exchange = Exchange(ask, self._timeout_s, self.meter, time.monotonic(), behind_bytes)
         self._by_key[exchange.key] = owner, exchange
         self._of_session.setdefault(ask.step.session_id, before)[exchange.key] = exchange
         self._send(exchange)

@@ -13,6 +13,7 @@ import torch
 from common.adapters.choice import LoraChoice
 from common.codecs.calibration import Calibration
 from common.codecs.codec import make_codec
+from common.codecs.spec import AUTO
 from common.security.keys import ClientKeys
 from edge_agent.engine.client import BrokerClient
 from edge_agent.engine.engine import MAX_SESSIONS, MAX_WAITING, Engine
@@ -119,12 +120,7 @@ def describe_model(
     """What a page shows of the model and of what is sent."""
     session = settle(session, ends)
     widths = {"up": ends.hidden, "down": ends.reply_width}
-    codecs = {
-        "prompt_up": session.prompt_up,
-        "prompt_down": session.prompt_down,
-        "decode_up": session.decode_up,
-        "decode_down": session.decode_down,
-    }
+    codecs = session.codec_by_step
     return {
         "model": ends.name,
         "fingerprint": ends.fingerprint,
@@ -146,7 +142,9 @@ def describe_model(
 def count_bits(
     name: str, direction: str, hidden: int, calibration: Calibration | None
 ) -> float | None:
-    """Bits per value of one row on the wire; None where that depends on what is in it."""
+    """Bits per value of one row on the wire; None where that depends on rows or the link."""
+    if name == AUTO:
+        return None
     codec = make_codec(name, direction, calibration)
     if codec.spec.kind == "fisher" or codec.spec.zstd:
         return None

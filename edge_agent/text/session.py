@@ -13,6 +13,7 @@ from common.errors import NoWorker, StepOvertaken
 from common.protocol.messages import StepKey
 from edge_agent.engine.client import BrokerClient
 from edge_agent.engine.exchange import Answered, Ask
+from edge_agent.text.codec_choice import CodecChooser
 from edge_agent.text.drafting.drafter import DrafterSource
 from edge_agent.text.ends import ModelEnds
 from edge_agent.text.sampling import SamplingSettings
@@ -49,10 +50,13 @@ class Session:
         pool_key: bytes | None = None,
         drafters: DrafterSource | None = None,
     ) -> None:
-        """As TextSession."""
+        """As TextSession. To choose codecs the link is measured, once for each client."""
         self._ends = ends
         self._client = client
         self._ahead: deque[StepKey] = deque()  # steps that were sent, in order
+        settings = settings or SessionSettings()
+        if settings.is_open:
+            settings = CodecChooser(settings, calibration).choose(ends, client.measure_link())
         self._text = TextSession(ends, settings, calibration, pool_key, drafters)
 
     @property

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from common.codecs.spec import DEFAULT_CODEC, EXACT, parse_codec
+from common.codecs.spec import AUTO, DEFAULT_CODEC, EXACT, parse_codec
 from common.errors import SettingsError
+from common.link import Link
 from common.settings import DRAFT_TOKENS, PIECES_AHEAD, PREFILL_ROWS
 from common.spans.cut import Span, are_joined
 from edge_agent.text.ends import ModelEnds
@@ -20,7 +21,8 @@ class SessionSettings:
     `route` are the spans that compute its middle layers one after another, each on a worker that
     serves it; without it they are those that were served when the model's ends were loaded, or all
     in one. Where a part of it is served no more, a session goes on over others that are. Between
-    spans rows are in the codec `between`.
+    spans rows are in the codec `between`. Where a codec is `auto`, it is chosen when the session is
+    opened (edge_agent/text/codec_choice.py).
     """
 
     prompt_up: str = DEFAULT_CODEC
@@ -31,14 +33,25 @@ class SessionSettings:
     step_deadline_s: float = 60.0
     route: Sequence[Span] = ()
     between: str = EXACT
+    chosen_for: Link | None = None  # by which `auto` was settled
     pieces_ahead: int = PIECES_AHEAD  # of a long prompt, on their way at once
     draft_tokens: int = DRAFT_TOKENS  # at most, in one step; where there is a drafter
 
     @property
+    def is_open(self) -> bool:
+        """Whether a codec is still to be chosen."""
+        return AUTO in self.codecs
+
+    @property
+    def codec_by_step(self) -> dict[str, str]:
+        """Of prompt and decode steps, up and down."""
+        names = ("prompt_up", "prompt_down", "decode_up", "decode_down")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def codecs(self) -> list[str]:
         """The names in use, each once."""
-        used = (self.prompt_up, self.prompt_down, self.decode_up, self.decode_down)
-        return list(dict.fromkeys((*used, self.between)))
+        return list(dict.fromkeys((*self.codec_by_step.values(), self.between)))
 
 
 def settle(settings: SessionSettings, ends: ModelEnds) -> SessionSettings:

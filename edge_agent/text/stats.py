@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from common.link import Link
+
 STAGES = ("head", "network", "queue", "middle", "tail")
 
 
@@ -32,6 +34,8 @@ class GenerationStats:
     round_trips: int = 0  # of decode steps
     drafted: Counter[str] = field(default_factory=Counter)  # tokens that were sent, by drafter
     accepted: Counter[str] = field(default_factory=Counter)  # of these, the right ones
+    codecs: dict[str, str] = field(default_factory=dict)  # of prompt and decode, up and down
+    chosen_for: Link | None = None  # by which they were chosen
 
     @property
     def tokens_per_round_trip(self) -> float:
@@ -77,4 +81,12 @@ class GenerationStats:
             "tokens_per_round_trip": round(self.tokens_per_round_trip, 3),
             "drafted": dict(self.drafted),
             "accepted": dict(self.accepted),
+            "codecs": self.codecs,
+            "codecs_chosen_for": _describe_link(self.chosen_for),
         }
+
+
+def _describe_link(link: Link | None) -> dict[str, float] | None:
+    if link is None:
+        return None
+    return {"rtt_ms": round(link.rtt_ms, 3), "mbit": round(link.mbit, 3)}

@@ -168,7 +168,11 @@ class TextSession:
         check_top(top_logprobs)
         token_ids = list(prompt_ids)
         text = _Text(token_ids, Sampler(sampling, len(token_ids)), top_logprobs, limit)
-        self.stats = self._middle.stats = GenerationStats(prompt_tokens=len(token_ids))
+        self.stats = self._middle.stats = GenerationStats(
+            prompt_tokens=len(token_ids),
+            codecs=self._settings.codec_by_step,
+            chosen_for=self._settings.chosen_for,
+        )
         self.ended_by_itself = False
         if score_prompt:
             self.cut_back(0)

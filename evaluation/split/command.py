@@ -16,7 +16,7 @@ from common.console.outputs import check_writable
 from common.console.tables import format_table
 from common.console.waiting import waiting
 from common.errors import SettingsError
-from evaluation.link import Link
+from common.link import Link
 from evaluation.options import (
     codecs_option,
     json_option,

@@ -16,12 +16,12 @@ from typing import Protocol
 
 from torch import Tensor
 
+from common.link import Link
 from edge_agent.text.ends import Scores
 from edge_agent.text.sampler import Sampler
 from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.tokenizer import TextTokenizer
 from evaluation.leakage.split_model import Codecs, SplitModel
-from evaluation.link import Link
 
 DEVICE_ONLY, CLOUD_ONLY, SPLIT = "device only", "cloud only", "split"
 STAGES = ("tokenize", "head", "encode", "middle", "decode", "tail", "sample")

@@ -39,6 +39,7 @@ class StepRecord:
     worker: Worker | None = None  # that has it now
     queue: FairQueue | None = None  # in which it waits
     hop: int = 0  # index of that part
+    units: list[int] = field(default_factory=list)  # of rows, as the edge sent them; if exact
     attempts: int = 0
     earlier_attempts: int = 0  # at the parts that it has passed
     earlier_queue_us: int = 0

@@ -358,7 +358,7 @@ class BrokerServer:
         session, record = self.state.sessions[key[0]], self.state.steps[key]
         dispatch = Dispatch(
             attempt, queue_us, session.edge.key, session.account.number, session.precision,
-            record.earlier_compute_us, record.hop,
+            record.earlier_compute_us, record.hop, record.units,
         )  # fmt: skip
         return [encode_header(dispatch), *self._frames[key], session.opening_frame]
 

@@ -436,6 +436,8 @@ class BrokerState:
         """What one part has computed is a step for the next, before steps that are new."""
         opening = session.opening
         assert isinstance(opening, Opening)
+        if opening.exact and record.hop == 0:
+            record.units = [part.shape[0] for part in record.step.parts]
         rows = [Part(opening.between, [answer.rows], body_bytes)]
         self._ledger.drop_step(record.account, record.body_bytes)
         self._ledger.add_step(record.account, body_bytes)

@@ -44,6 +44,7 @@ from common.protocol.messages import (
     Stats,
     Step,
     Text,
+    Units,
 )  # fmt: skip
 from common.protocol.sockets import Context, Socket
 from common.protocol.wire import check_frames, decode_header, encode_header
@@ -82,6 +83,7 @@ def valid_value(rng: random.Random, kind: Any) -> Any:
         ],
         CodecNames: lambda: [rng.choice(TEXTS) for _ in range(rng.randrange(1, 4))],
         Stats: lambda: {"a": 1},
+        Units: lambda: [rng.choice((0, 1, 2, 2**40)) for _ in range(rng.randrange(4))],
     }
     return values[kind]()
 

@@ -33,6 +33,7 @@ from common.protocol.messages import (
     Step,
     StepReply,
     Text,
+    Units,
 )  # fmt: skip
 from common.protocol.wire import check_frames, decode_header, encode_header
 from common.settings import MAX_FRAMES, MAX_HEADER_BYTES
@@ -51,6 +52,7 @@ VALUES = {
     Number: INTEGERS.map(float),
     Numbers: st.lists(st.integers(0, 999).map(float), max_size=5),
     Shape: st.lists(INTEGERS, min_size=1, max_size=4),
+    Units: st.lists(INTEGERS, max_size=4),
     Names: st.lists(TEXTS, max_size=3),
     Route: st.just(["2-4", "4-6"]),
     ImageRoute: st.sampled_from([["unet"], ["inner"]]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -27,6 +27,7 @@ class Task:
     precision: str = ""  # in which the session was begun, if somebody knows
     earlier_us: int = 0  # that other workers took for the parts before this one
     hop: int = 0  # index of this one on the session's route
+    units: Sequence[int] = ()  # rows of each part that the edge sent, where the step does not say
     was_looked_up: bool = False  # what it lacks: it is not in the store either
 
     @property

@@ -428,6 +428,7 @@ class Worker:
             step, opening, frames[2], dispatch.attempt, source, dispatch.queue_us,
             time.monotonic(), dispatch.owner, dispatch.edge,
             opening.precision or dispatch.precision, dispatch.compute_us, dispatch.hop,
+            dispatch.units,
         )  # fmt: skip
         service = self._services.get((opening.model, task.part))
         if service is None:

@@ -60,6 +60,8 @@ class TextExecutor:
                 raise ProtocolError(f"step has a part {part.name!r} {part.shape}; expected rows")
             codec = self._codec(opening.codecs[part.codec], "up")
             codec.check_body(part.body_bytes, part.shape[0], opening.hidden)
+        if task.units and (sum(task.units) != step.rows or not all(task.units)):
+            raise ProtocolError(f"step has {step.rows} rows, in units of {sum(task.units)}")
         announced = sum(part.body_bytes for part in step.parts)
         if len(task.body) != announced:
             raise ProtocolError(f"body has {len(task.body)} bytes; its parts need {announced}")
@@ -104,7 +106,7 @@ class TextExecutor:
     def _run_together(self, batch: Sequence[tuple[Task, TextStage]]) -> list[bytes]:
         uplinks = self._decode_all([task for task, _ in batch])
         segments = [
-            Segment(stage.kv, task.step.position, task.step.rows, _marks(task.step))
+            Segment(stage.kv, task.step.position, task.step.rows, _marks(task.step), _units(task))
             for task, stage in batch
         ]
         rows = uplinks[0] if len(uplinks) == 1 else torch.cat(uplinks)
@@ -178,6 +180,13 @@ def _marks(step: Step) -> tuple[tuple[int, bool], ...]:
     if all(part.name == BOUNDARY for part in step.parts):
         return ()
     return tuple((part.shape[0], part.name == PROMPT) for part in step.parts)
+
+
+def _units(task: Task) -> tuple[int, ...]:
+    """How many rows of an exact session go through at a time: those that were encoded together."""
+    if not task.text_opening.exact:
+        return ()
+    return tuple(task.units or (part.shape[0] for part in task.step.parts))
 
 
 def _cut_back(batch: Sequence[tuple[Task, TextStage]]) -> None:

@@ -238,6 +238,8 @@ class TextService(StageService[TextStage]):
     # --- computing
 
     def _compute(self, pairs: Sequence[tuple[Task, TextStage]], started_at: float) -> None:
+        # those that are not exact share a pass
+        pairs = sorted(pairs, key=lambda pair: pair[0].text_opening.exact)
         results = self._executor.run(pairs)
         self.stats["batches"] += 1
         for (task, stage), body in zip(pairs, results, strict=True):

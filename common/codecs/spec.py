@@ -67,6 +67,11 @@ class CodecSpec:
     def needs_calibration(self) -> bool:
         return self.norm or self.predict or self.kind == "fisher"
 
+    @property
+    def multiplies(self) -> bool:
+        """Whether rows go through a product of matrices; their number may move its last bits."""
+        return bool(self.hadamard) or self.predict or self.kind == "fisher"
+
 
 def parse_codec(name: str) -> CodecSpec:
     """Read a codec's name. Raises SettingsError, which says what was not understood."""

@@ -79,6 +79,7 @@ class Opening(WireMessage, frozen=True, tag=f"open/{PROTOCOL}"):
     sealed_key: Sealed = b""  # of the session's KV at rest, for the workers only
     precision: Text = ""  # of the workers that began the session; empty until one has answered
     between: Count = 0  # codec of rows on their way from one part of the route to the next
+    exact: bool = False  # what was encoded together is computed together, and with nothing else
 
 
 class Part(Item, frozen=True):
@@ -91,7 +92,9 @@ class Part(Item, frozen=True):
     name: Text = BOUNDARY
 
 
-Parts = Annotated[list[Part], Meta(max_length=512)]
+MAX_PARTS = 512
+Parts = Annotated[list[Part], Meta(max_length=MAX_PARTS)]
+Units = Annotated[list[Count], Meta(max_length=MAX_PARTS)]
 
 
 class Step(WireMessage, frozen=True, tag=f"step/{PROTOCOL}"):
@@ -276,6 +279,9 @@ class Dispatch(WireMessage, frozen=True, tag=f"dispatch/{PROTOCOL}"):
     precision: Text = ""  # in which the session was begun, once a worker has answered
     compute_us: Count = 0  # that the workers of earlier parts took
     hop: Count = 0  # index into the opening's route: whose turn it is
+    # rows of each part that the edge sent, for an exact session's later parts of the route: what
+    # comes from the part before is one part
+    units: Units = struct_field(default_factory=list)
 
 
 class Service(Item, frozen=True):

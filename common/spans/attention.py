@@ -41,12 +41,16 @@ class Segment:
 
     `marks` say of how many rows after another they are of a prompt, where that makes a difference;
     rows without are of an answer.
+
+    `units` divide the rows of an exact session, by how many go through together: these and no
+    others, for how many rows a product has may move its last bits. Marks are of a unit each then.
     """
 
     kv: KvRows
     start: int
     rows: int
     marks: tuple[tuple[int, bool], ...] = ()
+    units: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:

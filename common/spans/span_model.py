@@ -154,26 +154,52 @@ class SpanModel:
     def _by_pass(
         self, rows: Tensor, segments: Sequence[Segment]
     ) -> list[tuple[Tensor, list[Segment]]]:
-        """What goes through in one pass: all sessions, or one at a time where they cannot."""
-        if self.keeps_states:
-            segments = self._begin(segments)
-        if self.packs_sessions or len(segments) == 1:
-            return [(rows, list(segments))]
-        parts = torch.split(rows, [segment.rows for segment in segments])
-        return [(part, [segment]) for part, segment in zip(parts, segments, strict=True)]
+        """What goes through in one pass: all sessions, or one at a time where they cannot.
 
-    def _begin(self, segments: Sequence[Segment]) -> list[Segment]:
-        """Mark the states that a step goes on from; what goes through at once of each session."""
-        for segment in segments:
-            assert segment.kv.states is not None
-            segment.kv.states.begin(segment.rows)
-        return [part for segment in segments for part in self._split(segment)]
+        Of exact sessions it is a unit, in memory of its own, for where rows lie may matter as well.
+        """
+        if self.keeps_states:
+            for segment in segments:
+                assert segment.kv.states is not None
+                segment.kv.states.begin(segment.rows)
+        split = [part for segment in segments for part in self._split(segment)]
+        groups: list[list[Segment]] = []
+        for part in split:
+            if groups and self.packs_sessions and not (part.units or groups[-1][-1].units):
+                groups[-1].append(part)
+            else:
+                groups.append([part])
+        counts = [sum(segment.rows for segment in group) for group in groups]
+        parts = [rows] if len(groups) == 1 else torch.split(rows, counts)
+        return [
+            (part.clone() if group[0].units else part, group)
+            for part, group in zip(parts, groups, strict=True)
+        ]
 
     def _split(self, segment: Segment) -> list[Segment]:
-        """A session's rows by pass: one by one where the library can go on from a state so only."""
-        if not self.goes_by_row or segment.start == 0:
+        """A session's rows by pass: by unit where it is exact.
+
+        And one by one where the library can go on from a state so only.
+        """
+        parts, at = [segment], segment.start
+        if segment.units:
+            parts = []
+            for index, rows in enumerate(segment.units):
+                parts.append(
+                    Segment(segment.kv, at, rows, segment.marks[index : index + 1], (rows,))
+                )
+                at += rows
+        if not self.goes_by_row:
+            return parts
+        return [each for part in parts for each in self._by_row(part)]
+
+    def _by_row(self, segment: Segment) -> list[Segment]:
+        if segment.start == 0:
             return [segment]
-        return [Segment(segment.kv, row, 1) for row in range(segment.start, segment.end)]
+        units = (1,) if segment.units else ()
+        return [
+            Segment(segment.kv, row, 1, units=units) for row in range(segment.start, segment.end)
+        ]
 
     def _count_by_pass(self, segments: Sequence[Segment], wanted: Sequence[int]) -> Iterator[int]:
         """Of how many last rows of each part of `_split` logits are wanted."""

@@ -55,8 +55,9 @@ class ModelEnds:
         """Whether head or tail have layers that keep a state of the whole text."""
         return self.head.keeps_states or self.tail.keeps_states
 
-    def new_caches(self) -> EndCaches:
-        return EndCaches(self.head.new_kv(), self.tail.new_kv())
+    def new_caches(self, exact: bool = False) -> EndCaches:
+        """Of a session; rows of an `exact` one go through with no others."""
+        return EndCaches(self.head.new_kv(), self.tail.new_kv(), exact)
 
     def run_heads(
         self, batch: Sequence[tuple[Sequence[int], EndCaches]], prompts: Sequence[bool] = ()
@@ -66,7 +67,9 @@ class ModelEnds:
         `prompts` says of each whether it is a prompt's; without it none is.
         """
         segments = mark_prompts(
-            [Segment(c.head, c.head.length, len(ids)) for ids, c in batch], prompts
+            [Segment(c.head, c.head.length, len(ids)) for ids, c in batch],
+            prompts,
+            [caches.exact for _, caches in batch],
         )
         token_ids = torch.tensor([token for ids, _ in batch for token in ids])
         rows = self.head.embed_and_run(token_ids, segments)
@@ -84,7 +87,9 @@ class ModelEnds:
         that has its tail in the pool what comes are logits (T, V). `prompts` as above.
         """
         segments = mark_prompts(
-            [Segment(c.tail, c.tail.length, len(rows)) for rows, c in batch], prompts
+            [Segment(c.tail, c.tail.length, len(rows)) for rows, c in batch],
+            prompts,
+            [caches.exact for _, caches in batch],
         )
         wanted = wanted or [1] * len(batch)
         rows = batch[0][0] if len(batch) == 1 else torch.cat([rows for rows, _ in batch])
@@ -100,18 +105,33 @@ class ModelEnds:
     def score_tail(self, rows: Tensor, caches: EndCaches) -> Tensor:
         """Boundary rows (T, D) to the logits after each of them, (T, vocabulary)."""
         count = rows.shape[0]
-        segment = Segment(caches.tail, caches.tail.length, count, ((count, True),))
+        units = (count,) if caches.exact else ()
+        segment = Segment(caches.tail, caches.tail.length, count, ((count, True),), units)
         return self.tail.logits(rows.to(self.tail.dtype), segment, last=rows.shape[0]).float()
 
 
-def mark_prompts(segments: list[Segment], prompts: Sequence[bool]) -> list[Segment]:
-    """Segments whose rows are all of a prompt where `prompts` says so."""
-    if not any(prompts):
+def mark_prompts(
+    segments: list[Segment], prompts: Sequence[bool], exact: Sequence[bool]
+) -> list[Segment]:
+    """Segments whose rows are all of a prompt where `prompts` says so.
+
+    In exact sessions those are one unit, and other rows one each.
+    """
+    if not any(prompts) and not any(exact):
         return segments
     return [
-        replace(segment, marks=((segment.rows, True),)) if is_prompt else segment
-        for segment, is_prompt in zip(segments, prompts, strict=True)
+        _mark(segment, is_prompt, is_exact)
+        for segment, is_prompt, is_exact in zip(
+            segments, prompts or [False] * len(segments), exact, strict=True
+        )
     ]
+
+
+def _mark(segment: Segment, is_prompt: bool, is_exact: bool) -> Segment:
+    if is_prompt:
+        units = (segment.rows,) if is_exact else ()
+        return replace(segment, marks=((segment.rows, True),), units=units)
+    return replace(segment, units=(1,) * segment.rows) if is_exact else segment
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,6 +174,7 @@ class EndCaches:
 
     head: KvRows
     tail: KvRows
+    exact: bool = False
 
     def cut_back(self, position: int) -> int:
         """Forget the rows from `position` on; returns how many both still have."""

@@ -37,7 +37,7 @@ from common.spans.cut import Span, read_span
 from edge_agent.engine.exchange import Answered, Ask
 from edge_agent.engine.session_asks import SessionAsks
 from edge_agent.text.ends import ModelEnds
-from edge_agent.text.replay_log import MAX_PARTS, Encoded, ReplayLog, parts_of
+from edge_agent.text.replay_log import EXACT_PARTS, MAX_PARTS, Encoded, ReplayLog, parts_of
 from edge_agent.text.session_settings import SessionSettings, check_route
 from edge_agent.text.stats import GenerationStats
 from edge_agent.text.work import (
@@ -99,6 +99,7 @@ class RemoteMiddle:
         self._ends = ends
         self._settings = settings
         self._names = settings.codecs
+        self._most_parts = EXACT_PARTS if settings.exact else MAX_PARTS  # of a step
         self._up = [make_codec(name, "up", calibration) for name in self._names]
         self._down = [make_codec(name, "down", calibration) for name in self._names]
         needed = any(codec.spec.needs_calibration for codec in self._up)
@@ -110,6 +111,7 @@ class RemoteMiddle:
                 calibration.fingerprint if calibration is not None and needed else "",
                 seal(draw_key(), pool_key) if pool_key is not None else b"",
                 between=self._names.index(settings.between),
+                exact=settings.exact,
             )
         )  # fmt: skip
         self._log = ReplayLog()
@@ -175,7 +177,7 @@ class RemoteMiddle:
 
         Logits of a large vocabulary are more than guesses are worth, on most links.
         """
-        most = min(MAX_PARTS, self.rows_at_once(wants_all=True))
+        most = min(self._most_parts, self.rows_at_once(wants_all=True))
         if not self._ends.cut.has_tail:
             codec = self._down[self._names.index(self._settings.decode_down)]
             most = min(most, DRAFTED_LOGIT_BYTES // codec.row_bytes(self._ends.reply_width))
@@ -330,7 +332,8 @@ class RemoteMiddle:
 
         A step that began among the drafts would say that those before it hold.
         """
-        pieces = [p for p in self._log.read(position, at_once) if p.end <= stretch.end]
+        read = self._log.read(position, at_once, self._most_parts)
+        pieces = [piece for piece in read if piece.end <= stretch.end]
         if not stretch.final < pieces[-1].end < stretch.end:
             return pieces
         return [piece for piece in pieces if piece.end <= stretch.final]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from common.protocol.messages import BOUNDARY, Part
 
 MAX_PARTS = 256  # of one step
+EXACT_PARTS = 32  # of an exact session's, each of which takes as long as a step of one row
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +48,11 @@ class ReplayLog:
             self._pieces.pop()
         return len(self)
 
-    def read(self, position: int, max_rows: int) -> list[Encoded]:
+    def read(self, position: int, max_rows: int, max_pieces: int = MAX_PARTS) -> list[Encoded]:
         """Whole pieces from the one that holds row `position` on, about `max_rows` rows."""
         first = bisect.bisect_right(self._pieces, position, key=lambda piece: piece.start) - 1
         taken: list[Encoded] = []
-        for piece in self._pieces[first : first + MAX_PARTS]:
+        for piece in self._pieces[first : first + max_pieces]:
             if taken and piece.end - taken[0].start > max_rows:
                 break
             taken.append(piece)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from common.codecs.quantize import has_separate_rows
 from common.codecs.spec import AUTO, DEFAULT_CODEC, EXACT, parse_codec
 from common.errors import SettingsError
 from common.link import Link
@@ -23,6 +24,9 @@ class SessionSettings:
     in one. Where a part of it is served no more, a session goes on over others that are. Between
     spans rows are in the codec `between`. Where a codec is `auto`, it is chosen when the session is
     opened (edge_agent/text/codec_choice.py).
+
+    In an `exact` session no number depends on what else is computed at the time: neither on other
+    sessions, nor on drafts, nor on whether something had to be computed again.
     """
 
     prompt_up: str = DEFAULT_CODEC
@@ -36,6 +40,7 @@ class SessionSettings:
     chosen_for: Link | None = None  # by which `auto` was settled
     pieces_ahead: int = PIECES_AHEAD  # of a long prompt, on their way at once
     draft_tokens: int = DRAFT_TOKENS  # at most, in one step; where there is a drafter
+    exact: bool = False
 
     @property
     def is_open(self) -> bool:
@@ -60,6 +65,12 @@ def settle(settings: SessionSettings, ends: ModelEnds) -> SessionSettings:
     Where the pool has the tail, codecs that are the same both ways are for boundary rows: logits
     come as they are then.
     """
+    between = parse_codec(settings.between)
+    if settings.exact and (between.multiplies or not has_separate_rows(between)):
+        raise SettingsError(
+            f"codec {between.name} between spans makes rows depend on those beside them, and the "
+            "session is to be exact; expected fp32, fp16, bf16 or int8"
+        )
     if ends.cut.has_tail:
         return settings
     pairs = (
@@ -76,6 +87,8 @@ def why_no_drafts(settings: SessionSettings, ends: ModelEnds) -> str:
     spec = parse_codec(settings.decode_down)
     if spec.low_bits or spec.granularity in ("tensor", "channel"):
         return f"rows that come back together in {spec.name} are not what they are one by one"
+    if settings.exact and spec.multiplies:
+        return f"rows in {spec.name} go through a product of matrices together, and are to be exact"
     return ""
 
 

@@ -99,7 +99,7 @@ class TextSession:
         self._ends = ends
         self._settings = settle(settings or SessionSettings(), ends)
         self._middle = RemoteMiddle(ends, self._settings, calibration, pool_key)
-        self._caches = ends.new_caches()
+        self._caches = ends.new_caches(self._settings.exact)
         self._token_ids: list[int] = []  # of the rows that were sent
         self._drafters = drafters
         self._drafter = self._open_drafter()

@@ -102,6 +102,11 @@ def test_only_what_is_auto_is_chosen(demo_ends: ModelEnds, calibration: Calibrat
     assert CodecChooser(named, calibration).choose(demo_ends, THIN) is named
 
 
+def test_what_is_to_be_exact_names_its_codecs() -> None:
+    with pytest.raises(SettingsError, match="codec auto depends on how the link is just then"):
+        CodecChooser(replace(AUTO, exact=True), None)
+
+
 def test_steps_teach_the_meter_without_what_the_pool_took() -> None:
     meter = LinkMeter()
     opening = Opening("f" * 16, ["2-6"], 128, ["int8"], "")

@@ -20,6 +20,7 @@ from torch import Tensor
 from common.codecs.calibration import Calibration, DirectionCalibration
 from common.codecs.codec import Codec, make_codec
 from common.codecs.spec import AUTO, DEFAULT_CODEC, SMALLEST
+from common.errors import SettingsError
 from common.link import Link
 from edge_agent.text.ends import ModelEnds
 from edge_agent.text.session_settings import SessionSettings
@@ -41,9 +42,17 @@ class Cost:
 
 
 class CodecChooser:
-    """For sessions of one model; the same link gives each of them the same codecs."""
+    """For sessions of one model; the same link gives each of them the same codecs.
+
+    Raises SettingsError for sessions that are to be exact, as links never are the same twice.
+    """
 
     def __init__(self, settings: SessionSettings, calibration: Calibration | None) -> None:
+        if settings.exact and settings.is_open:
+            raise SettingsError(
+                "codec auto depends on how the link is just then, and the session is to be exact; "
+                "name a codec"
+            )
         self._settings = settings
         self._calibration = calibration
         self._costs: dict[tuple[str, int, bool], tuple[Cost, Cost]] = {}

@@ -2,13 +2,15 @@
 
 And what a model of the link says to that:
 
-    python benchmarks/far_network.py [--tokens 96] [--json] [--plot far-network.png]
+    python benchmarks/far_network.py [--namespaces] [--tokens 96] [--json] [--plot far-network.png]
 
 The model has the shape of 56 M parameters and says its prompt of 512 tokens again, with one token
 in twenty another one, so that drafts are right as often as for text that is edited. Broker and
-worker are on one side of a link (chaos/far_link.py, in a process of its own), the edge on the
-other; one thread for each. In turns: without drafts and a prompt in one piece after another, and
-with drafts and pieces on their way together.
+worker are on one side of a link, the edge on the other; one thread for each. The link carries TCP's
+bytes (chaos/far_link.py, in a process of its own), or with --namespaces IP packets between two
+network namespaces (chaos/tun_link.py; Linux, as root), where TCP has to widen its window first. In
+turns: without drafts and a prompt in one piece after another, and with drafts and pieces on their
+way together.
 
 `model` is what a link should give: the steps' time in head, middle, tail and queues as measured
 in that very run, a round trip for each of them, and their bytes at the link's rate. `ratio` is what
@@ -21,8 +23,8 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ import click
 from overhead import make_model
 from round_trips import make_copier
 
+from chaos.tun_link import NEAR, TunLink, in_network_of, leave_network
 from common.console.plots import require_matplotlib, save_figure
 from common.console.processes import freeze_loaded_objects, set_up_torch
 from common.console.tables import format_table
@@ -47,6 +50,8 @@ ROUND_TRIPS_MS = (20, 50, 100)
 RATES_MBIT = (5, 20, 100)
 PROMPT = 512
 
+Reach = Callable[[str, float, float], AbstractContextManager[str]]  # broker, ms, Mbit/s
+
 
 @contextmanager
 def far_link(broker: str, rtt_ms: float, mbit: float) -> Iterator[str]:
@@ -59,6 +64,24 @@ def far_link(broker: str, rtt_ms: float, mbit: float) -> Iterator[str]:
             yield process.stdout.readline().strip()
         finally:
             process.kill()
+
+
+@contextmanager
+def packet_links() -> Iterator[Reach]:
+    """Links between the namespace of this process, which is a new one, and another."""
+    leave_network()
+    link = TunLink()
+
+    @contextmanager
+    def reach(broker: str, rtt_ms: float, mbit: float) -> Iterator[str]:
+        link.set(rtt_ms, mbit)
+        with in_network_of(link.far_process):
+            yield broker
+
+    try:
+        yield reach
+    finally:
+        link.close()
 
 
 def write(
@@ -96,17 +119,21 @@ def describe(stats: GenerationStats, rtt_ms: float, mbit: float) -> dict[str, An
     }
 
 
-def measure(scratch: Path, tokens: int) -> Iterator[dict[str, Any]]:
+def measure(scratch: Path, tokens: int, reach: Reach, listens_at: str) -> Iterator[dict[str, Any]]:
     shape, directory = scratch / "shape", scratch / "copier"
     make_model(shape)
     prompt = make_copier(directory, shape, copied=PROMPT - 1)
     ends = load_ends(directory)
     freeze_loaded_objects()
-    with LocalPool(PoolSettings(workers=1, model=str(directory), threads=1)) as pool:
+    settings = PoolSettings(
+        workers=1, model=str(directory), threads=1,
+        edge_endpoint=f"tcp://{listens_at}:*", broker_options=["--insecure"],
+    )  # fmt: skip
+    with LocalPool(settings) as pool:
         _, wanted = write(ends, pool.edge_endpoint, prompt, tokens, is_drafted=True)
         for rtt_ms in ROUND_TRIPS_MS:
             for mbit in RATES_MBIT:
-                with far_link(pool.edge_endpoint, rtt_ms, mbit) as broker:
+                with reach(pool.edge_endpoint, rtt_ms, mbit) as broker:
                     row: dict[str, Any] = {"rtt_ms": rtt_ms, "mbit": mbit}
                     for name, is_drafted in (("off", False), ("drafted", True)):
                         count = tokens if is_drafted else max(8, tokens // 4)
@@ -142,12 +169,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 @click.command()
 @click.option("--tokens", default=96, show_default=True)
+@click.option("--namespaces", is_flag=True, help="A link of packets, between two of the network.")
 @click.option("--json", "as_json", is_flag=True)
 @click.option("--plot", "picture", type=click.Path(path_type=Path), help="A PNG of it.")
-def main(tokens: int, as_json: bool, picture: Path | None) -> None:
+def main(tokens: int, namespaces: bool, as_json: bool, picture: Path | None) -> None:
     set_up_torch(1)
-    with tempfile.TemporaryDirectory() as scratch:
-        rows = list(measure(Path(scratch), tokens))
+    links = packet_links() if namespaces else nullcontext(far_link)
+    with tempfile.TemporaryDirectory() as scratch, links as reach:
+        rows = list(measure(Path(scratch), tokens, reach, NEAR if namespaces else "127.0.0.1"))
     if picture is not None:
         plot(rows, picture)
     if as_json:

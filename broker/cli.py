@@ -21,6 +21,7 @@ from common.console.options import (
     log_options,
     metrics_option,
     open_page,
+    spin_option,
 )
 from common.errors import SettingsError
 from common.security.keys import is_public
@@ -114,6 +115,7 @@ log = logging.getLogger("midspan.broker")
     help="Directory of keys (midspan keys): admit only those that are authorized there.",
 )
 @insecure_option
+@spin_option
 @metrics_option
 @log_options
 def broker(
@@ -130,6 +132,7 @@ def broker(
     target_wait_ms: int,
     keys: Path | None,
     insecure: bool,
+    spin_us: int,
     metrics: str | None,
     logs: Logs,
 ) -> None:
@@ -161,6 +164,7 @@ def broker(
         keys=keys.expanduser() if keys else None,
         max_memory_mb=max_memory_mb,
         metrics=open_page(metrics),
+        spin_s=spin_us / 1e6,
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())

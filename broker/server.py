@@ -75,6 +75,7 @@ from common.protocol.messages import (
     StepReply,
 )
 from common.protocol.sockets import Context
+from common.protocol.spinning import SpinningPoller
 from common.protocol.wire import check_frames, decode_header, encode_header, refuse_protocol
 from common.settings import MAX_BROKER_MB
 
@@ -89,7 +90,8 @@ class BrokerServer:
     """Binds both sockets on construction; `run` serves until `stop`.
 
     With `keys`, a directory (see common/security/keys.py), only authorized peers are admitted.
-    What it does is published on the page `metrics`.
+    What it does is published on the page `metrics`. For `spin_s` after a message it waits for the
+    next one without sleeping.
     Raises SettingsError when an address cannot be bound or the keys cannot be read.
     """
 
@@ -102,9 +104,11 @@ class BrokerServer:
         max_memory_mb: int = MAX_BROKER_MB,
         connection_limits: ConnectionLimits | None = None,
         metrics: MetricsPage | None = None,
+        spin_s: float = 0.0,
         **state_settings: Any,
     ) -> None:
         self._clock = clock
+        self._poller = SpinningPoller(spin_s)
         self._max_memory_bytes = max_memory_mb << 20
         self._context: Context = zmq.Context()
         self._admission: Admission | None = None
@@ -136,7 +140,7 @@ class BrokerServer:
 
     def run(self) -> None:
         """Serve until `stop` is called, then close the sockets."""
-        poller = zmq.Poller()
+        poller = self._poller
         for port in (self._edges, self._workers):
             poller.register(port.socket, zmq.POLLIN)
             poller.register(port.monitor, zmq.POLLIN)
@@ -229,6 +233,7 @@ class BrokerServer:
     def _on_edge_message(self, edge: Peer, message: Message, frames: list[bytes]) -> None:
         now = self._clock()
         if isinstance(message, Step):
+            self._poller.expect()
             try:
                 opening = self._read_opening(frames)
             except ProtocolError as error:  # whoever sent it shall not wait for an answer
@@ -284,6 +289,7 @@ class BrokerServer:
             failed = StepFailed(*message.key, message.attempt, message.worker_id, why)
             self._perform(self.state.on_failed(failed, now))
         elif isinstance(message, StepReply | Need):
+            self._poller.expect()
             self._answer = frames
             self._perform(self.state.on_answer(message, now, sum(map(len, frames[1:]))))
             self._answer = []

@@ -24,6 +24,7 @@ from common.console.options import (
     log_options,
     metrics_option,
     open_page,
+    spin_option,
     threads_option,
     weights_option,
 )
@@ -63,6 +64,7 @@ log = logging.getLogger("midspan.worker")
     type=click.IntRange(10, 3_600_000),
     help="Between two signs of life to the broker.",
 )
+@spin_option
 @key_options
 @click.option(
     "--pool-key",
@@ -85,6 +87,7 @@ def worker(
     threads: int | None,
     bounds: Bounds,
     heartbeat_ms: int,
+    spin_us: int,
     key: Path | None,
     broker_key: str | None,
     pool_secret: Path | None,
@@ -141,7 +144,7 @@ def worker(
     server = Worker(
         store,
         lambda outbox: [make(outbox) for make in makers],
-        WorkerSettings(endpoints, bounds.capacity, heartbeat_ms / 1000, keys),
+        WorkerSettings(endpoints, bounds.capacity, heartbeat_ms / 1000, keys, spin_us / 1e6),
         worker_id,
         on_ready=lambda broker: say_ready(server, broker, times),
         metrics=page,

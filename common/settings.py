@@ -16,6 +16,7 @@ REDIS_URL = "MIDSPAN_REDIS_URL"  # the environment variable that a command line 
 
 HEARTBEAT_S = 0.1
 HEARTBEATS_MISSED = 3  # a worker that is silent for this many intervals is dead
+MAX_SPIN_US = 1_000_000  # of waiting without sleeping; more is a busy loop
 
 MAX_ATTEMPTS = 3  # a step that failed on this many workers is refused
 MAX_QUEUED_STEPS = 4096  # in one broker, over all services

@@ -23,6 +23,7 @@ from common.console.options import (
     insecure_option,
     lora_option,
     span_option,
+    spin_option,
     weights_option,
     workers_option,
 )
@@ -63,6 +64,7 @@ from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL
     "missing is made.",
 )
 @insecure_option
+@spin_option
 @endpoint_options()
 def up(
     worker_range: tuple[int, int],
@@ -80,6 +82,7 @@ def up(
     redis_url: str | None,
     keys: Path | None,
     insecure: bool,
+    spin_us: int,
     edge_endpoint: str,
     worker_endpoint: str,
 ) -> None:
@@ -111,6 +114,7 @@ def up(
     neurons.read()
     check_used(image_loras, image_model, "--image-lora", "--image-model")
     parse_choices((*loras, *image_loras))  # complains now, if ever
+    spinning = ["--spin-us", str(spin_us)] if spin_us else []
     settings = PoolSettings(
         workers=least,
         model=model,
@@ -122,13 +126,13 @@ def up(
         # keys are for those who do not trust everybody here: then Redis has no port, either
         redis_port=choose_port(REDIS_PORT) if redis_url is None and keys is None else None,
         keys=keys.expanduser() if keys else None,
-        broker_options=[*(["--insecure"] if insecure else []), *hold_options(least)],
+        broker_options=[*(["--insecure"] if insecure else []), *hold_options(least), *spinning],
         calibration=calibration,
         loras=loras,
         neuron_options=neurons.to_words(),
         image_loras=image_loras,
         image_weights=image_weights,
-        worker_options=["--weights", weights] if weights else [],
+        worker_options=[*(["--weights", weights] if weights else []), *spinning],
         edge_endpoint=parse_endpoint(edge_endpoint, "--edge-endpoint"),
         worker_endpoint=parse_endpoint(worker_endpoint, "--worker-endpoint"),
     )

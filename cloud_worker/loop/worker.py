@@ -56,6 +56,7 @@ from common.protocol.messages import (
     StepReply,
 )
 from common.protocol.sockets import Context, connect_dealer, has_message, receive_frames
+from common.protocol.spinning import SpinningPoller
 from common.protocol.wire import check_frames, decode_header, encode_header, is_of_other_protocol
 from common.security.keys import ClientKeys
 from common.settings import HEARTBEAT_S
@@ -81,6 +82,7 @@ class WorkerSettings:
     capacity: int = 64  # steps that a broker may have in flight here
     heartbeat_s: float = HEARTBEAT_S
     keys: ClientKeys | None = None
+    spin_s: float = 0.0  # of waiting without sleeping, after something has come
 
 
 # sessions that are set up alike open with the same bytes
@@ -133,7 +135,7 @@ class Worker:
         self._sockets = [
             connect_dealer(self._context, broker, settings.keys) for broker in settings.brokers
         ]
-        self._poller = zmq.Poller()
+        self._poller = SpinningPoller(settings.spin_s)
         self._gatherer = zmq.Poller()  # of steps, not of what the store says
         for socket in self._sockets:
             self._poller.register(socket, zmq.POLLIN)
@@ -445,6 +447,7 @@ class Worker:
     def answer(self, task: Task, message: StepReply | Need, *bodies: bytes) -> None:
         """Answer a step to the broker that it came from."""
         self._answered.add(task.session_key)
+        self._poller.expect()
         self._send(task.source, message, *bodies)
 
     def fail(self, task: Task, reason: str) -> None:

@@ -13,7 +13,7 @@ import click
 from common.console.log_lines import FORMATS, set_up_logging
 from common.console.option_types import COUNT, COUNT_OR_ALL, MAX_COUNT, THREADS, WorkerRange
 from common.console.renamed import RenamedOption
-from common.settings import EDGE_ENDPOINT, WORKER_ENDPOINT
+from common.settings import EDGE_ENDPOINT, MAX_SPIN_US, WORKER_ENDPOINT
 
 if TYPE_CHECKING:
     from common.metrics.page import MetricsPage
@@ -68,6 +68,14 @@ def tokenizer_option(more: str, *names: str) -> Decorator:
     )
 
 
+spin_option = click.option(
+    "--spin-us",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, MAX_SPIN_US),
+    help="Microseconds for which it looks for the next message before it sleeps: takes a core "
+    "meanwhile, and some wake-ups from each token where one is free.",
+)
 INT8 = "int8"
 dtype_option = click.option(
     "--dtype",

@@ -45,7 +45,12 @@ from edge_agent.commands.connection_options import SERVED, Connection, connectio
 from edge_agent.commands.draft_options import DraftChoice, draft_options
 from edge_agent.commands.prompts import read_file, read_template
 from edge_agent.commands.question import describe_route, describe_source
-from edge_agent.commands.run_options import encrypt_option, template_option, timeout_option
+from edge_agent.commands.run_options import (
+    encrypt_option,
+    exact_option,
+    template_option,
+    timeout_option,
+)
 from edge_agent.server.announcement import Announcement, announced, describe_process
 
 ENDING = (signal.SIGTERM, signal.SIGHUP)  # SIGINT is Python's
@@ -133,6 +138,7 @@ bound_options = add_options(
 @encrypt_option
 @codec_options
 @draft_options
+@exact_option
 @address_options
 @click.option("--with-pool", is_flag=True, help="Start Redis, a broker and workers as well.")
 @workers_option(WorkerRange(), "; with --with-pool", default="2", show_default=True)
@@ -155,6 +161,7 @@ def serve(
     pool_key: str | None,
     codecs: CodecChoice,
     drafts: DraftChoice,
+    exact: bool,
     address: Address,
     with_pool: bool,
     worker_range: tuple[int, int],
@@ -186,7 +193,7 @@ def serve(
     pool_public = read_public(pool_key) if pool_key else None
     connection.check(timeout_s)  # complains of options now, if ever
     source = describe_source(  # before the files are read
-        directory, dtype, codecs, text_choices, neurons.read()
+        directory, dtype, codecs, text_choices, neurons.read(), exact
     )
     if with_pool:
         check_own_pool()
@@ -234,7 +241,9 @@ def serve(
             access = PoolAccess([pool.edge_endpoint], None, timeout_s, None)
         services = open_services(
             cuts[0], access,
-            codecs.read_settings(step_deadline_s=timeout_s, draft_tokens=drafts.draft_tokens),
+            codecs.read_settings(
+                step_deadline_s=timeout_s, draft_tokens=drafts.draft_tokens, exact=exact
+            ),
             bounds=Bounds(max_sessions, max_waiting, keep_chats),
             calibration=codecs.find_calibration(*cuts), choose_cut=choice, drafters=drafts.open(),
             template=template,

@@ -315,6 +315,7 @@ def announce(asked: Means) -> Announcement:
           "given": frozenset({"brokers"})}, False),
         ({"given": frozenset({"brokers", "timeout_s"})}, True),
         ({"tokenizer": Path("tok.bin")}, False),
+        ({"exact": True}, False),
     ],
 )  # fmt: skip
 def test_only_what_was_asked_for_explicitly_must_be_the_serves(

@@ -10,10 +10,12 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 import torch
+from click.testing import CliRunner
 from pools import PROMPTS
 from random_models import save_random_model
 from torch import Tensor
@@ -21,14 +23,17 @@ from transformers import LlamaConfig, Mamba2Config, MixtralConfig, PretrainedCon
 
 from common.errors import SettingsError
 from common.spans.cut import Span
+from deploy.cli import midspan
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.engine.engine import Engine
 from edge_agent.engine.streams import TokenStream
+from edge_agent.server import opening
 from edge_agent.text.drafting.choice import Drafters, Kind
 from edge_agent.text.drafting.drafter import Draft, DrafterSource
 from edge_agent.text.drafting.policy import DraftPolicy
 from edge_agent.text.ends import EndCaches, ModelEnds, load_ends
 from edge_agent.text.logprobs import MOST_TOP, TokenLogprob
+from edge_agent.text.remote_middle import RemoteMiddle
 from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.session import Session
 from edge_agent.text.session_settings import SessionSettings, uniform_settings
@@ -346,6 +351,38 @@ def test_codecs_whose_rows_are_multiplied_together_are_not_drafted_for(
         Session(demo_ends, None, settings_of(codec), drafters=Drafters("lookup"))  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match="between spans"):
         Session(demo_ends, None, replace(settings_of("int8"), between=codec))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("command", ["ask", "chat", "score", "serve"])
+def test_commands_open_exact_sessions_where_they_are_told_to(
+    pool: LocalPool, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[bool] = []
+    real_middle, real_services = RemoteMiddle.__init__, opening.open_services
+
+    def open_middle(
+        middle: RemoteMiddle, ends: ModelEnds, settings: SessionSettings, *more: Any
+    ) -> None:
+        real_middle(middle, ends, settings, *more)
+        opened.append(middle._asks.opening.exact)  # type: ignore[union-attr]
+
+    def open_services(ends: ModelEnds, access: Any, settings: SessionSettings, **more: Any) -> Any:
+        opened.append(settings.exact)
+        real_services(ends, access, settings, **more).close()
+        raise SettingsError("this is all that was to be seen")
+
+    monkeypatch.setattr(RemoteMiddle, "__init__", open_middle)
+    monkeypatch.setattr(opening, "open_services", open_services)
+    words = {
+        "ask": ["ask", PROMPTS[0], "-n", "4"],
+        "chat": ["chat", "--max-new-tokens", "4"],
+        "score": ["score", "The fox was", "--option", " happy.", "--option", " sad."],
+        "serve": ["serve", "--port", "0"],
+    }[command]
+    for options in ([], ["--exact"]):
+        opened.clear()
+        CliRunner().invoke(midspan, [*words, "--broker", pool.edge_endpoint, *options], "Hello\n")
+        assert set(opened) == {bool(options)}
 
 
 def test_without_it_tokens_are_the_same_unless_two_are_as_close_as_rounding(

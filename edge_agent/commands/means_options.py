@@ -28,7 +28,7 @@ from edge_agent.commands.codec_options import CodecChoice, codec_options
 from edge_agent.commands.connection_options import SERVED, Connection, connection_options
 from edge_agent.commands.draft_options import DraftChoice, draft_options
 from edge_agent.commands.question import Means
-from edge_agent.commands.run_options import encrypt_option, timeout_option
+from edge_agent.commands.run_options import encrypt_option, exact_option, timeout_option
 from edge_agent.server.announcement import Route
 
 OPTIONS = add_options(
@@ -41,6 +41,7 @@ OPTIONS = add_options(
     encrypt_option,
     codec_options,
     draft_options,
+    exact_option,
     dtype_option,
     threads_option,
     timeout_option(60.0),
@@ -62,6 +63,7 @@ def means_options(command: Command) -> Command:
         pool_key: str | None,
         codecs: CodecChoice,
         drafts: DraftChoice,
+        exact: bool,
         dtype: str,
         threads: int | None,
         timeout_s: float,
@@ -84,6 +86,7 @@ def means_options(command: Command) -> Command:
             neurons.read(),
             drafts,
             bool(_list_given(DraftChoice)),
+            exact,
         )
         means.check()
         return command(means=means, **others)

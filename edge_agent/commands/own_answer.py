@@ -52,7 +52,9 @@ class OwnAnswer:
         from edge_agent.text.tokenizer import TextTokenizer
 
         settings = means.codecs.read_settings(
-            step_deadline_s=means.timeout_s, draft_tokens=means.drafts.draft_tokens
+            step_deadline_s=means.timeout_s,
+            draft_tokens=means.drafts.draft_tokens,
+            exact=means.exact,
         )
         span = draw_span(means.span_text, means.span_seed)
         ends = load_ends(means.directory, span, means.dtype, report, means.loras, means.neurons)

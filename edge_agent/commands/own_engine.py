@@ -49,7 +49,9 @@ def open_engine(means: Means) -> Iterator[OwnEngine]:
         cuts[0],
         means.connection.endpoints(),
         means.codecs.read_settings(
-            step_deadline_s=means.timeout_s, draft_tokens=means.drafts.draft_tokens
+            step_deadline_s=means.timeout_s,
+            draft_tokens=means.drafts.draft_tokens,
+            exact=means.exact,
         ),
         keys=means.connection.keys(),
         timeout_s=means.timeout_s,

@@ -84,6 +84,7 @@ class Means:
     neurons: NeuronSettings | None = None  # which are loaded; None: all
     drafts: DraftChoice = field(default_factory=DraftChoice)
     drafts_are_given: bool = False  # by somebody who wants these and no others
+    exact: bool = False
 
     def check(self) -> None:
         """Raises SettingsError for options that mean nothing, CheckpointError for what is no model.
@@ -117,7 +118,9 @@ class Means:
         spans = self.read_spans()
         if spans and ",".join(map(str, spans)) != announcement.span:
             return False
-        source = describe_source(self.directory, self.dtype, self.codecs, self.loras, self.neurons)
+        source = describe_source(
+            self.directory, self.dtype, self.codecs, self.loras, self.neurons, self.exact
+        )
         if source != announcement.source:
             return False
         route = self.describe_route()
@@ -135,6 +138,7 @@ def describe_source(
     codecs: CodecChoice,
     loras: Sequence[LoraChoice] = (),
     neurons: NeuronSettings | None = None,
+    exact: bool = False,
 ) -> TextSource:
     """What a text depends on. Raises SettingsError for codecs that are none."""
     model, calibration = directory.resolve(), codecs.calibration
@@ -148,6 +152,7 @@ def describe_source(
         None if calibration is None else str(calibration),
         tuple(_describe_lora(lora) for lora in loras),
         describe_neurons(neurons),
+        exact,
     )
 
 

@@ -15,6 +15,12 @@ encrypt_option = click.option(
     metavar="POOL_KEY",
     help="Have what is stored encrypted for workers with this pool key (a .key file, or the text).",
 )
+exact_option = click.option(
+    "--exact",
+    is_flag=True,
+    help="Compute no row beside others, so that drafts, other sessions and workers that die change "
+    "no bit of a logit; slower.",
+)
 system_option = click.option("-y", "--system", default="", help="The system prompt.")
 template_option = click.option(
     "--chat-template",

@@ -68,7 +68,8 @@ def test_the_other_side_is_not_reached_from_here(
         return socket.create_server((NEAR, 0)), link
 
     server, link = apart(listen)  # type: ignore[misc]
-    with pytest.raises(OSError, match=r"timed out|nreachable"):
-        socket.create_connection(server.getsockname(), timeout=0.3)
+    with socket.socket() as outside:
+        outside.settimeout(0.3)
+        assert outside.connect_ex(server.getsockname()) != 0
     server.close()
     link.close()

@@ -433,3 +433,14 @@ def test_a_broken_calibration_is_refused(
         file.write_bytes(data)
     with pytest.raises(CheckpointError, match=str(tmp_path)):
         load_calibration(tmp_path)
+
+
+def test_a_name_is_read_once_however_often_it_comes() -> None:
+    """Workers ask again for each step of a session."""
+    assert parse_codec("int5:group:24:affine") is parse_codec("int5:group:24:affine")
+
+
+def test_a_bad_name_is_refused_each_time() -> None:
+    for _ in range(2):
+        with pytest.raises(SettingsError, match="'int9'"):
+            parse_codec("int9")

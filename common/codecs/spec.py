@@ -17,6 +17,7 @@ workers send that hold the LM head: the K largest as they are, nothing of the ot
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -73,6 +74,7 @@ class CodecSpec:
         return bool(self.hadamard) or self.predict or self.kind == "fisher"
 
 
+@functools.lru_cache(maxsize=256)  # workers ask again for each token; peers choose the names
 def parse_codec(name: str) -> CodecSpec:
     """Read a codec's name. Raises SettingsError, which says what was not understood."""
     if len(name) > MAX_NAME:

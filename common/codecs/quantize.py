@@ -156,8 +156,7 @@ def dequantize(body: memoryview, spec: CodecSpec, rows: int, hidden: int, bits: 
 
 
 def _largest(cells: Tensor) -> Tensor:
-    low, high = torch.aminmax(cells, dim=1, keepdim=True)
-    return torch.maximum(-low, high)
+    return cells.abs().amax(1, keepdim=True)
 
 
 def _to_bf16(scales: Tensor) -> Tensor:

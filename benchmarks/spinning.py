@@ -62,10 +62,13 @@ def answer_hops(spin_s: float, told: Any) -> None:
     told.send(f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}")
     poller = SpinningPoller(spin_s)
     poller.register(socket, zmq.POLLIN)
+    parent = os.getppid()
     while True:
         poller.expect()
         if poller.poll(1000):
             socket.send(socket.recv())
+        elif os.getppid() != parent:
+            return
 
 
 def time_hops(here_s: float, there_s: float) -> float:

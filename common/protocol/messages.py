@@ -79,7 +79,7 @@ class Opening(WireMessage, frozen=True, tag=f"open/{PROTOCOL}"):
     sealed_key: Sealed = b""  # of the session's KV at rest, for the workers only
     precision: Text = ""  # of the workers that began the session; empty until one has answered
     between: Count = 0  # codec of rows on their way from one part of the route to the next
-    exact: bool = False  # what was encoded together is computed together, and with nothing else
+    exact: bool = False  # no bit depends on what is computed beside what was encoded together
 
 
 class Part(Item, frozen=True):

@@ -43,7 +43,8 @@ class Segment:
     rows without are of an answer.
 
     `units` divide the rows of an exact session, by how many go through together: these and no
-    others, for how many rows a product has may move its last bits. Marks are of a unit each then.
+    others, for how many rows a product has may move its last bits (or in a group of fixed size, see
+    common/spans/fixed_groups.py). Marks are of a unit each then.
     """
 
     kv: KvRows

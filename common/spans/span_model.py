@@ -7,6 +7,7 @@ Letters: T tokens (rows), D width of a row.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 from collections.abc import Iterator, Sequence, Set
@@ -27,6 +28,7 @@ from common.spans.attention import (
     register_attention,
 )
 from common.spans.cut import Span
+from common.spans.fixed_groups import ROWS, Pass, agree, draw_caches, draw_rows, fill_up
 from common.spans.kv_pool import SlotPool
 from common.spans.kv_rows import KvRows, make_layout, slot_bytes
 from common.spans.passage import Gate, name_cache, takes
@@ -102,10 +104,8 @@ class SpanModel:
         assert self._part == "head", "only the head holds the embeddings"
         token_ids = token_ids.to(self.device)
         outputs = []
-        for part, group in self._by_pass(token_ids, segments):
-            cache = self._open_cache(group)
-            self._decoder(input_ids=part[None], **self._arguments(cache))
-            outputs.append(self._finish(cache))
+        for each in self._by_pass(token_ids, segments):
+            outputs.append(self._pass(each)[: len(each.rows) - each.pads])
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @torch.inference_mode()
@@ -115,11 +115,16 @@ class SpanModel:
         The KV of the new rows is written into the segments' caches; their `length` is set.
         """
         outputs = []
-        for part, group in self._by_pass(rows, segments):
-            cache = self._open_cache(group)
-            self._decoder(input_ids=self._enter(part), **self._arguments(cache))
-            outputs.append(self._finish(cache))
+        for each in self._by_pass(rows, segments):
+            outputs.append(self._pass(each)[: len(each.rows) - each.pads])
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _pass(self, each: Pass) -> Tensor:
+        """Of head or middle."""
+        cache = self._open_cache(each.segments)
+        ids = each.rows[None] if self._part == "head" else self._enter(each.rows)
+        self._decoder(input_ids=ids, **self._arguments(cache))
+        return self._finish(cache)
 
     @torch.inference_mode()
     def chosen_logits(
@@ -131,8 +136,13 @@ class SpanModel:
         """
         counts = self._count_by_pass(segments, wanted)
         outputs = []
-        for part, group in self._by_pass(rows, segments):
-            outputs.append(self._run_tail(part, group, self._choose(group, counts)))
+        for each in self._by_pass(rows, segments):
+            chosen = self._choose(each.own, counts)
+            if each.is_group:
+                logits = self._pass_group(each)[: len(each.own)]
+                outputs.append(logits[-chosen:] if isinstance(chosen, int) else logits[chosen])
+            else:
+                outputs.append(self._run_tail(each.rows, each.segments, chosen))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _choose(self, group: Sequence[Segment], counts: Iterator[int]) -> int | Tensor:
@@ -151,30 +161,58 @@ class SpanModel:
         """Tail only: boundary rows (T, D) to the logits after the last ones, (last, vocabulary)."""
         return self.chosen_logits(rows, [segment], [last])
 
-    def _by_pass(
-        self, rows: Tensor, segments: Sequence[Segment]
-    ) -> list[tuple[Tensor, list[Segment]]]:
+    def _by_pass(self, rows: Tensor, segments: Sequence[Segment]) -> list[Pass]:
         """What goes through in one pass: all sessions, or one at a time where they cannot.
 
-        Of exact sessions it is a unit, in memory of its own, for where rows lie may matter as well.
+        Of exact sessions it is a unit, in memory of its own, for where rows lie may matter as well;
+        single rows share a group of fixed size where that changes no bit.
         """
         if self.keeps_states:
             for segment in segments:
                 assert segment.kv.states is not None
                 segment.kv.states.begin(segment.rows)
-        split = [part for segment in segments for part in self._split(segment)]
         groups: list[list[Segment]] = []
-        for part in split:
-            if groups and self.packs_sessions and not (part.units or groups[-1][-1].units):
+        for part in itertools.chain.from_iterable(map(self._split, segments)):
+            if groups and self._may_join(groups[-1], part):
                 groups[-1].append(part)
             else:
                 groups.append([part])
         counts = [sum(segment.rows for segment in group) for group in groups]
         parts = [rows] if len(groups) == 1 else torch.split(rows, counts)
-        return [
-            (part.clone() if group[0].units else part, group)
-            for part, group in zip(parts, groups, strict=True)
-        ]
+        return [self._make_pass(part, group) for part, group in zip(parts, groups, strict=True)]
+
+    def _may_join(self, group: list[Segment], part: Segment) -> bool:
+        if not part.units:
+            return self.packs_sessions and not group[-1].units
+        is_single = part.units == group[-1].units == (1,)
+        return is_single and len(group) < ROWS and self._groups_agree
+
+    def _make_pass(self, rows: Tensor, group: list[Segment]) -> Pass:
+        if group[0].units == (1,) and self._groups_agree:
+            return fill_up(rows, group, self._nowhere)
+        return Pass(rows.clone() if group[0].units else rows, group)
+
+    @functools.cached_property
+    def _nowhere(self) -> KvRows:
+        return self.new_kv()
+
+    @functools.cached_property
+    def _groups_agree(self) -> bool:
+        """Whether single rows of exact sessions may share a group; tried when the first come."""
+        packs = self.packs_sessions and not self.keeps_states and not self._keeping.expands
+        if not packs or self.neurons is not None or self.streamed:
+            return False
+        vocabulary = self._causal_lm.config.vocab_size if self._part == "head" else 0
+        values = draw_rows(self.hidden, self.dtype, vocabulary).to(self.device)
+        most = getattr(self._causal_lm.config, "max_position_embeddings", None) or 2 * ROWS
+        caches = draw_caches(self.new_kv, most)
+        return agree(self._causal_lm, values, caches, self._pass_group)
+
+    def _pass_group(self, each: Pass) -> Tensor:
+        """What comes of all rows of a group: of the LM head, too, for that is a product as well."""
+        if self._part == "tail":
+            return self._run_tail(each.rows, each.segments, ROWS)
+        return self._pass(each)
 
     def _split(self, segment: Segment) -> list[Segment]:
         """A session's rows by pass: by unit where it is exact.
@@ -196,10 +234,8 @@ class SpanModel:
     def _by_row(self, segment: Segment) -> list[Segment]:
         if segment.start == 0:
             return [segment]
-        units = (1,) if segment.units else ()
-        return [
-            Segment(segment.kv, row, 1, units=units) for row in range(segment.start, segment.end)
-        ]
+        units, rows = (1,) if segment.units else (), range(segment.start, segment.end)
+        return [Segment(segment.kv, row, 1, units=units) for row in rows]
 
     def _count_by_pass(self, segments: Sequence[Segment], wanted: Sequence[int]) -> Iterator[int]:
         """Of how many last rows of each part of `_split` logits are wanted."""

@@ -18,8 +18,8 @@ encrypt_option = click.option(
 exact_option = click.option(
     "--exact",
     is_flag=True,
-    help="Compute no row beside others, so that drafts, other sessions and workers that die change "
-    "no bit of a logit; slower.",
+    help="Have no bit of a logit depend on drafts, on other sessions, or on workers that die; on "
+    "one kind of machine, and slower.",
 )
 system_option = click.option("-y", "--system", default="", help="The system prompt.")
 template_option = click.option(

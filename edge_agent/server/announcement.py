@@ -39,7 +39,7 @@ class TextSource:
     calibration: str | None
     loras: tuple[str, ...] = ()
     neurons: str = ""  # digest of what is chosen of them
-    exact: bool = False  # computed beside nothing else
+    exact: bool = False  # no bit depends on other sessions or drafts
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ class ModelEnds:
         return self.head.keeps_states or self.tail.keeps_states
 
     def new_caches(self, exact: bool = False) -> EndCaches:
-        """Of a session; rows of an `exact` one go through with no others."""
+        """Of a session; no bit of an `exact` one depends on others."""
         return EndCaches(self.head.new_kv(), self.tail.new_kv(), exact)
 
     def run_heads(

@@ -12,18 +12,36 @@ from deploy.checks import find_store_faults, find_stores_down
 
 NAME_WIDTH = 24
 COLOURS = {"ready": "green", "starting": "yellow", "draining": "yellow"}
-TROUBLES = {
-    "dead_workers": "workers died or fell silent",
-    "redispatched": "steps given to another worker after a failure",
-    "handed_over": "steps given to another worker because one was late",
-    "refused": "steps refused",
-    "busy": "steps told to come back, the queue was full",
-    "late_answers": "answers came too late",
-    "foreign_sessions": "messages about somebody else's session",
-    "forged_workers": "messages in another worker's name",
-    "refused_connections": "connections refused",
-    "ended_connections": "connections ended for too much that was not read or not sent",
-    "bad_messages": "messages that made no sense",
+TROUBLES = {  # one of them, and several
+    "dead_workers": ("worker died or fell silent", "workers died or fell silent"),
+    "redispatched": (
+        "step given to another worker after a failure",
+        "steps given to another worker after a failure",
+    ),
+    "handed_over": (
+        "step given to another worker because one was late",
+        "steps given to another worker because one was late",
+    ),
+    "refused": ("step refused", "steps refused"),
+    "busy": (
+        "step told to come back, the queue was full",
+        "steps told to come back, the queue was full",
+    ),
+    "late_answers": (
+        "answer came when nobody waited for it any more",
+        "answers came when nobody waited for them any more",
+    ),
+    "foreign_sessions": (
+        "message about somebody else's session",
+        "messages about somebody else's session",
+    ),
+    "forged_workers": ("message in another worker's name", "messages in another worker's name"),
+    "refused_connections": ("connection refused", "connections refused"),
+    "ended_connections": (
+        "connection ended for too much that was not read or not sent",
+        "connections ended for too much that was not read or not sent",
+    ),
+    "bad_messages": ("message that made no sense", "messages that made no sense"),
 }
 
 
@@ -101,7 +119,11 @@ def format_troubles(report: dict[str, Any]) -> str:
         "ended_connections": report["ended_connections"],
         "bad_messages": report["bad_messages"],
     }
-    seen = [f"{counts[name]:,} {words}" for name, words in TROUBLES.items() if counts[name]]
+    seen = [
+        f"{counts[name]:,} {one if counts[name] == 1 else several}"
+        for name, (one, several) in TROUBLES.items()
+        if counts[name]
+    ]
     return "\n".join(["since the broker began:", *(f"  {line}" for line in seen)]) if seen else ""
 
 

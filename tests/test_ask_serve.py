@@ -28,6 +28,7 @@ from deploy.cli import midspan
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.commands.codec_options import CodecChoice
 from edge_agent.commands.connection_options import Connection
+from edge_agent.commands.draft_options import DraftChoice
 from edge_agent.commands.question import Means, Question, describe_source
 from edge_agent.commands.served_answer import NotServed, ServedAnswer, make_request
 from edge_agent.server.announcement import (
@@ -316,6 +317,8 @@ def announce(asked: Means) -> Announcement:
         ({"given": frozenset({"brokers", "timeout_s"})}, True),
         ({"tokenizer": Path("tok.bin")}, False),
         ({"exact": True}, False),
+        ({"drafts": DraftChoice()}, True),
+        ({"drafts": DraftChoice("off")}, False),
     ],
 )  # fmt: skip
 def test_only_what_was_asked_for_explicitly_must_be_the_serves(

@@ -173,7 +173,7 @@ def test_a_thin_link_gets_the_smallest_and_says_so(
     link.close()
     assert set(stats.codecs.values()) == {"smallest"}
     told = describe_codecs(stats.to_json())
-    assert told.startswith("smallest; chosen for 0.")
+    assert told.startswith("smallest; chosen for a link of 0.")
     client = pool.connect()
     named = Session(demo_ends, client, uniform_settings("smallest"), calibration)
     assert written == list(named.generate(prompt, 12, GREEDY))
@@ -190,6 +190,12 @@ def test_a_codec_that_was_named_is_told_without_a_link(
     told = session.stats.to_json()
     assert told["codecs_chosen_for"] is None
     assert describe_codecs(told) == "prompt int8; then fp16 up, bf16 down"
+
+
+def test_a_link_is_told_as_far_as_it_is_known() -> None:
+    stats = {"codecs": AUTO.codec_by_step, "codecs_chosen_for": {"mbit": 2968.393, "rtt_ms": 0.369}}
+    told = "auto; chosen for a link of 2,968 Mbit/s, 0.37 ms there and back"
+    assert describe_codecs(stats) == told
 
 
 def test_ask_says_what_it_chose_and_for_which_link(pool: LocalPool) -> None:

@@ -100,11 +100,13 @@ def ask_serves(question: Question, means: Means, refusals: list[str]) -> ServedA
     Why each did not goes into `refusals`.
     """
     for announcement in list_running():
-        if means.fit(announcement):
-            try:
-                return ServedAnswer(announcement, question)
-            except NotServed as error:
-                refusals.append(f"the serve at {announcement.url} does not answer, either: {error}")
+        if not means.fit(announcement):
+            refusals.append(f"the serve at {announcement.url} has other options than these")
+            continue
+        try:
+            return ServedAnswer(announcement, question)
+        except NotServed as error:
+            refusals.append(f"the serve at {announcement.url} does not answer, either: {error}")
     return None
 
 

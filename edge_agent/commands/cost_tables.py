@@ -41,7 +41,15 @@ def describe_codecs(stats: Mapping[str, Any]) -> str:
     )
     told = prompt if prompt == decode else f"prompt {prompt}; then {decode}"
     link = stats["codecs_chosen_for"]
-    return f"{told}; chosen for {link['mbit']:g} Mbit/s, {link['rtt_ms']:g} ms" if link else told
+    if link is None:
+        return told
+    rate, there_and_back = (_round(link[name]) for name in ("mbit", "rtt_ms"))
+    return f"{told}; chosen for a link of {rate} Mbit/s, {there_and_back} ms there and back"
+
+
+def _round(value: float) -> str:
+    """To what is known of it."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _name_both_ways(up: str, down: str) -> str:

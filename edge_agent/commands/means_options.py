@@ -85,7 +85,6 @@ def means_options(command: Command) -> Command:
             span_seed,
             neurons.read(),
             drafts,
-            bool(_list_given(DraftChoice)),
             exact,
         )
         means.check()

@@ -83,7 +83,6 @@ class Means:
     span_seed: int | None = None  # which of several spans is drawn
     neurons: NeuronSettings | None = None  # which are loaded; None: all
     drafts: DraftChoice = field(default_factory=DraftChoice)
-    drafts_are_given: bool = False  # by somebody who wants these and no others
     exact: bool = False
 
     def check(self) -> None:
@@ -113,7 +112,7 @@ class Means:
 
     def fit(self, announcement: Announcement) -> bool:
         """Whether a running serve would answer as an engine with these would."""
-        if self.tokenizer is not None or self.drafts_are_given:
+        if self.tokenizer is not None or self.drafts != DraftChoice():
             return False
         spans = self.read_spans()
         if spans and ",".join(map(str, spans)) != announcement.span:

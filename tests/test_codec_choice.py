@@ -139,7 +139,7 @@ def test_probes_say_how_far_and_thin_a_link_is(pool: LocalPool) -> None:
     measured = client.measure_link()
     assert measured is not None
     assert measured.rtt_ms >= 30
-    assert 0.2 < measured.mbit <= 1.02
+    assert 0.2 < measured.mbit < 1.5
     sent = client.bytes_up
     client.measure_link()
     assert client.bytes_up == sent  # once is enough

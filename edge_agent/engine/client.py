@@ -6,7 +6,6 @@ import math
 import secrets
 import time
 from collections.abc import Sequence
-from statistics import median
 from typing import Any
 
 import msgpack
@@ -121,7 +120,7 @@ class BrokerClient:
         for size in PROBE_BYTES:
             seconds = self._probe(size) or PROBE_S
             meter.note(size, seconds)
-            if seconds > 3 * median(round_trip_s) + PROBE_ENOUGH_S:
+            if seconds > 3 * min(round_trip_s) + PROBE_ENOUGH_S:
                 break
 
     def _probe(self, size: int) -> float | None:

@@ -1,7 +1,7 @@
 """How far and how thin the link to a broker is, as the messages on it show.
 
-Times are in seconds. What small messages take is the round trip; what larger ones take beyond it
-is the time of their bytes. A TCP connection that is still widening its window counts as the thin
+Times are in seconds. The least that small messages take is the round trip, for whatever else there
+was to wait for only adds to it; what larger ones take beyond it is the time of their bytes. A TCP connection that is still widening its window counts as the thin
 link that it is until then.
 """
 
@@ -42,7 +42,7 @@ class LinkMeter:
         if both_ways_bytes < LARGE_BYTES:
             self._round_trips.append(max(0.0, travel_s))
         elif self._round_trips:
-            of_bytes_s = max(LEAST_TRAVEL_S, travel_s - median(self._round_trips))
+            of_bytes_s = max(LEAST_TRAVEL_S, travel_s - min(self._round_trips))
             self._rates.append(both_ways_bytes / of_bytes_s)
 
     @property
@@ -51,4 +51,4 @@ class LinkMeter:
         round_trips, rates = list(self._round_trips), list(self._rates)
         if not round_trips or not rates:
             return None
-        return Link(median(rates) * 8 / 1e6, median(round_trips) * 1e3)
+        return Link(median(rates) * 8 / 1e6, min(round_trips) * 1e3)

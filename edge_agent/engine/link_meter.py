@@ -1,8 +1,8 @@
 """How far and how thin the link to a broker is, as the messages on it show.
 
 Times are in seconds. The least that small messages take is the round trip, for whatever else there
-was to wait for only adds to it; what larger ones take beyond it is the time of their bytes. A TCP connection that is still widening its window counts as the thin
-link that it is until then.
+was to wait for only adds to it; what larger ones take beyond it is the time of their bytes. A TCP
+connection that is still widening its window counts as the thin link that it is until then.
 """
 
 from __future__ import annotations

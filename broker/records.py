@@ -12,6 +12,7 @@ from broker.pools import ServicePool, Worker
 from common.protocol.messages import AnyOpening, Step, StepKey, StepReply
 
 SEND_AGAIN_S = 1.0
+EDGE_RETURN_S = 5.0  # how long the steps of an edge that has gone are kept for its return
 MOST_US = 3600 * 10**6  # that a worker is believed to have taken
 
 
@@ -62,6 +63,10 @@ class StepRecord:
     @property
     def worker_id(self) -> str | None:
         return self.worker.name if self.worker is not None else None
+
+    def is_left(self, now: float) -> bool:
+        """Whether its edge has not come back in the time that it has for that."""
+        return self.edge_gone_at is not None and now - self.edge_gone_at >= EDGE_RETURN_S
 
     def blame(self, suspect: Suspect | None) -> None:
         """Rather not who is suspected, at the part where it is."""

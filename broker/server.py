@@ -6,6 +6,7 @@ came, to be sent again if a worker dies. Nothing here decides; see broker/state.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -161,12 +162,13 @@ class BrokerServer:
                 received = self._receive(self._workers, self._on_worker_message)
                 # after what was said before the end, and all at once: a step must not go from
                 # one dead worker to the next
-                if ended := self._workers.take_ended():
-                    self._perform(self.state.on_disconnected(ended, self._clock()))
-                received += self._receive(self._edges, self._on_edge_message)
-                if ended := self._edges.take_ended():
-                    self._perform(self.state.on_edges_disconnected(ended, self._clock()))
                 now = self._clock()
+                if ended := self._workers.take_ended():
+                    self._decide(functools.partial(self.state.on_disconnected, ended, now))
+                received += self._receive(self._edges, self._on_edge_message)
+                now = self._clock()
+                if ended := self._edges.take_ended():
+                    self._decide(functools.partial(self.state.on_edges_disconnected, ended, now))
                 self._connections.check_strangers(now)
                 if now >= next_tick_at:
                     if now - next_tick_at > self.state.silence_s / 2:  # we slept, not they
@@ -176,13 +178,20 @@ class BrokerServer:
         finally:
             self._close(linger=200)
 
+    def _decide(self, decide: Callable[[], list[Action]]) -> None:
+        """What nobody has sent: a mistake of ours there shall not end it for all."""
+        try:
+            self._perform(decide())
+        except Exception:
+            log.exception("something could not be decided")
+
     def _tick(self, now: float) -> None:
         memory_bytes = read_memory_bytes()
         self.state.is_full = memory_bytes > self._max_memory_bytes
         self._connections.check_all(now, memory_bytes, self._count_kept)
         if self._admission is not None:
             self._connections.check_keys(self._admission.changed())
-        self._perform(self.state.on_tick(now))
+        self._decide(functools.partial(self.state.on_tick, now))
         if self._metrics is not None and self._metrics.is_due():
             ports = {"edges": self._edges, "workers": self._workers}
             families = list_families(self.state, ports, self._bad_messages, memory_bytes)

@@ -27,6 +27,8 @@ one is alive; a session belongs to the edge, by its key, that opened it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 from msgspec import structs
 
 from broker.actions import (
@@ -88,7 +90,6 @@ SESSION_MEMORY_S = 600.0  # how long the warm worker of a silent session is reme
 BUSY_RETRY_MS = 200
 MAX_HELD = 8  # steps of one session behind the one that is being computed
 SETTLE_S = 1.0  # between the second worker that died with a step and the third that gets it
-EDGE_RETURN_S = 5.0  # how long the steps of an edge that has gone are kept for its return
 FRESH_PART = 0.6  # of the time after which a silent worker is dead
 SILENCE_AT_MOST_S = 30.0
 MAX_WORKERS = 4096
@@ -159,7 +160,7 @@ class BrokerState:
         if why:
             self.counters["refused"] += 1
             return [Refuse(edge.address, key, "invalid", why)]
-        goes_on = session is not None and self._goes_on(session, step)
+        goes_on = session is not None and self._goes_on(session, step, opening)
         if session is not None and goes_on and len(session.following) >= MAX_HELD:
             return [TellBusy(edge.address, key, BUSY_RETRY_MS)]
         actions = [] if goes_on else self._abandon_older(session)
@@ -186,15 +187,17 @@ class BrokerState:
         self._book.add_record(session, record)
         return actions if record.is_held else actions + self._dispatcher.route(record, now)
 
-    def _goes_on(self, session: SessionRecord, step: Step) -> bool:
+    def _goes_on(self, session: SessionRecord, step: Step, opening: AnyOpening) -> bool:
         """Whether a step begins where one that is not answered yet ends: both are wanted.
 
-        An edge that has given that one up begins before it, or in a new generation.
+        An edge that has given that one up begins before it, or in a new generation, or opens the
+        session in another way.
         """
         last = session.last
         return (
             last is not None
-            and isinstance(session.opening, Opening)
+            and isinstance(opening, Opening)
+            and _is_alike(opening, session.opening)
             and step.generation == last.step.generation
             and step.step == last.step.step + 1
             and step.position == last.step.end
@@ -568,11 +571,10 @@ class BrokerState:
         }
         self.counters["dead_workers"] += len(silent)
         actions = self._drop_workers(silent, now, blame_steps=True)
-        for record in [r for r in self.steps.values() if now >= r.deadline_at]:
+        for record in self._while_here(lambda record: now >= record.deadline_at):
             actions += self._dispatcher.refuse(record, "deadline", self._why_late(record, now))
-        for record in [r for r in self.steps.values() if r.edge_gone_at is not None]:
-            if now - (record.edge_gone_at or now) >= EDGE_RETURN_S:
-                actions += self._dispatcher.remove(record)
+        for record in self._while_here(lambda record: record.is_left(now)):
+            actions += self._dispatcher.remove(record)
         actions += self._dispatcher.look_after_late_workers(now)
         for key, record in list(self._dispatcher.settling.items()):
             if now >= record.wait_until:
@@ -585,6 +587,12 @@ class BrokerState:
         self._forget_silent_sessions(now)
         self._book.sample_demand(now)
         return actions
+
+    def _while_here(self, is_meant: Callable[[StepRecord], bool]) -> Iterator[StepRecord]:
+        """Steps of that kind; what becomes of one may take those along that go on from it."""
+        for record in [record for record in self.steps.values() if is_meant(record)]:
+            if record.step.key in self.steps:
+                yield record
 
     def _forget_silent_sessions(self, now: float) -> None:
         while self.sessions:
@@ -650,6 +658,11 @@ class BrokerState:
         if record is None or is_current or record.worker is not worker:
             worker.drop(key)
         return record if is_current else None
+
+
+def _is_alike(opening: AnyOpening, other: AnyOpening) -> bool:
+    """Whether they say the same, or would once both know the precision of the workers."""
+    return opening is other or structs.replace(opening, precision=other.precision) == other
 
 
 def _why_wrong(step: Step, opening: AnyOpening) -> str:

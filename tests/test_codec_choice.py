@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import zmq
 from forks import error_line, run_midspan
 from msgspec import structs
 from pools import GREEDY, PROMPTS
@@ -17,7 +19,8 @@ from chaos.far_link import FarLink
 from common.codecs.calibration import Calibration, open_calibration
 from common.errors import SettingsError
 from common.link import Link
-from common.protocol.messages import Opening, StepPending
+from common.protocol.messages import Opening, Step, StepPending
+from common.protocol.wire import decode_header, encode_header
 from common.spans.cut import read_span
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.commands.codec_options import CodecChoice
@@ -120,17 +123,61 @@ def test_steps_teach_the_meter_without_what_the_pool_took() -> None:
     assert meter.link.mbit == pytest.approx(0.4, rel=0.01)
 
 
-@pytest.mark.parametrize("behind_bytes", [0, 1])
-def test_what_waited_for_something_else_teaches_nothing(behind_bytes: int) -> None:
+@pytest.mark.parametrize("why", ["it was not answered at once", "others had begun", "others came"])
+def test_what_waited_for_something_else_teaches_nothing(why: str) -> None:
     meter = LinkMeter()
     ask = Ask(STEP, b"", Opening("f" * 16, ["2-6"], 128, ["int8"], ""), True, True)
-    exchange = Exchange(ask, 60.0, meter, 0.0, behind_bytes)
+    exchange = Exchange(ask, 60.0, meter, 0.0, is_alone=why != "others had begun")
     send(exchange, 0.0)
-    if not behind_bytes:
+    if why == "it was not answered at once":
         exchange.hear(StepPending(*STEP.key), b"", 60, 1.0)
+    if why == "others came":
+        exchange.on_company()
     exchange.hear(REPLY, b"", 60, 2.0)
     meter.note(8192, 9.0)  # would say how thin it is, if the round trip were known
     assert meter.link is None
+
+
+@pytest.mark.parametrize("sessions", [1, 2, 3])
+def test_only_a_step_beside_no_other_teaches(sessions: int) -> None:
+    context = zmq.Context()
+    broker = context.socket(zmq.ROUTER)
+    port = broker.bind_to_random_port("tcp://127.0.0.1")
+    meter = LinkMeter()
+    client = BrokerClient([f"tcp://127.0.0.1:{port}"], meter=meter)
+
+    def answer_all() -> None:
+        asked = [broker.recv_multipart() for _ in range(sessions)]
+        for edge, header, *_ in asked:
+            step = decode_header(header)
+            assert isinstance(step, Step)
+            reply = structs.replace(REPLY, session_id=step.session_id)
+            broker.send_multipart([edge, encode_header(reply), b""])
+
+    answering = threading.Thread(target=answer_all)
+    answering.start()
+    opening = Opening("f" * 16, ["2-6"], 128, ["int8"], "")
+    steps = [structs.replace(STEP, session_id=bytes([number] * 16)) for number in range(sessions)]
+    keys = [client.send_ahead(Ask(step, b"", opening, True, True)) for step in steps]
+    for key in keys:
+        client.await_answer(key)
+    answering.join()
+    meter.note(8192, 9.0)  # says how thin it is, if the round trip is known
+    assert (meter.link is not None) == (sessions == 1)
+    client.close()
+    context.destroy(linger=0)
+
+
+def test_a_probe_that_never_comes_back_says_how_thin_it_is(
+    pool: LocalPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = BrokerClient([pool.edge_endpoint], timeout_s=0.5)
+    probe = client._probe
+    monkeypatch.setattr(client, "_probe", lambda size: probe(size) if size < 64 << 10 else None)
+    link = client.measure_link()
+    assert link is not None
+    assert link.mbit < 8 * 0.065536 / 0.4
+    client.close()
 
 
 def test_probes_say_how_far_and_thin_a_link_is(pool: LocalPool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from msgspec import structs
 from test_broker_state import (
     EDGE,
+    MODEL,
     OPENING,
     STEP,
     announce,
@@ -14,9 +15,18 @@ from test_broker_state import (
     without_notes,
 )
 
-from broker.actions import Action, Answer, Cancel, Dispatched, Forget, TellBusy, TellPending
+from broker.actions import (
+    Action,
+    Answer,
+    Cancel,
+    Dispatched,
+    Forget,
+    Refuse,
+    TellBusy,
+    TellPending,
+)  # fmt: skip
 from broker.state import MAX_HELD, BrokerState
-from common.protocol.messages import AskAgain, Need, Step, StepDropped
+from common.protocol.messages import Announce, AskAgain, Need, Service, Step, StepDropped
 
 
 def following(count: int) -> list[Step]:
@@ -121,3 +131,45 @@ def test_steps_that_are_held_are_no_demand_for_workers() -> None:
     (pool,) = state.pools.values()
     assert len(pool.waiting) == 0
     assert [record.is_held for record in state.steps.values()] == [False] + [True] * 4
+
+
+def test_a_deadline_of_several_ends_each_once() -> None:
+    state = make_state("w1")
+    steps = [structs.replace(step, deadline_ms=500) for step in following(4)]
+    bring(state, steps)
+    arrive(state, announce("w1"), 0.69)
+    actions = state.on_tick(0.7)
+    assert [action.code for action in actions if isinstance(action, Refuse)] == ["deadline"]
+    assert {action.key for action in actions if isinstance(action, Forget)} == {
+        step.key for step in steps
+    }
+    assert state.steps == {}
+
+
+def test_an_edge_that_does_not_come_back_leaves_no_step() -> None:
+    state = make_state("w1")
+    bring(state, following(4))
+    state.on_edges_disconnected({EDGE.connection}, 0.2)
+    arrive(state, announce("w1"), 5.9)
+    state.on_tick(6.0)
+    assert state.steps == {}
+
+
+def test_a_step_that_opens_the_session_in_another_way_puts_all_aside() -> None:
+    state = make_state()
+    for name, part in (("a", "2-4"), ("b", "4-6"), ("c", "2-6")):
+        arrive(state, Announce(name, [Service(MODEL, "m", part, 8, "float32")], 4, 100), 0.0)
+    by_two = structs.replace(OPENING, route=["2-4", "4-6"])
+    first, second, third = following(3)
+    state.on_step(first, by_two, EDGE, 12, 0.1)
+    state.on_answer(structs.replace(reply("a", first), precision="float32"), 0.2, 12)
+    known = structs.replace(by_two, precision="float32")
+    state.on_step(second, known, EDGE, 12, 0.3)
+    assert state.steps[second.key].is_held  # what was learnt meanwhile opens nothing anew
+    state.on_step(third, structs.replace(OPENING, route=["2-6"]), EDGE, 12, 0.3)
+    assert list(state.steps) == [third.key]
+    for name, part in (("a", "2-4"), ("c", "2-6")):
+        arrive(state, Announce(name, [Service(MODEL, "m", part, 8, "float32")], 4, 100), 0.6)
+    state.on_tick(0.7)  # b is silent
+    assert list(state.workers) == ["a", "c"]
+    state.on_end(third.session_id, EDGE)

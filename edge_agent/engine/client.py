@@ -48,6 +48,7 @@ class BrokerClient:
     ) -> None:
         self._link = BrokerLink(brokers, keys)
         self._exchanges = Exchanges[None](self._link, timeout_s, meter)
+        self._probe_s = min(PROBE_S, timeout_s)
         self._outcomes: dict[StepKey, Outcome] = {}  # that nobody has fetched yet
         self.asked_again = 0
 
@@ -114,22 +115,25 @@ class BrokerClient:
     def _send_probes(self, meter: LinkMeter) -> None:
         if self._probe(0) is None:  # which opens the connection
             return
-        round_trip_s = [self._probe(0) or PROBE_S for _ in range(SMALL_PROBES)]
+        round_trip_s = [self._probe(0) or self._probe_s for _ in range(SMALL_PROBES)]
         for seconds in round_trip_s:
             meter.note(0, seconds)
         for size in PROBE_BYTES:
-            seconds = self._probe(size) or PROBE_S
-            meter.note(size, seconds)
-            if seconds > 3 * min(round_trip_s) + PROBE_ENOUGH_S:
+            took_s = self._probe(size)
+            if took_s is None:
+                meter.note_stall(size, self._probe_s)
+                break
+            meter.note(size, took_s)
+            if took_s > 3 * min(round_trip_s) + PROBE_ENOUGH_S:
                 break
 
     def _probe(self, size: int) -> float | None:
         """Seconds until the broker says that it knows nothing of a step that nobody has sent."""
         probe = AskAgain(secrets.token_bytes(16), 0, 0)
         begun_at = time.monotonic()
-        if not self._link.send([encode_header(probe), secrets.token_bytes(size)], PROBE_S):
+        if not self._link.send([encode_header(probe), secrets.token_bytes(size)], self._probe_s):
             return None
-        while (left_s := begun_at + PROBE_S - time.monotonic()) > 0:
+        while (left_s := begun_at + self._probe_s - time.monotonic()) > 0:
             received = self._link.receive(left_s)
             if received is not None and key_of(received[0]) == probe.key:
                 return time.monotonic() - begun_at

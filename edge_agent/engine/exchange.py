@@ -81,9 +81,15 @@ class Exchange:
     """
 
     def __init__(
-        self, ask: Ask, timeout_s: float, meter: LinkMeter, now: float, behind_bytes: int = 0
+        self,
+        ask: Ask,
+        timeout_s: float,
+        meter: LinkMeter,
+        now: float,
+        behind_bytes: int = 0,
+        is_alone: bool = True,
     ) -> None:
-        """`behind_bytes` of the same session are on their way before it."""
+        """`behind_bytes` of the same session are on their way before it; alone nothing else is."""
         if len(ask.body) > MAX_BODY_BYTES:
             raise SettingsError(
                 f"a step has {len(ask.body):,} bytes and brokers take {MAX_BODY_BYTES:,}; make "
@@ -96,7 +102,7 @@ class Exchange:
             self._frames.append(encode_header(ask.opening))
         self._meter = meter
         self.travel_bytes = wire_bytes(self._frames) + ask.reply_bytes
-        self._goes_alone = not behind_bytes
+        self._goes_alone = is_alone
         self._travel_s = meter.travel_s(self.travel_bytes + behind_bytes)
         self._timeout_s = timeout_s
         self._give_up_at = now + timeout_s + self._travel_s
@@ -143,6 +149,10 @@ class Exchange:
         self._begin(now)
         self._is_sent = False
         self._send_at = now
+
+    def on_company(self) -> None:
+        """Others go over the link as well: what it takes does not say how the link is."""
+        self._goes_alone = False
 
     def on_link_lost(self) -> None:
         """The connection ended: what was in it is gone."""

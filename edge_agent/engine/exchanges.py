@@ -50,7 +50,12 @@ class Exchanges(Generic[Owner]):
         """Have a step computed. Raises SettingsError for a body that no broker takes."""
         before = self._of_session.get(ask.step.session_id, {})
         behind_bytes = sum(exchange.travel_bytes for exchange in before.values())
-        exchange = Exchange(ask, self._timeout_s, self.meter, time.monotonic(), behind_bytes)
+        exchange = Exchange(
+            ask, self._timeout_s, self.meter, time.monotonic(), behind_bytes, not self._by_key
+        )
+        if len(self._by_key) == 1:  # where there are more, all know
+            ((_, other),) = self._by_key.values()
+            other.on_company()
         self._by_key[exchange.key] = owner, exchange
         self._of_session.setdefault(ask.step.session_id, before)[exchange.key] = exchange
         self._send(exchange)

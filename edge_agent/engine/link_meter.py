@@ -45,6 +45,11 @@ class LinkMeter:
             of_bytes_s = max(LEAST_TRAVEL_S, travel_s - min(self._round_trips))
             self._rates.append(both_ways_bytes / of_bytes_s)
 
+    def note_stall(self, both_ways_bytes: int, travel_s: float) -> None:
+        """They did not come in this time: as thin it is, whatever went through before."""
+        self._rates.clear()
+        self.note(both_ways_bytes, travel_s)
+
     @property
     def link(self) -> Link | None:
         """What is known of it, if messages of both sizes have come and gone."""

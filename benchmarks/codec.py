@@ -10,20 +10,19 @@ calibration is made up, since only its shapes matter here.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
 
 import click
 import torch
+from report import tell_rows
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from common.codecs.calibration import Calibration, DirectionCalibration, Predictor
 from common.codecs.codec import make_codec
 from common.console.processes import set_up_torch
-from common.console.tables import format_table
 
 CODECS = ("fp32", "fp16", "int8", "int4:token:affine", "int5+hadamard64", "fp8-e4m3", "compact",
           "smallest")  # fmt: skip
@@ -115,10 +114,7 @@ def main(
                         "percent_of_layer": round(100 * codec_s / layer_s, 2),
                     }
                 )  # fmt: skip
-    if as_json:
-        click.echo(json.dumps(results))
-    else:
-        click.echo(format_table(list(results[0]), [list(r.values()) for r in results]))
+    tell_rows(results, as_json)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ written alone and without drafts.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -24,10 +23,10 @@ from typing import Any
 
 import click
 from overhead import make_model
+from report import tell_rows
 from round_trips import BEGINNING
 
 from common.console.processes import freeze_loaded_objects, set_up_torch
-from common.console.tables import format_table
 from common.weights.demo_model import find_model
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.engine.engine import Engine
@@ -152,10 +151,7 @@ def main(tokens: int, sessions: int, repeats: int, codec: str, as_json: bool) ->
             ways = list_ways(kind, beginnings)
             measured = measure(directory, ways, tokens=tokens, codec=codec, repeats=repeats)
             rows += [{"model": name} | row for row in measured]
-    if as_json:
-        click.echo(json.dumps(rows))
-    else:
-        click.echo(format_table(list(rows[0]), [list(map(str, row.values())) for row in rows]))
+    tell_rows(rows, as_json)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ was measured to that.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -31,12 +30,12 @@ from typing import Any
 
 import click
 from overhead import make_model
+from report import tell_rows
 from round_trips import make_copier
 
 from chaos.tun_link import NEAR, TunLink, in_network_of, leave_network
 from common.console.plots import require_matplotlib, save_figure
 from common.console.processes import freeze_loaded_objects, set_up_torch
-from common.console.tables import format_table
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.engine.client import BrokerClient
 from edge_agent.text.drafting.choice import Drafters
@@ -179,10 +178,7 @@ def main(tokens: int, namespaces: bool, as_json: bool, picture: Path | None) -> 
         rows = list(measure(Path(scratch), tokens, reach, NEAR if namespaces else "127.0.0.1"))
     if picture is not None:
         plot(rows, picture)
-    if as_json:
-        click.echo(json.dumps(rows))
-    else:
-        click.echo(format_table(list(rows[0]), [list(row.values()) for row in rows]))
+    tell_rows(rows, as_json)
 
 
 if __name__ == "__main__":

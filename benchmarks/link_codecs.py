@@ -11,7 +11,6 @@ as fast, and it may be up to 1.1 by what auto is told to give for a finer codec.
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -20,11 +19,11 @@ from typing import Any
 
 import click
 from far_network import far_link
+from report import tell_rows
 
 from common.codecs.calibration import Calibration, open_calibration
 from common.codecs.spec import AUTO
 from common.console.processes import freeze_loaded_objects, set_up_torch
-from common.console.tables import format_table
 from common.weights.demo_model import find_model
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.engine.client import BrokerClient
@@ -105,10 +104,7 @@ def describe(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 def main(rounds: int, as_json: bool) -> None:
     set_up_torch(1)
     rows = measure(rounds)
-    if as_json:
-        click.echo(json.dumps(rows))
-    else:
-        click.echo(format_table(list(rows[0]), [list(row.values()) for row in rows]))
+    tell_rows(rows, as_json)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ and their ratio to float32.
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 import tempfile
@@ -21,10 +20,10 @@ from typing import Any
 
 import click
 import torch
+from report import tell_rows
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from common.console.processes import set_up_torch
-from common.console.tables import format_table
 from common.spans.attention import Segment
 from common.spans.cut import Span
 from common.weights.checkpoint import Checkpoint
@@ -134,10 +133,7 @@ def main(steps: int, text_tokens: int, as_json: bool) -> None:
                 "perplexity": round(perplexity, 5),
                 "loss_percent": round(100 * (perplexity / base - 1), 3),
             })  # fmt: skip
-    if as_json:
-        click.echo(json.dumps(rows))
-    else:
-        click.echo(format_table(list(rows[0]), [list(row.values()) for row in rows]))
+    tell_rows(rows, as_json)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ all tokens were those that are written without guesses.
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import tempfile
@@ -28,10 +27,10 @@ from typing import Any
 import click
 import torch
 from overhead import make_model
+from report import tell_rows
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.console.processes import freeze_loaded_objects, set_up_torch
-from common.console.tables import format_table
 from common.weights.demo_model import find_model
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.engine.client import BrokerClient
@@ -207,10 +206,7 @@ def main(tokens: int, prompts: int, codec: str, as_json: bool) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for kind, directory, texts in list_kinds(Path(scratch), prompts):
             rows += summarize(kind, measure(directory, texts, tokens, codec))
-    if as_json:
-        click.echo(json.dumps(rows))
-    else:
-        click.echo(format_table(list(rows[0]), [list(map(str, row.values())) for row in rows]))
+    tell_rows(rows, as_json)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, logging
 from common.weights.demo_model import find_model
 from deploy import child
 from deploy.embedded_redis import EmbeddedRedis
+from deploy.pool import LocalPool
+from edge_agent.engine.client import BrokerClient
 from edge_agent.text.ends import ModelEnds, load_ends
 
 os.environ["MIDSPAN_CONFIG"] = os.devnull  # whoever runs the tests may have one
@@ -44,6 +46,14 @@ def unforked(forking: ForkingSubprocess) -> Iterator[None]:
     forking.enabled = False
     yield
     forking.enabled = True
+
+
+@pytest.fixture
+def client(pool: LocalPool) -> Iterator[BrokerClient]:
+    """A connection of a test's own to the `pool` of its file."""
+    connected = pool.connect()
+    yield connected
+    connected.close()
 
 
 @pytest.fixture(scope="session")

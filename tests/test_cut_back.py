@@ -31,13 +31,6 @@ def pool() -> Iterator[LocalPool]:
         yield running
 
 
-@pytest.fixture
-def client(pool: LocalPool) -> Iterator[BrokerClient]:
-    connected = pool.connect()
-    yield connected
-    connected.close()
-
-
 @pytest.fixture(scope="module")
 def tokenizer(demo_ends: ModelEnds) -> TextTokenizer:
     return TextTokenizer(demo_ends.directory)

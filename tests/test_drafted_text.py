@@ -85,13 +85,6 @@ def pool() -> Iterator[LocalPool]:
         yield running
 
 
-@pytest.fixture
-def client(pool: LocalPool) -> Iterator[BrokerClient]:
-    connected = BrokerClient([pool.edge_endpoint])
-    yield connected
-    connected.close()
-
-
 @pytest.fixture(scope="module")
 def lonely_client() -> Iterator[BrokerClient]:
     """Of a pool with one worker: nobody takes a step over because it is late."""

@@ -38,13 +38,6 @@ def pool() -> Iterator[LocalPool]:
         yield running
 
 
-@pytest.fixture
-def client(pool: LocalPool) -> Iterator[BrokerClient]:
-    connected = BrokerClient([pool.edge_endpoint])
-    yield connected
-    connected.close()
-
-
 @pytest.fixture(scope="module")
 def prompts(demo_directory: Path) -> list[list[int]]:
     """Long ones, which are all others from their first words on."""

@@ -64,13 +64,6 @@ def pool(directory: Path, whole: Any) -> Iterator[LocalPool]:
         yield running
 
 
-@pytest.fixture
-def client(pool: LocalPool) -> Iterator[BrokerClient]:
-    connected = pool.connect()
-    yield connected
-    connected.close()
-
-
 def draw_ids(count: int, seed: int = 1) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, 120, (count,), generator=generator).tolist()

@@ -92,9 +92,9 @@ class Part(Item, frozen=True):
     name: Text = BOUNDARY
 
 
-MAX_PARTS = 512
-Parts = Annotated[list[Part], Meta(max_length=MAX_PARTS)]
-Units = Annotated[list[Count], Meta(max_length=MAX_PARTS)]
+MOST_PARTS = 512
+Parts = Annotated[list[Part], Meta(max_length=MOST_PARTS)]
+Units = Annotated[list[Count], Meta(max_length=MOST_PARTS)]
 
 
 class Step(WireMessage, frozen=True, tag=f"step/{PROTOCOL}"):

@@ -28,13 +28,8 @@ from common.spans.cut import parse_span
 from common.spans.parts import name_span
 from common.spans.twin_check import check_twin
 from common.weights.checkpoint import Checkpoint
-from common.weights.loading import (
-    check_device,
-    context_length,
-    load_span,
-    parse_dtype,
-    read_config,
-)
+from common.weights.configuration import context_length, read_config
+from common.weights.loading import check_device, load_span, parse_dtype
 
 log = logging.getLogger("midspan.worker")
 

@@ -176,8 +176,8 @@ def open_model(name: str) -> tuple[Checkpoint, int]:
 
     set_up_torch(1)
     from common.weights.checkpoint import Checkpoint
+    from common.weights.configuration import read_config
     from common.weights.demo_model import find_model
-    from common.weights.loading import read_config
 
     checkpoint = Checkpoint(find_model(name))
     return checkpoint, read_config(checkpoint).num_hidden_layers

@@ -54,8 +54,8 @@ def calibrate(
     from common.console.processes import set_up_torch
     from common.spans.cut import parse_cut
     from common.weights.checkpoint import Checkpoint
+    from common.weights.configuration import read_config
     from common.weights.demo_model import find_model
-    from common.weights.loading import read_config
     from edge_agent.text.tokenizer import TextTokenizer
     from evaluation.texts import read_tokens
 
@@ -99,7 +99,8 @@ def measure_calibration(
     Raises SettingsError for a text too short.
     """
     from common.codecs.calibration import fit_calibration
-    from common.weights.loading import context_length, find_decoder
+    from common.weights.configuration import context_length
+    from common.weights.whole_model import find_decoder
     from evaluation.step_search import (
         FEWEST_TOKENS,
         ROUNDS,

@@ -37,8 +37,9 @@ def check(
     from common.spans.cut import parse_cut
     from common.spans.twin_check import check_twin
     from common.weights.checkpoint import Checkpoint
+    from common.weights.configuration import context_length, read_config
     from common.weights.demo_model import find_model
-    from common.weights.loading import context_length, parse_dtype, read_config
+    from common.weights.loading import parse_dtype
     from common.weights.needs import measure_needs
 
     set_up_torch(1)

@@ -34,7 +34,7 @@ from common.spans.twin_check import (
     explain_difference,
     explain_error,
 )
-from common.weights.loading import WITH_TEXT_PARTS
+from common.weights.configuration import WITH_TEXT_PARTS
 from evaluation.small_models import NOTES, write_small
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"

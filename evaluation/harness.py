@@ -4,9 +4,11 @@
         --model_args pretrained=DIR,broker=tcp://127.0.0.1:5555,codec=fp32 --tasks midspan_choice
 
 It is lm-eval's own command: this file registers the model and adds the tasks beside it
-(evaluation/tasks), which need no download. No endpoint is between: an engine is this process's own,
-so that many requests share batches. Texts become tokens as the tokenizer has it, with its marks,
-which is what lm-eval's `hf` does when it is told `add_bos_token=True`.
+(evaluation/tasks), which need no download. Releases of lm-eval after 0.4.13 find the model by
+themselves (`lm-eval run --model midspan`), by the entry point in `lm_eval.models`. No endpoint is
+between: an engine is this process's own, so that many requests share batches. Texts become tokens
+as the tokenizer has it, with its marks, which is what lm-eval's `hf` does when it is told
+`add_bos_token=True`.
 
 `pip install 'midspan[harness]'` brings lm-eval.
 """
@@ -21,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval import utils
-from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -46,7 +47,6 @@ Scored = tuple[float, bool]
 Request = tuple[Any, list[int], list[int]]
 
 
-@register_model("midspan")
 class MidspanLM(TemplateLM):  # type: ignore[misc]
     """Scores and writes with a pool. Raises what `midspan ask` raises."""
 
@@ -182,6 +182,9 @@ def _split(requests: Sequence[Any]) -> Iterator[Sequence[Any]]:
 
 def main() -> None:
     """lm-eval's command, with this model and these tasks."""
+    from lm_eval.__main__ import cli_evaluate
+
+    register_model("midspan")(MidspanLM)
     if "--include_path" not in sys.argv and "ls" not in sys.argv:
         sys.argv += ["--include_path", str(TASKS)]
     try:

@@ -19,7 +19,8 @@ from common.errors import SettingsError
 from common.neurons.lists import NeuronLists
 from common.neurons.matrices import find_mlp
 from common.weights.checkpoint import Checkpoint
-from common.weights.loading import find_decoder, read_config
+from common.weights.configuration import read_config
+from common.weights.whole_model import find_decoder
 
 if TYPE_CHECKING:
     from edge_agent.text.tokenizer import TextTokenizer

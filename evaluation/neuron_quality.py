@@ -20,7 +20,8 @@ from common.neurons.settings import COREINFER, DENSE, PARTINFER, RANDOM, NeuronS
 from common.spans.attention import Segment
 from common.spans.cut import Span
 from common.weights.checkpoint import Checkpoint
-from common.weights.loading import load_span, read_config
+from common.weights.configuration import read_config
+from common.weights.loading import load_span
 
 SWEPT = (PARTINFER, COREINFER, RANDOM)
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)

@@ -102,8 +102,9 @@ def read_model(name: str, span_text: str | None, dtype: str) -> Planned:
     from common.spans.cut import parse_cut
     from common.spans.twin_check import check_twin
     from common.weights.checkpoint import Checkpoint
+    from common.weights.configuration import read_config
     from common.weights.demo_model import find_model
-    from common.weights.loading import parse_dtype, read_config
+    from common.weights.loading import parse_dtype
     from common.weights.needs import measure_needs
 
     directory = find_model(name)

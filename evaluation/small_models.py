@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from common.errors import CheckpointError
 from common.spans.twin_check import save_random, write_twin
 from common.spans.twin_config import keep_layers, layers_name, narrow
-from common.weights.loading import WITH_TEXT_PARTS
+from common.weights.configuration import WITH_TEXT_PARTS
 
 LAYERS = 4  # at least
 # what examples of the library leave to the checkpoint

@@ -208,3 +208,17 @@ def test_the_tasks_that_come_with_midspan_have_the_unsplit_models_figures(
 def test_what_midspan_does_not_know_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="Error: --model_args has 'speed', which midspan does"):
         run_harness(TASKS, tmp_path, "midspan", names=["midspan_choice"], speed=3)
+
+
+AS_A_PLUGIN = """
+from importlib.metadata import entry_points
+from lm_eval.api.registry import get_model, model_registry
+(entry,) = entry_points(group="lm_eval.models", name="midspan")
+model_registry.register("midspan", target=entry)
+print(get_model("midspan").__name__)
+"""
+
+
+def test_lm_eval_finds_the_model_where_later_releases_look_for_it() -> None:
+    found = subprocess.check_output([sys.executable, "-P", "-c", AS_A_PLUGIN], text=True)
+    assert found.split() == ["MidspanLM"]

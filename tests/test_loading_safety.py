@@ -20,7 +20,8 @@ from common.diffusion.shapes import read_index
 from common.errors import CheckpointError, MidspanError
 from common.spans.cut import Span
 from common.weights.checkpoint import Checkpoint
-from common.weights.loading import load_span, read_config
+from common.weights.configuration import read_config
+from common.weights.loading import load_span
 from edge_agent.text.ends import load_ends
 from edge_agent.text.tokenizer import TextTokenizer
 

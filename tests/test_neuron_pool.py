@@ -31,7 +31,7 @@ from common.neurons.settings import NeuronSettings
 from common.protocol.messages import PROMPT, StepReply
 from common.spans.twin_check import check_twin
 from common.weights.checkpoint import Checkpoint
-from common.weights.loading import read_config
+from common.weights.configuration import read_config
 from deploy.cli import midspan
 from deploy.embedded_redis import EmbeddedRedis
 from deploy.pool import LocalPool, PoolSettings

@@ -19,7 +19,8 @@ from common.formats.part_folder import write_parts
 from common.spans.cut import Span
 from common.spans.parts import Parts
 from common.weights.checkpoint import Checkpoint
-from common.weights.loading import load_span, read_config
+from common.weights.configuration import read_config
+from common.weights.loading import load_span
 from common.weights.packed import FP4, Fp8, Mxfp4
 
 BLOCK = 24  # no divisor of the weights' sizes

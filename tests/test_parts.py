@@ -22,7 +22,8 @@ from common.spans.attention import Segment
 from common.spans.cut import Cut, Span
 from common.spans.parts import Parts, ends_of, full, middle_of, name_layer, read_parts
 from common.weights.checkpoint import Checkpoint
-from common.weights.loading import load_span, read_config
+from common.weights.configuration import read_config
+from common.weights.loading import load_span
 from common.weights.manifest import MANIFEST
 from common.weights.needs import measure_needs
 from deploy.pool import LocalPool, PoolSettings

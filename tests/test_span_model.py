@@ -40,7 +40,8 @@ from common.spans.attention import Segment
 from common.spans.cut import Span
 from common.spans.span_model import SpanModel
 from common.weights.checkpoint import Checkpoint
-from common.weights.loading import Part, context_length, load_span, read_config
+from common.weights.configuration import context_length, read_config
+from common.weights.loading import Part, load_span
 
 SIZE = {
     "vocab_size": 99,

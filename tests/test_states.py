@@ -27,7 +27,8 @@ from common.spans.kv_rows import KvRows, make_layout
 from common.spans.states import CONVOLUTION, RECURRENT, State, StatePass, States, layout_of
 from common.spans.twin_check import check_twin
 from common.weights.checkpoint import Checkpoint
-from common.weights.loading import load_span, read_config
+from common.weights.configuration import read_config
+from common.weights.loading import load_span
 from common.weights.needs import measure_needs
 from deploy.embedded_redis import EmbeddedRedis
 from deploy.pool import LocalPool, PoolSettings

@@ -39,7 +39,8 @@ from common.spans.cut import Span
 from common.spans.twin_check import TOLERANCE, check_twin
 from common.spans.twin_config import keep_layers, layers_name, narrow, pick_layers
 from common.weights.checkpoint import Checkpoint
-from common.weights.loading import load_span, read_config
+from common.weights.configuration import read_config
+from common.weights.loading import load_span
 from edge_agent.text.ends import load_ends
 
 LLAMA = CONFIGS["llama"]

@@ -19,7 +19,7 @@ from common.formats.part_folder import (
 )
 from common.spans.parts import Parts, full
 from common.weights.checkpoint import Checkpoint
-from common.weights.loading import read_config
+from common.weights.configuration import read_config
 
 MAX_SHARD_BYTES = 4 << 30
 INDEX = "model.safetensors.index.json"

@@ -34,7 +34,7 @@ from common.formats.tokenizer_bin import (
 )
 from common.spans.parts import full
 from common.weights.checkpoint import Checkpoint
-from common.weights.loading import read_config
+from common.weights.configuration import read_config
 
 EPSILON, THETA = 1e-5, 10_000.0  # as llama2.c has them in its source
 GROUP_SIZE = 64

@@ -14,12 +14,11 @@ import torch
 from torch import nn
 
 from common.spans.parts import BEGIN_FILE, END_FILE, name_layer
-from common.spans.passage import outside, rehearse, weighted_modules
-from common.weights.buffers import fill_buffers
+from common.spans.passage import outside, weighted_modules
 from common.weights.checkpoint import Checkpoint
-from common.weights.loading import build_on_meta, find_decoder, read_config
 from common.weights.manifest import REST
 from common.weights.tensors import WeightMap
+from common.weights.whole_model import build_whole_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +43,15 @@ class PartTensors:
 
 def find_part_tensors(checkpoint: Checkpoint) -> PartTensors:
     """Raises CheckpointError for a model that cannot be cut, or lacks a tensor."""
-    config = read_config(checkpoint)
-    causal_lm = build_on_meta(checkpoint, config, torch.float32)
-    owner, name = find_decoder(causal_lm, config.num_hidden_layers)
-    layers = getattr(owner, name)
-    causal_lm.eval()
-    weights = WeightMap(checkpoint, causal_lm)
-    weights.check(causal_lm)
-    fill_buffers(causal_lm, outside(causal_lm, layers), "cpu", leave_unknown=True)
-    rehearsal = rehearse(causal_lm, layers)
+    whole = build_whole_model(checkpoint, torch.float32, checks_tensors=True)
+    causal_lm, layers, weights = whole.causal_lm, whole.layers, whole.weights
+    before, after = whole.rehearsal.before, whole.rehearsal.after
     common = _stored_of_all(weights, causal_lm, layers)
-    needed = {BEGIN_FILE: common + _stored_outside(weights, causal_lm, layers, rehearsal.before)}
-    prefix = next(n for n, module in causal_lm.named_modules() if module is layers)
+    needed = {BEGIN_FILE: common + _stored_outside(weights, causal_lm, layers, before)}
     for index, layer in enumerate(layers):
-        own = _stored_within(weights, layer, f"{prefix}.{index}.")
+        own = _stored_within(weights, layer, f"{whole.prefix}.{index}.")
         needed[name_layer(index)] = common + own
-    needed[END_FILE] = common + _stored_outside(weights, causal_lm, layers, rehearsal.after)
+    needed[END_FILE] = common + _stored_outside(weights, causal_lm, layers, after)
     return PartTensors(len(layers), {p: list(dict.fromkeys(n)) for p, n in needed.items()})
 
 

@@ -38,8 +38,9 @@ from common.spans.passage import choose_arguments, name_cache
 from common.spans.span_model import SpanModel
 from common.spans.twin_config import Kind, keep_layers, kind_of, layers_name, narrow, pick_layers
 from common.weights.checkpoint import VOLATILE_KEYS, Checkpoint
-from common.weights.loading import find_decoder, load_span
+from common.weights.loading import load_span
 from common.weights.shapes import build_without_values
+from common.weights.whole_model import find_decoder
 
 SOURCES = [Path(__file__).resolve().parents[1] / name for name in ("spans", "weights")]
 TOLERANCE = 1e-4  # of the largest logit, in float32: 50 times what another order of adding makes

@@ -17,12 +17,10 @@ from torch import nn
 
 from common.spans.attention import ProbeCache
 from common.spans.cut import Cut, Span
-from common.spans.passage import name_cache, outside, rehearse, weighted_modules
+from common.spans.passage import name_cache, weighted_modules
 from common.spans.span_model import FORGETFUL_LAYERS
-from common.weights.buffers import fill_buffers
 from common.weights.checkpoint import Checkpoint
-from common.weights.loading import build_on_meta, find_decoder, read_config
-from common.weights.tensors import WeightMap
+from common.weights.whole_model import build_whole_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +75,8 @@ class ModelNeeds:
 
 def measure_needs(checkpoint: Checkpoint, dtype: torch.dtype) -> ModelNeeds:
     """Raises CheckpointError for a model that cannot be cut, or lacks a tensor."""
-    config = read_config(checkpoint)
-    causal_lm = build_on_meta(checkpoint, config, dtype)
-    owner, name = find_decoder(causal_lm, config.num_hidden_layers)
-    layers = getattr(owner, name)
-    WeightMap(checkpoint, causal_lm).check(causal_lm)
-    fill_buffers(causal_lm, outside(causal_lm, layers), "cpu", leave_unknown=True)
-    rehearsal = rehearse(causal_lm, layers)
+    whole = build_whole_model(checkpoint, dtype, checks_tensors=True)
+    causal_lm, layers, rehearsal = whole.causal_lm, whole.layers, whole.rehearsal
     before, behind = (
         _bytes_within(causal_lm, layers, names) for names in (rehearsal.before, rehearsal.after)
     )

@@ -22,7 +22,8 @@ from common.spans.parts import name_span
 from common.spans.span_model import SpanModel
 from common.spans.twin_check import check_twin
 from common.weights.checkpoint import Checkpoint
-from common.weights.loading import Part, context_length, load_span, parse_dtype, read_config
+from common.weights.configuration import context_length, read_config
+from common.weights.loading import Part, load_span, parse_dtype
 from edge_agent.text.served_parts import pick_part, pick_route
 
 

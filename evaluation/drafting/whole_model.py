@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 from common.spans.cut import Cut
-from common.weights.loading import find_decoder
+from common.weights.whole_model import find_decoder
 
 
 class WholeModel:

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from common.errors import SettingsError
-from common.weights.loading import find_decoder
+from common.weights.whole_model import find_decoder
 from evaluation.importance.metrics import Attention
 
 Change = Callable[[Tensor], Tensor]  # of rows (T, D)

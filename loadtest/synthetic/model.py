@@ -34,7 +34,7 @@ from common.spans.kv_rows import make_layout
 from common.spans.span_model import SpanModel
 from common.spans.states import StateLayout
 from common.weights.checkpoint import Checkpoint
-from common.weights.loading import context_length, read_config
+from common.weights.configuration import context_length, read_config
 from edge_agent.text.ends import ModelEnds
 
 BITS = 20

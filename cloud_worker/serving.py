@@ -122,7 +122,7 @@ def load_text_service(
     log.info(
         "loaded %s span %s: %d tensors, %.1f MB%s",
         service.name, span, len(model.bytes_read), megabytes,
-        f"; {model.streamed} of {len(span)} layers take turns" if model.streamed else "",
+        f"; {len(model.stream)} of {len(span)} layers take turns" if model.stream else "",
     )  # fmt: skip
     if model.neurons is not None:
         log.info(

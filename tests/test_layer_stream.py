@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ from cloud_worker.state.memory_store import MemoryKvStore
 from cloud_worker.state.stage_cache import CacheBudget
 from cloud_worker.text.service import TextService
 from common.adapters.peft import adapt_text_model
-from common.errors import CheckpointError, SettingsError
+from common.errors import CheckpointError, ProcessFailed, SettingsError
 from common.spans.attention import Segment
 from common.spans.cut import Span
 from common.spans.layer_stream import LayerStream, choose_streamed
@@ -219,7 +221,7 @@ def test_a_worker_streams_as_many_layers_as_it_is_told(demo_directory: Path) -> 
     )
     service = make(Answers("w"))
     assert isinstance(service, TextService)
-    assert service._executor.model.streamed == 5
+    assert len(service._executor.model.stream or ()) == 5
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +248,36 @@ def test_a_pool_that_streams_writes_what_the_whole_model_writes_though_a_worker_
         on_token=kill,
     )  # fmt: skip
     assert tokens == reference_tokens(whole_model, tokenizer, PROMPTS[:1], 24)[0]
+
+
+def test_a_worker_that_can_no_longer_read_its_weights_leaves_and_no_token_is_wrong(
+    demo_directory: Path, whole_model: torch.nn.Module, tmp_path: Path
+) -> None:
+    model = shutil.copytree(demo_directory, tmp_path / "model")
+    settings = PoolSettings(
+        workers=1, span="0-8", model=str(model), worker_options=["--stream-layers", "2"]
+    )
+    tokenizer = TextTokenizer(demo_directory)
+
+    def tear(count: int, session: Session) -> None:
+        if count == 8:
+            assert session.last_worker_id == "w1"
+            pool.settings = replace(settings, model=str(demo_directory), worker_options=[])
+            pool.start_worker()
+            pool.wait_for_workers(2)
+            os.truncate(model / "model.safetensors", 4096)
+
+    with LocalPool(settings) as pool:
+        tokens, _ = generate(
+            pool, load_ends(demo_directory, "0-8"), tokenizer.encode(PROMPTS[0]), 24, on_token=tear
+        )
+        assert tokens == reference_tokens(whole_model, tokenizer, PROMPTS[:1], 24)[0]
+        torn = pool.workers["w1"]
+        wait_until(lambda: not torn.is_running())
+        assert "model.safetensors has become shorter" in torn.last_words()
+        with pytest.raises(ProcessFailed):
+            torn.check()
+        assert pool.workers["w2"].is_running()
 
 
 def test_streaming_layers_of_images_alone_is_refused() -> None:

@@ -92,6 +92,10 @@ class StageService(ABC, Generic[S]):
         """Whether all that came is answered and stored."""
         return not len(self._batcher) and not self._loading and self._blobs.is_settled()
 
+    def why_unfit(self) -> str:
+        """Why it can compute no step any more; empty as long as it can."""
+        return ""
+
     def warm_bytes(self) -> int:
         """Of all stages in memory."""
         return self._stages.used_bytes()

@@ -32,7 +32,7 @@ from cloud_worker.loop.time_shares import TimeShares
 from cloud_worker.state.blobs import item_keys
 from cloud_worker.state.store import KvStore
 from common.console.log_limit import LogLimit
-from common.errors import ProtocolError, SettingsError, StoreUnavailable
+from common.errors import CheckpointError, ProtocolError, SettingsError, StoreUnavailable
 from common.metrics.page import MetricsPage
 from common.protocol.messages import (
     Alive,
@@ -189,8 +189,10 @@ class Worker:
     def run(self) -> None:
         """Prove to be able to serve, then announce and serve until drained.
 
-        Raises MidspanError if this worker cannot compute, or a broker's address is not for workers.
+        Raises MidspanError if this worker cannot compute, or no longer, when others have taken
+        over, or a broker's address is not for workers.
         """
+        unfit = ""
         for service in self._services.values():
             self._prove_ready(service)
         self._heartbeat.start()
@@ -199,13 +201,25 @@ class Worker:
                 self._turn(IDLE_POLL_S)
                 if self._refusal is not None:
                     raise self._refusal
+                unfit = self._find_unfit()
+                self._drain_requested |= bool(unfit)
             self._drain()
+            if unfit:
+                raise CheckpointError(unfit)
         finally:
             self._heartbeat.stop()
             for index in range(len(self._sockets)):
                 self._send(index, Leave(self.worker_id))
             self._store.close()
             self._context.destroy(linger=1000)
+
+    def _find_unfit(self) -> str:
+        """Of the first service that can compute no step any more, which and why."""
+        for service in self._services.values():
+            if why := service.why_unfit():
+                log.error("%s %s: %s; leaving", service.service.name, service.service.part, why)
+                return why
+        return ""
 
     def _prove_ready(self, service: StageService[Any]) -> None:
         """A worker that a broker hears of has computed a step, stored what it left and read that.

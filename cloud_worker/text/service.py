@@ -76,6 +76,10 @@ class TextService(StageService[TextStage]):
 
     # --- what the worker asks
 
+    def why_unfit(self) -> str:
+        stream = self._executor.model.stream
+        return "" if stream is None else stream.failure
+
     def is_settled(self) -> bool:
         now = time.monotonic()
         uncommitted = self._store.is_up() and any(

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from common.errors import SettingsError
+from common.errors import SettingsError, in_one_line
 
 AHEAD = 2  # layers of which one computes and one is read
 LEAST_RESIDENT = AHEAD
@@ -93,6 +93,10 @@ class LayerStream:
         self._ahead: deque[_Reading] = deque()  # in the order of use
         self._next = 0  # index in the order, of what is read next
         self._thread: threading.Thread | None = None
+        self.failure = ""  # why the last pass that failed could not read a layer
+
+    def __len__(self) -> int:
+        return len(self._order)
 
     def put_around(self, index: int, layer: nn.Module) -> None:
         """Let a layer have its weights while its forward runs, and no longer."""
@@ -130,6 +134,7 @@ class LayerStream:
                     if reading.layer == index:
                         failures += 1
                         if failures == 2 and reading.error is not None:
+                            self.failure = in_one_line(reading.error)
                             raise reading.error
                     continue
                 self._changed.notify_all()

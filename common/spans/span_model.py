@@ -31,6 +31,7 @@ from common.spans.cut import Span
 from common.spans.fixed_groups import ROWS, Pass, agree, draw_caches, draw_rows, fill_up
 from common.spans.kv_pool import SlotPool
 from common.spans.kv_rows import KvRows, make_layout, slot_bytes
+from common.spans.layer_stream import LayerStream
 from common.spans.passage import Gate, name_cache, takes
 from common.spans.states import RECURRENT, State, StateLayout, States, layout_of
 
@@ -56,11 +57,11 @@ class SpanModel:
         device: torch.device | str,
         packs: bool,
         bytes_read: dict[str, int],
-        streamed: int = 0,
+        stream: LayerStream | None = None,
         neurons: SpanNeurons | None = None,
     ) -> None:
         self.span = span
-        self.streamed = streamed  # layers that take turns in memory
+        self.stream = stream  # of layers that take turns in memory
         self.hidden = gate.boundary.width
         self.gives_logits = part == "tail"
         self.reply_width = causal_lm.config.vocab_size if self.gives_logits else self.hidden
@@ -200,7 +201,7 @@ class SpanModel:
     def _groups_agree(self) -> bool:
         """Whether single rows of exact sessions may share a group; tried when the first come."""
         packs = self.packs_sessions and not self.keeps_states and not self._keeping.expands
-        if not packs or self.neurons is not None or self.streamed:
+        if not packs or self.neurons is not None or self.stream is not None:
             return False
         vocabulary = self._causal_lm.config.vocab_size if self._part == "head" else 0
         values = draw_rows(self.hidden, self.dtype, vocabulary).to(self.device)

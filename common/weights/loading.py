@@ -84,16 +84,14 @@ def load_span(
     if checkpoint.neurons is not None:
         checkpoint.neurons.check_layers(len(layers))
     gate = make_part(causal_lm, layers, span, part, whole.rehearsal, device)
-    streamed, neurons = 0, None
+    stream, neurons = None, None
     if checkpoint.neurons is not None:
         neurons = put_neurons(
             checkpoint.neurons, checkpoint, weights, layers, whole.prefix, span, dtype, device,
             allocate,
         )  # fmt: skip
     if resident is not None:
-        streamed = stream_layers(
-            weights.apart(), layers, whole.prefix, span, resident, dtype, device
-        )
+        stream = stream_layers(weights.apart(), layers, whole.prefix, span, resident, dtype, device)
     bytes_read = {}
     if in_8_bits:
         bytes_read = fill_in_8_bits(weights, layers, whole.prefix, span, dtype, device)
@@ -112,7 +110,7 @@ def load_span(
         device=device,
         packs=packs,
         bytes_read=bytes_read,
-        streamed=streamed,
+        stream=stream,
         neurons=neurons,
     )
 
@@ -148,19 +146,19 @@ def stream_layers(
     resident: int,
     dtype: torch.dtype,
     device: torch.device | str,
-) -> int:
-    """Let those of a span's layers that `choose_streamed` names take turns in memory: how many."""
+) -> LayerStream | None:
+    """Let those of a span's layers that `choose_streamed` names take turns in memory."""
     streamed = [span.first + index for index in choose_streamed(len(span), resident)]
     files = DirectReader()
     readers = {i: LayerReader(weights, files, layers[i], f"{prefix}.{i}.", dtype) for i in streamed}
     if not readers:
-        return 0
+        return None
     stream = LayerStream(readers, device, allocate)
     for index in streamed:
         for module in layers[index].modules():
             forget_parameters(module, device)
         stream.put_around(index, layers[index])
-    return len(streamed)
+    return stream
 
 
 def _taker_of_tokens(causal_lm: Any, owner: nn.Module) -> nn.Module:

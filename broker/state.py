@@ -79,6 +79,7 @@ from common.settings import (
     HEARTBEATS_MISSED,
     MAX_ATTEMPTS,
     MAX_DEADLINE_S,
+    MAX_EXACT_PARTS,
     MAX_QUEUED_BYTES,
     MAX_QUEUED_STEPS,
     MAX_SESSIONS_PER_EDGE,
@@ -670,6 +671,11 @@ def _why_wrong(step: Step, opening: AnyOpening) -> str:
     if isinstance(opening, Opening):
         if step.rows > MAX_STEP_ROWS:
             return f"the step has {step.rows} rows; at most {MAX_STEP_ROWS}"
+        if opening.exact and len(step.parts) > MAX_EXACT_PARTS:
+            return (
+                f"the step has {len(step.parts)} parts, and its session is exact; "
+                f"at most {MAX_EXACT_PARTS}"
+            )
         if len(opening.route) > 1 and opening.between >= len(opening.codecs):
             return f"the route has a codec beyond the {len(opening.codecs)} that it opened"
         if len(opening.route) > 1 and not _is_in_a_row(opening.route):

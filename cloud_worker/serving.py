@@ -135,7 +135,7 @@ def load_text_service(
         service,
         store,
         outbox,
-        batcher=Batcher(settings.max_batch_rows, settings.max_batch_steps),
+        batcher=Batcher(settings.max_batch_rows, settings.max_batch_steps, executor.count_rows),
         budget=budget,
         pool_key=settings.pool_key,
     )

@@ -26,6 +26,7 @@ MAX_STEPS_PER_EDGE = 1024
 MAX_BYTES_PER_EDGE = 512 << 20  # of its steps' bodies
 MAX_DEADLINE_S = 600.0
 MAX_STEP_ROWS = 8192  # of a text step, whatever it costs to send them
+MAX_EXACT_PARTS = 32  # of a step of an exact session: each may take as long as a step of one row
 MAX_BODY_BYTES = 64 << 20
 MAX_BROKER_MB = 4096  # of resident memory; beyond that nothing new is taken
 MAX_HEADER_BYTES = 16 * 1024

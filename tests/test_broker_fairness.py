@@ -21,6 +21,7 @@ from common.protocol.messages import (
     StepKey,
     StepReply,
 )
+from common.settings import MAX_EXACT_PARTS
 
 MODEL, SPAN = "f" * 16, "2-6"
 LOUD, QUIET = Peer(b"loud", connection=7), Peer(b"quiet", connection=8)
@@ -159,6 +160,18 @@ def test_a_few_bytes_cannot_announce_rows_without_end(rows: int) -> None:
     (refuse,) = state.on_step(step, OPENING, LOUD, 12, now=0.0)
     assert isinstance(refuse, Refuse)
     assert refuse.reason == f"the step has {rows} rows; at most 8192"
+
+
+def test_an_exact_step_has_no_more_parts_than_a_worker_should_compute_at_once() -> None:
+    state = make_state(announce("w1"))
+    exact = structs.replace(OPENING, exact=True)
+    step = structs.replace(STEP, parts=[Part(0, [1], 12)] * (MAX_EXACT_PARTS + 1))
+    (refuse,) = state.on_step(step, exact, LOUD, 12, now=0.0)
+    assert isinstance(refuse, Refuse)
+    assert refuse.reason == "the step has 33 parts, and its session is exact; at most 32"
+    assert dispatched(state.on_step(step, OPENING, LOUD, 12, now=0.0)) == [("w1", step.key)]
+    most = structs.replace(step, step=1, position=33, parts=step.parts[1:])
+    assert isinstance(state.on_step(most, exact, LOUD, 12, now=0.0)[-1], Dispatched)
 
 
 def test_a_deadline_is_ten_minutes_at_most() -> None:

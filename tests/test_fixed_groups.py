@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from msgspec import structs
 from random_models import save_random_model
+from test_takeover import Server
 from torch import Tensor, nn
 from transformers import DeepseekV3Config, GPTNeoXConfig, LlamaConfig, MixtralConfig
 
+from cloud_worker.loop.batcher import Batcher, Task
+from cloud_worker.state.memory_store import MemoryKvStore
+from cloud_worker.text.executor import TextExecutor
+from common.protocol.messages import Opening, Part, Step
 from common.spans.attention import Segment
 from common.spans.cut import Span
-from common.spans.fixed_groups import ROWS, Pass, agree, draw_caches, draw_rows
+from common.spans.fixed_groups import (
+    PASS_ROWS,
+    ROWS,
+    Pass,
+    agree,
+    count_as_rows,
+    draw_caches,
+    draw_rows,
+)
 from common.spans.kv_rows import KvRows, make_layout
 from common.spans.span_model import SpanModel
 from common.weights.checkpoint import Checkpoint
@@ -56,7 +71,7 @@ def test_a_row_has_the_same_bits_in_every_company(family: str, tmp_path: Path) -
         return one_pass(each)
 
     model._pass = count  # type: ignore[method-assign]
-    assert model._groups_agree
+    assert model.groups_agree
     passes.clear()
     found = []
     for sizes in ([1] * 20, [20], [3, 9, 8]):
@@ -74,7 +89,7 @@ def test_a_row_has_the_same_bits_in_every_company(family: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("family", EXPERTS)
 def test_experts_share_no_group(family: str, tmp_path: Path) -> None:
-    assert not load_middle(EXPERTS[family], tmp_path)._groups_agree
+    assert not load_middle(EXPERTS[family], tmp_path).groups_agree
 
 
 class Layer(nn.Module):
@@ -119,3 +134,56 @@ def test_layers_that_see_other_numbers_of_rows_share_no_group() -> None:
         return torch.cat([layer(row[None]) for row in group.rows])
 
     assert not agree(layer, values, caches, run)
+
+
+def exact_task(session: int, parts: list[int], exact: bool = True) -> Task:
+    step = Step(
+        session.to_bytes(16),
+        0,
+        0,
+        0,
+        0,
+        [Part(0, [rows], rows * 256) for rows in parts],
+        1,
+        0,
+        1000,
+    )
+    opening = Opening("m", ["1-2"], 64, ["fp32"], "", exact=exact)
+    return Task(step, opening, b"", 1, 0, 0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [("llama", [8, 8, 4, 10]), ("mixtral", [*[1] * 20, 10])],
+    ids=["llama", "mixtral"],
+)
+def test_a_batch_counts_exact_steps_by_their_passes(
+    family: str, sizes: list[int], tmp_path: Path
+) -> None:
+    """A group is shared by eight single rows, and a step that is not exact counts its rows."""
+    executor = TextExecutor(load_middle({**SHARING, **EXPERTS}[family], tmp_path), None)
+    batcher = Batcher(32 * PASS_ROWS, 32, executor.count_rows)
+    for session in range(20):
+        batcher.add(exact_task(session, [1] * 32))
+    found = [len(batcher.pick()) for _ in sizes[:-1]]
+    for session in range(10):
+        batcher.add(exact_task(session, [48, 3], exact=False))
+    assert [*found, len(batcher.pick())] == sizes
+
+
+def test_rows_that_were_encoded_together_take_no_less_than_a_pass() -> None:
+    for groups_agree in (True, False):
+        assert count_as_rows([40, 3], groups_agree) == 40 + PASS_ROWS
+    assert count_as_rows([1] * ROWS, True) == count_as_rows([1], False) == PASS_ROWS
+
+
+def test_the_batches_of_a_worker_are_counted_so(demo_directory: Path) -> None:
+    server = Server(demo_directory, MemoryKvStore(), "w1")
+    for session in range(10):
+        task = server.task(0, 0, 32)
+        parts = [Part(0, [1], len(task.body) // 32)] * 32
+        step = structs.replace(task.step, session_id=session.to_bytes(16), parts=parts)
+        opening = structs.replace(task.text_opening, exact=True)
+        server.service.on_step(replace(task, step=step, opening=opening))
+    server.service.run_batch()
+    assert server.service.stats["steps"] == 8

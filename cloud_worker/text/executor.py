@@ -18,6 +18,7 @@ from common.codecs.spec import parse_codec
 from common.errors import ProtocolError
 from common.protocol.messages import BOUNDARY, PROMPT, Step
 from common.spans.attention import Segment
+from common.spans.fixed_groups import count_as_rows
 from common.spans.span_model import SpanModel
 
 MOST_LOGIT_BYTES = 64 << 20  # in float32, of one answer
@@ -98,6 +99,11 @@ class TextExecutor:
             )
         if not theirs and any(parse_codec(n).needs_calibration for n in task.text_opening.codecs):
             raise ProtocolError("the session names a calibrated codec but no calibration")
+
+    def count_rows(self, task: Task) -> int:
+        """What a step adds to a batch, in rows; of an exact session those that take as long."""
+        units = _units(task)
+        return count_as_rows(units, self.model.groups_agree) if units else task.step.rows
 
     def run(self, batch: Sequence[tuple[Task, TextStage]]) -> list[bytes | str]:
         """The body of each step's reply, or why there is none."""

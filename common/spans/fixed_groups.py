@@ -19,6 +19,7 @@ from common.spans.attention import Segment
 from common.spans.kv_rows import KvRows
 
 ROWS = 8  # of a group
+PASS_ROWS = 16  # of a batch, which take about as long as a pass of few rows does
 LENGTHS_APART = 37  # of the caches that groups are tried with
 
 
@@ -42,6 +43,15 @@ def fill_up(rows: Tensor, segments: Sequence[Segment], nowhere: KvRows) -> Pass:
     pads = ROWS - len(segments)
     filled = torch.cat([rows, rows.new_ones(pads, *rows.shape[1:])])
     return Pass(filled, [*segments, *[Segment(nowhere, 0, 1)] * pads], is_group=True, pads=pads)
+
+
+def count_as_rows(units: Sequence[int], groups_agree: bool) -> int:
+    """How many rows of one pass take as long as these units of an exact session.
+
+    Each needs a pass, or a place in a group.
+    """
+    single = PASS_ROWS // ROWS if groups_agree else PASS_ROWS
+    return sum(single if rows == 1 else max(rows, PASS_ROWS) for rows in units)
 
 
 def draw_rows(width: int, dtype: torch.dtype, vocabulary: int) -> Tensor:

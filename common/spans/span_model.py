@@ -103,11 +103,7 @@ class SpanModel:
     def embed_and_run(self, token_ids: Tensor, segments: Sequence[Segment]) -> Tensor:
         """Head only: token ids (sum of T,) of sessions, one after another, to rows (…, D)."""
         assert self._part == "head", "only the head holds the embeddings"
-        token_ids = token_ids.to(self.device)
-        outputs = []
-        for each in self._by_pass(token_ids, segments):
-            outputs.append(self._pass(each)[: len(each.rows) - each.pads])
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return self.run(token_ids.to(self.device), segments)
 
     @torch.inference_mode()
     def run(self, rows: Tensor, segments: Sequence[Segment]) -> Tensor:
@@ -186,10 +182,10 @@ class SpanModel:
         if not part.units:
             return self.packs_sessions and not group[-1].units
         is_single = part.units == group[-1].units == (1,)
-        return is_single and len(group) < ROWS and self._groups_agree
+        return is_single and len(group) < ROWS and self.groups_agree
 
     def _make_pass(self, rows: Tensor, group: list[Segment]) -> Pass:
-        if group[0].units == (1,) and self._groups_agree:
+        if group[0].units == (1,) and self.groups_agree:
             return fill_up(rows, group, self._nowhere)
         return Pass(rows.clone() if group[0].units else rows, group)
 
@@ -198,7 +194,8 @@ class SpanModel:
         return self.new_kv()
 
     @functools.cached_property
-    def _groups_agree(self) -> bool:
+    @torch.inference_mode()
+    def groups_agree(self) -> bool:
         """Whether single rows of exact sessions may share a group; tried when the first come."""
         packs = self.packs_sessions and not self.keeps_states and not self._keeping.expands
         if not packs or self.neurons is not None or self.stream is not None:

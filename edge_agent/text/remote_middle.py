@@ -32,12 +32,12 @@ from common.errors import (
 )
 from common.protocol.messages import BOUNDARY, PROMPT, Need, Opening, StepReply
 from common.security.sealing import draw_key, seal
-from common.settings import MAX_ATTEMPTS
+from common.settings import MAX_ATTEMPTS, MAX_EXACT_PARTS
 from common.spans.cut import Span, read_span
 from edge_agent.engine.exchange import Answered, Ask
 from edge_agent.engine.session_asks import SessionAsks
 from edge_agent.text.ends import ModelEnds
-from edge_agent.text.replay_log import EXACT_PARTS, MAX_PARTS, Encoded, ReplayLog, parts_of
+from edge_agent.text.replay_log import MAX_PARTS, Encoded, ReplayLog, parts_of
 from edge_agent.text.session_settings import SessionSettings, check_route
 from edge_agent.text.stats import GenerationStats
 from edge_agent.text.work import (
@@ -99,7 +99,7 @@ class RemoteMiddle:
         self._ends = ends
         self._settings = settings
         self._names = settings.codecs
-        self._most_parts = EXACT_PARTS if settings.exact else MAX_PARTS  # of a step
+        self._most_parts = MAX_EXACT_PARTS if settings.exact else MAX_PARTS  # of a step
         self._up = [make_codec(name, "up", calibration) for name in self._names]
         self._down = [make_codec(name, "down", calibration) for name in self._names]
         needed = any(codec.spec.needs_calibration for codec in self._up)

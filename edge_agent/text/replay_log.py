@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from common.protocol.messages import BOUNDARY, Part
 
 MAX_PARTS = 256  # of one step
-EXACT_PARTS = 32  # of an exact session's, each of which takes as long as a step of one row
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,14 +17,12 @@ import socket as host_info
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import zmq
-
 from cloud_worker.loop.batcher import Task, make_session_key
-from cloud_worker.loop.heartbeat import UNSENT_LIMIT, Heartbeat
+from cloud_worker.loop.broker_links import BrokerLinks
 from cloud_worker.loop.metrics import list_families
 from cloud_worker.loop.outbox import Outbox
 from cloud_worker.loop.stage_service import StageService
@@ -32,19 +30,17 @@ from cloud_worker.loop.time_shares import TimeShares
 from cloud_worker.state.blobs import item_keys
 from cloud_worker.state.store import KvStore
 from common.console.log_limit import LogLimit
-from common.errors import CheckpointError, ProtocolError, SettingsError, StoreUnavailable
+from common.errors import CheckpointError, ProtocolError, StoreUnavailable
 from common.metrics.page import MetricsPage
 from common.protocol.messages import (
     Alive,
     Announce,
     CancelStep,
     Dispatch,
-    Drain,
     DrainAccepted,
     EndSession,
     ImageOpening,
     Joined,
-    Leave,
     Message,
     Need,
     NotJoined,
@@ -55,9 +51,7 @@ from common.protocol.messages import (
     StepKey,
     StepReply,
 )
-from common.protocol.sockets import Context, connect_dealer, has_message, receive_frames
-from common.protocol.spinning import SpinningPoller
-from common.protocol.wire import check_frames, decode_header, encode_header, is_of_other_protocol
+from common.protocol.wire import check_frames, decode_header, is_of_other_protocol
 from common.security.keys import ClientKeys
 from common.settings import HEARTBEAT_S
 
@@ -120,30 +114,14 @@ class Worker:
         self._answered_before: set[bytes] = set()  # in the one before
         self._batch_s = 0.0  # that the last batch took
         self._drain_requested = False
-        self._on_ready = on_ready
-        self._joined: set[int] = set()  # brokers that have taken the announcement
-        self._refusal: SettingsError | None = None
-        self._say_again_at: dict[tuple[int, str], float] = {}
-        self._drain_accepted: set[int] = set()
         self._tidy_at = 0.0
         self._announce_at = 0.0
-        self._unsent = [0] * len(settings.brokers)  # announcements in a row, by broker
         self._failed = 0
         self._complaints = LogLimit(log)
         self._bad_messages = 0
-        self._context: Context = zmq.Context()
-        self._sockets = [
-            connect_dealer(self._context, broker, settings.keys) for broker in settings.brokers
-        ]
-        self._poller = SpinningPoller(settings.spin_s)
-        self._gatherer = zmq.Poller()  # of steps, not of what the store says
-        for socket in self._sockets:
-            self._poller.register(socket, zmq.POLLIN)
-            self._gatherer.register(socket, zmq.POLLIN)
-        self._polled_store_fd: int | None = None
-        self._heartbeat = Heartbeat(
-            self._context, settings.brokers, Alive(self.worker_id, self._pulse),
-            settings.heartbeat_s, settings.keys,
+        self._links = BrokerLinks(
+            settings.brokers, settings.keys, settings.spin_s, Alive(self.worker_id, self._pulse),
+            settings.heartbeat_s, on_ready,
         )  # fmt: skip
 
     @property
@@ -175,7 +153,7 @@ class Worker:
         )
 
     def _publish(self, page: MetricsPage) -> None:
-        why_not_ready = "" if self._joined else "no broker has taken it yet"
+        why_not_ready = "" if self._links.has_joined() else "no broker has taken it yet"
         if self._drain_requested:
             why_not_ready = "it is draining"
         events = {"failed": self._failed, "bad_messages": self._bad_messages}
@@ -195,23 +173,20 @@ class Worker:
         unfit = ""
         for service in self._services.values():
             self._prove_ready(service)
-        self._heartbeat.start()
+        self._links.start()
         try:
             while not self._drain_requested:
                 self._turn(IDLE_POLL_S)
-                if self._refusal is not None:
-                    raise self._refusal
+                if self._links.refusal is not None:
+                    raise self._links.refusal
                 unfit = self._find_unfit()
                 self._drain_requested |= bool(unfit)
             self._drain()
             if unfit:
                 raise CheckpointError(unfit)
         finally:
-            self._heartbeat.stop()
-            for index in range(len(self._sockets)):
-                self._send(index, Leave(self.worker_id))
+            self._links.close()
             self._store.close()
-            self._context.destroy(linger=1000)
 
     def _find_unfit(self) -> str:
         """Of the first service that can compute no step any more, which and why."""
@@ -239,9 +214,8 @@ class Worker:
         give_up_at = time.monotonic() + DRAIN_LIMIT_S
         while time.monotonic() < give_up_at:
             self._turn(0.01)
-            gone = {index for index, count in enumerate(self._unsent) if count > 2}
-            accepted = self._joined <= self._drain_accepted | gone
-            if accepted and all(service.is_settled() for service in self._services.values()):
+            is_settled = all(service.is_settled() for service in self._services.values())
+            if is_settled and self._links.have_let_go():
                 return
         log.warning("gave up draining after %s s", DRAIN_LIMIT_S)
 
@@ -251,13 +225,13 @@ class Worker:
         now = time.monotonic()
         if now >= self._announce_at:
             self._announce_at = now + self._settings.heartbeat_s
-            self._announce()
+            self._links.announce(self._describe())
         services = self._services.values()
         if any(service.has_batch() for service in services):
             wait_s = HELD_BACK_POLL_S if self._held_back else 0.0
         elif self._when_answered:
             wait_s = ANSWERS_GO_S
-        self._wait(wait_s)
+        self._links.wait(wait_s, self._store)
         while self._when_answered:
             self._guard(self._when_answered.popleft())
         self._receive()
@@ -286,7 +260,7 @@ class Worker:
         quiet_ms = math.ceil(1000 * max(QUIET_S, QUIET_PART * self._batch_s))
         until = time.monotonic() + max(GATHER_S, GATHER_PART * self._batch_s)
         while 0 < (ready := self._count_ready()) < expected and time.monotonic() < until:
-            self._gatherer.poll(quiet_ms)
+            self._links.wait_for_steps(quiet_ms)
             self._receive()
             if self._count_ready() <= ready:
                 return
@@ -317,55 +291,8 @@ class Worker:
         except Exception:
             log.exception("a service failed")
 
-    def _announce(self) -> None:
-        """Tell all brokers what there is here, over the connections that take the steps."""
-        for index in range(len(self._sockets)):
-            if self._send(index, self._describe()):
-                self._unsent[index] = 0
-            else:
-                self._unsent[index] += 1
-                self._connect_anew(index)
-            if self._drain_requested and index not in self._drain_accepted:
-                self._send(index, Drain(self.worker_id))
-
-    def _connect_anew(self, index: int) -> None:
-        """ZeroMQ gives a broker up that has refused our key once; we do not."""
-        if self._unsent[index] % UNSENT_LIMIT:
-            return
-        endpoint = self._settings.brokers[index]
-        if self._unsent[index] == UNSENT_LIMIT:
-            log.warning(
-                "the broker at %s is not there, or refuses this worker's key (admit it there with "
-                "`midspan keys authorize --as worker`); trying again", endpoint,
-            )  # fmt: skip
-        with contextlib.suppress(zmq.ZMQError):
-            self._sockets[index].disconnect(endpoint)
-        self._sockets[index].connect(endpoint)
-
-    def _send(self, index: int, message: Message, *bodies: bytes) -> bool:
-        """To one broker. What cannot be sent now is dropped: the edge will ask again."""
-        try:
-            self._sockets[index].send_multipart([encode_header(message), *bodies], zmq.NOBLOCK)
-        except zmq.Again:
-            log.debug("no broker takes a %s", message.kind)
-            return False
-        return True
-
-    def _wait(self, wait_s: float) -> None:
-        store_fd = self._store.fileno()
-        if store_fd != self._polled_store_fd:  # the store has connected anew
-            if self._polled_store_fd is not None:
-                self._poller.unregister(self._polled_store_fd)
-            if store_fd is not None:
-                self._poller.register(store_fd, zmq.POLLIN)
-            self._polled_store_fd = store_fd
-        if store_fd is not None:
-            waits_to_send = zmq.POLLOUT if self._store.is_sending() else 0
-            self._poller.modify(store_fd, zmq.POLLIN | waits_to_send)
-        self._poller.poll(round(wait_s * 1000))
-
     def _receive(self) -> None:
-        for source, frames in self._read_sockets():
+        for source, frames in self._links.read():
             self._inbox.append((source, frames))
         while self._inbox:
             source, frames = self._inbox.popleft()
@@ -375,14 +302,8 @@ class Worker:
             except ProtocolError as error:
                 self._bad_messages += 1
                 self._complaints.warning("dropped a message: %s", error)
-                if source not in self._joined and is_of_other_protocol(frames[0]):
-                    broker = self._settings.brokers[source]
-                    self._refusal = SettingsError(f"the broker at {broker} says: {error}")
-
-    def _read_sockets(self) -> Iterator[tuple[int, list[bytes]]]:
-        for source, socket in enumerate(self._sockets):
-            while has_message(socket):
-                yield source, receive_frames(socket)
+                if is_of_other_protocol(frames[0]):
+                    self._links.on_other_protocol(source, str(error))
 
     def _on_message(self, source: int, message: Message, frames: list[bytes]) -> None:
         if isinstance(message, Dispatch):
@@ -395,15 +316,13 @@ class Worker:
             for (_, part), service in self._services.items():
                 session_key = make_session_key(message.session_id, message.owner, part)
                 service.on_cancel(session_key, message.key)
-            self._send(source, StepDropped(*message.key, message.attempt, self.worker_id))
+            self._links.send(source, StepDropped(*message.key, message.attempt, self.worker_id))
         elif isinstance(message, DrainAccepted):
-            self._drain_accepted.add(source)
+            self._links.on_drain_accepted(source)
         elif isinstance(message, Joined):
-            if source not in self._joined:
-                self._joined.add(source)
-                self._on_ready(self._settings.brokers[source])
+            self._links.on_joined(source)
         elif isinstance(message, NotJoined):
-            self._on_not_joined(source, message)
+            self._links.on_not_joined(source, message)
         else:
             raise ProtocolError(f"a broker may not send {message.kind!r}")
 
@@ -415,19 +334,6 @@ class Worker:
         if not services:  # nor do we know whether it was text or an image
             for key in (session_key, *item_keys(session_key)):
                 self._store.begin_delete(key)
-
-    def _on_not_joined(self, source: int, message: NotJoined) -> None:
-        broker = self._settings.brokers[source]
-        if message.is_final and source not in self._joined:
-            self._refusal = SettingsError(f"--broker {broker}: {message.reason}")
-            return
-        now = time.monotonic()  # what is in the way may go
-        if now >= self._say_again_at.get((source, message.reason), 0.0):
-            self._say_again_at[source, message.reason] = now + SAY_AGAIN_S
-            log.warning(
-                "the broker at %s does not take this worker: %s (trying again until then)",
-                broker, message.reason,
-            )  # fmt: skip
 
     def _on_dispatch(self, source: int, dispatch: Dispatch, frames: list[bytes]) -> None:
         if len(frames) != 4:
@@ -461,8 +367,8 @@ class Worker:
     def answer(self, task: Task, message: StepReply | Need, *bodies: bytes) -> None:
         """Answer a step to the broker that it came from."""
         self._answered.add(task.session_key)
-        self._poller.expect()
-        self._send(task.source, message, *bodies)
+        self._links.expect()
+        self._links.send(task.source, message, *bodies)
 
     def fail(self, task: Task, reason: str) -> None:
         """Say that a step could not be computed here."""
@@ -471,11 +377,11 @@ class Worker:
     def _fail(self, source: int, key: StepKey, attempt: int, reason: str) -> None:
         self._failed += 1
         self._complaints.warning("step failed: %s", reason)
-        self._send(source, StepFailed(*key, attempt, self.worker_id, reason[:1000]))
+        self._links.send(source, StepFailed(*key, attempt, self.worker_id, reason[:1000]))
 
     def drop(self, task: Task) -> None:
         """Say that a step is not computed here: nobody waits for it."""
-        self._send(task.source, StepDropped(*task.step.key, task.attempt, self.worker_id))
+        self._links.send(task.source, StepDropped(*task.step.key, task.attempt, self.worker_id))
 
     def when_answered(self, work: Callable[[], None]) -> None:
         """Do something before the next steps are read, but let the answers go first."""
@@ -483,7 +389,7 @@ class Worker:
 
     def is_cancelled(self, task: Task) -> bool:
         """Whether a broker has cancelled a step since this worker began to compute."""
-        for source, frames in self._read_sockets():
+        for source, frames in self._links.read():
             self._inbox.append((source, frames))
             with contextlib.suppress(ProtocolError):
                 message = decode_header(frames[0])

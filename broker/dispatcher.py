@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
 from broker.actions import (
@@ -25,6 +25,8 @@ from broker.records import SEND_AGAIN_S, SessionRecord, StepRecord
 from common.protocol.messages import (
     StepKey,
 )
+
+Tell = Callable[[StepRecord], Action]  # what becomes of a step
 
 
 class Dispatcher:
@@ -121,24 +123,43 @@ class Dispatcher:
     def refuse(
         self, record: StepRecord, code: str, reason: str, detour: Sequence[str] = ()
     ) -> list[Action]:
-        self._counters["refused"] += 1
-        refusal = Refuse(record.edge.address, record.step.key, code, reason, detour)
-        return [*self.remove(record), refusal]
+        """Tell the edge that a step will not be computed, and none that is held behind it."""
 
-    def remove(self, record: StepRecord) -> list[Action]:
-        """A step will not be answered, nor will those that are held behind it."""
+        def tell(each: StepRecord) -> Refuse:
+            self._counters["refused"] += 1
+            why = reason if each is record else f"it goes on from a step that is refused: {reason}"
+            return Refuse(each.edge.address, each.step.key, code, why, detour)
+
+        return self.remove(record, tell)
+
+    def remove(self, record: StepRecord, tell: Tell | None = None) -> list[Action]:
+        """A step will not be answered, nor will those that are held behind it.
+
+        The edge is told of each in the order that it sent them, unless it does not wait for them.
+        """
         behind = self._book.drop_record(record)
         if record.worker is None:
             self.take_from_queue(record)
-        actions = [Forget(record.step.key), *self.cancel_at_all(record)]
-        return actions + self.remove_held(behind)
+        told = [tell(record)] if tell is not None else []
+        actions = [Forget(record.step.key), *self.cancel_at_all(record), *told]
+        return actions + self.remove_held(record, behind, tell)
 
-    def remove_held(self, records: Iterable[StepRecord]) -> list[Action]:
-        """Steps that would go on from one that is not answered; nobody has them yet."""
+    def remove_held(
+        self, before: StepRecord, held: Iterable[StepRecord], tell: Tell | None
+    ) -> list[Action]:
+        """Steps that would go on from one that is not answered; nobody has them yet.
+
+        That one may come again, for it is as if they had not been sent.
+        """
         actions: list[Action] = []
-        for record in records:
+        for record in held:
             self._book.drop_record(record)
             actions.append(Forget(record.step.key))
+            if tell is not None:
+                actions.append(tell(record))
+        session = self._sessions.get(before.step.session_id)
+        if session is not None:
+            session.newest = before.step.key
         return actions
 
     def route_next(self, session: SessionRecord, now: float) -> list[Action]:

@@ -402,7 +402,7 @@ class BrokerState:
             behind = self._book.drop_record(record)
             actions = [Answer(record.edge.address, answer.key), Forget(answer.key), *cancelled]
             if isinstance(answer, Need):  # the edge begins anew, at what is lacking
-                actions += self._dispatcher.remove_held(behind)
+                actions += self._dispatcher.remove_held(record, behind, _tell_overtaken)
             else:
                 actions += self._dispatcher.route_next(session, now)
         return [*actions, *self._dispatcher.dispatch_to(worker, now)]
@@ -457,8 +457,8 @@ class BrokerState:
         if record is None or record.late_on.pop(dropped.worker_id, None) is not None:
             return self._dispatcher.dispatch_to(worker, now)
         # a newer step of the session reached it by another broker
-        behind = self._book.drop_record(record)
-        gone = [Forget(dropped.key), *self._dispatcher.remove_held(behind)]
+        record.worker = None
+        gone = self._dispatcher.remove(record, _tell_overtaken)
         return [*gone, *self._dispatcher.dispatch_to(worker, now)]
 
     def on_failed(self, failed: StepFailed, now: float) -> list[Action]:
@@ -494,8 +494,8 @@ class BrokerState:
         session.suspect = Suspect(record.step.key, hop, before.name)
         del session.workers[hop]
         note = f"nobody could use what worker {before.name} has computed; asking for the step again"
-        asked = AskStep(record.edge.address, record.step.key)
-        return [Note(note, is_warning=True), *self._dispatcher.remove(record), asked]
+        gone = self._dispatcher.remove(record, lambda r: AskStep(r.edge.address, r.step.key))
+        return [Note(note, is_warning=True), *gone]
 
     def on_drain(self, worker_id: str, peer: Peer, now: float) -> list[Action]:
         """A worker wants to leave: it gets nothing new."""
@@ -659,6 +659,12 @@ class BrokerState:
         if record is None or is_current or record.worker is not worker:
             worker.drop(key)
         return record if is_current else None
+
+
+def _tell_overtaken(record: StepRecord) -> Refuse:
+    """A step will not be computed: another one comes instead of it, or did."""
+    why = "a newer step of this session has arrived, or is asked for"
+    return Refuse(record.edge.address, record.step.key, "stale", why)
 
 
 def _is_alike(opening: AnyOpening, other: AnyOpening) -> bool:

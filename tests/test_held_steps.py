@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+
+import pytest
+import zmq
 from msgspec import structs
 from test_broker_state import (
     EDGE,
@@ -18,6 +23,7 @@ from test_broker_state import (
 from broker.actions import (
     Action,
     Answer,
+    AskStep,
     Cancel,
     Dispatched,
     Forget,
@@ -25,8 +31,25 @@ from broker.actions import (
     TellBusy,
     TellPending,
 )  # fmt: skip
+from broker.server import BrokerServer
 from broker.state import MAX_HELD, BrokerState
-from common.protocol.messages import Announce, AskAgain, Need, Service, Step, StepDropped
+from common.protocol.messages import (
+    Announce,
+    AskAgain,
+    Dispatch,
+    Message,
+    Need,
+    Service,
+    Step,
+    StepDropped,
+    StepFailed,
+    StepPending,
+    StepRefused,
+)
+from common.protocol.sockets import Context, connect_dealer
+from common.protocol.wire import decode_header, encode_header
+
+OVERTAKEN = "a newer step of this session has arrived, or is asked for"
 
 
 def following(count: int) -> list[Step]:
@@ -69,9 +92,51 @@ def test_what_goes_on_from_a_step_that_lacks_rows_is_forgotten() -> None:
     bring(state, steps)
     need = Need(*steps[0].key, 1, 0, [], "w1")
     assert state.on_answer(need, now=0.2) == [
-        Answer(EDGE.address, steps[0].key), *(Forget(step.key) for step in steps),
+        Answer(EDGE.address, steps[0].key), Forget(steps[0].key),
+        Forget(steps[1].key), Refuse(EDGE.address, steps[1].key, "stale", OVERTAKEN),
+        Forget(steps[2].key), Refuse(EDGE.address, steps[2].key, "stale", OVERTAKEN),
     ]  # fmt: skip
     assert state.steps == {}
+
+
+def test_what_goes_on_from_a_step_that_failed_is_refused_behind_it() -> None:
+    state = make_state("w1", max_attempts=1)
+    steps = following(3)
+    bring(state, steps)
+    actions = state.on_failed(StepFailed(*steps[0].key, 1, "w1", "boom"), now=0.2)
+    refused = [action for action in actions if isinstance(action, Refuse)]
+    assert [action.key for action in refused] == [step.key for step in steps]
+    assert {action.code for action in refused} == {"failed"}
+    first, *others = (action.reason for action in refused)
+    assert others == [f"it goes on from a step that is refused: {first}"] * 2
+    assert state.counters["refused"] == 3
+
+
+def test_a_refused_step_may_come_again_with_those_behind_it() -> None:
+    state = make_state("w1", max_attempts=1)
+    steps = following(3)
+    bring(state, steps)
+    state.on_failed(StepFailed(*steps[0].key, 1, "w1", "boom"), now=0.2)
+    assert bring(state, steps) == [Dispatched("w1", steps[0].key, 1, 0)]
+    assert [record.is_held for record in state.steps.values()] == [False, True, True]
+
+
+def test_when_a_step_is_asked_for_anew_those_behind_it_are_too() -> None:
+    state = make_state()
+    for name, part in (("a", "2-4"), ("b", "2-4"), ("c", "4-6")):
+        arrive(state, Announce(name, [Service(MODEL, "m", part, 8, "float32")], 4, 100), 0.0)
+    by_two = structs.replace(OPENING, route=["2-4", "4-6"])
+    steps = following(3)
+    for step in steps:
+        state.on_step(step, by_two, EDGE, 12, 0.1)
+    first = steps[0].key
+    state.on_answer(reply("a", steps[0]), 0.2, 12)
+    for attempt in (2, 3, 4):
+        actions = state.on_failed(StepFailed(*first, attempt, "c", "boom"), 0.2)
+    asked = [action for action in actions if isinstance(action, AskStep)]
+    assert asked == [AskStep(EDGE.address, step.key) for step in steps]
+    actions = [action for step in steps for action in state.on_step(step, None, EDGE, 12, 0.25)]
+    assert actions == [Dispatched("b", first, 1, 0)]
 
 
 def test_a_step_that_goes_on_from_none_puts_all_aside() -> None:
@@ -99,7 +164,9 @@ def test_the_end_of_a_session_and_a_step_that_was_dropped_take_those_behind_alon
         if event == "end":
             state.on_end(STEP.session_id, EDGE)
         else:
-            state.on_dropped(StepDropped(*steps[0].key, 1, "w1"), now=0.2)
+            told = state.on_dropped(StepDropped(*steps[0].key, 1, "w1"), now=0.2)
+            refused = [action for action in told if isinstance(action, Refuse)]
+            assert refused == [Refuse(EDGE.address, s.key, "stale", OVERTAKEN) for s in steps]
         assert state.steps == {}
         assert state._ledger.has_room(state._ledger.open(EDGE.account), 12)
 
@@ -139,7 +206,10 @@ def test_a_deadline_of_several_ends_each_once() -> None:
     bring(state, steps)
     arrive(state, announce("w1"), 0.69)
     actions = state.on_tick(0.7)
-    assert [action.code for action in actions if isinstance(action, Refuse)] == ["deadline"]
+    refused = [action for action in actions if isinstance(action, Refuse)]
+    assert [(action.key, action.code) for action in refused] == [
+        (step.key, "deadline") for step in steps
+    ]
     assert {action.key for action in actions if isinstance(action, Forget)} == {
         step.key for step in steps
     }
@@ -173,3 +243,66 @@ def test_a_step_that_opens_the_session_in_another_way_puts_all_aside() -> None:
     state.on_tick(0.7)  # b is silent
     assert list(state.workers) == ["a", "c"]
     state.on_end(third.session_id, EDGE)
+
+
+class Peers:
+    """An edge and a worker without anything behind their sockets, at a broker."""
+
+    def __init__(self, context: Context, broker: BrokerServer) -> None:
+        self.edge = connect_dealer(context, broker.edge_endpoint)
+        self.worker = connect_dealer(context, broker.worker_endpoint)
+        for each in (self.edge, self.worker):
+            each.setsockopt(zmq.RCVTIMEO, 10_000)
+        service = Service(MODEL, "m", OPENING.route[0], 8, "float32")
+        self.worker.send(encode_header(Announce("w1", [service], 4, 100)))
+
+    def send(self, steps: list[Step]) -> None:
+        """All are at the broker, and the first one at the worker, when this returns."""
+        for step in steps:
+            self.edge.send_multipart([encode_header(step), bytes(12), encode_header(OPENING)])
+        while not isinstance(decode_header(self.worker.recv_multipart()[0]), Dispatch):
+            pass
+        self.edge.send(encode_header(AskAgain(*steps[-1].key)))
+        assert self.hear() == StepPending(*steps[-1].key)
+
+    def hear(self) -> Message:
+        """What the edge is told next."""
+        return decode_header(self.edge.recv_multipart()[0])
+
+
+@pytest.fixture
+def peers() -> Iterator[Peers]:
+    broker = BrokerServer("tcp://127.0.0.1:*", "tcp://127.0.0.1:*", silence_s=60, max_attempts=1)
+    thread = threading.Thread(target=broker.run)
+    thread.start()
+    context: Context = zmq.Context()
+    try:
+        yield Peers(context, broker)
+    finally:
+        context.destroy(linger=0)
+        broker.stop()
+        thread.join()
+
+
+WHY_DROPPED = {
+    "a need": (Need(*STEP.key, 1, 0, [], "w1"), "stale"),
+    "a failure": (StepFailed(*STEP.key, 1, "w1", "boom"), "failed"),
+    "an overtaken step": (StepDropped(*STEP.key, 1, "w1"), "stale"),
+    "a deadline": (None, "deadline"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WHY_DROPPED)
+def test_an_edge_hears_of_each_step_that_a_broker_drops(peers: Peers, what: str) -> None:
+    said, code = WHY_DROPPED[what]
+    deadline_ms = 60_000 if said is not None else 1000
+    steps = [structs.replace(step, deadline_ms=deadline_ms) for step in following(3)]
+    peers.send(steps)
+    if said is not None:
+        peers.worker.send(encode_header(said))
+    told = [peers.hear() for _ in steps]
+    if isinstance(said, Need):
+        assert told.pop(0) == said
+        steps.pop(0)
+    assert all(isinstance(each, StepRefused) for each in told)
+    assert [(each.key, each.code) for each in told] == [(s.key, code) for s in steps]

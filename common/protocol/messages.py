@@ -232,7 +232,10 @@ class StepPending(OfStep, frozen=True, tag=f"pending/{PROTOCOL}"):
 
 
 class StepRefused(OfStep, frozen=True, tag=f"refused/{PROTOCOL}"):
-    """The step will not be computed. `code` is no_worker, failed, deadline or invalid.
+    """The step will not be computed. `code` is no_worker, failed, deadline, invalid or stale.
+
+    Steps that go on from one that is refused are refused as well, each by itself. Those that go on
+    from one for which a worker has a Need are stale, as any is that a newer one has overtaken.
 
     When nobody serves a part of the session's route, others may be served that make up the same
     layers: that is the `detour`, which a session of another id may take.

@@ -5,12 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 MAX_REASON = 300  # characters
+UNREADABLE: dict[type[Exception], str] = {
+    FileNotFoundError: "there is no such file",
+    IsADirectoryError: "it is a directory",
+    NotADirectoryError: "its path leads through a file",
+    PermissionError: "this user may not read it",
+}
 
 
 def in_one_line(error: BaseException) -> str:
     """What another library's error says, on one line of bounded length; its class if nothing."""
     words = " ".join(str(error).split()) or type(error).__name__
     return words if len(words) <= MAX_REASON else words[:MAX_REASON] + " …"
+
+
+def why_unreadable(error: Exception) -> str:
+    """Why a file that somebody named could not be read, in their words: "it is a directory"."""
+    if isinstance(error, UnicodeDecodeError):
+        byte = error.object[error.start]
+        return f"it is no text in UTF-8, byte {error.start} is 0x{byte:02x}"
+    for kind, words in UNREADABLE.items():
+        if isinstance(error, kind):
+            return words
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return in_one_line(error)
 
 
 class MidspanError(Exception):

@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from common.console.renamed import old_spellings
-from common.errors import SettingsError
+from common.errors import SettingsError, why_unreadable
 
 CONFIG = "MIDSPAN_CONFIG"  # names another file
 DEFAULT = Path("~/.midspan/config.toml")
@@ -54,7 +54,7 @@ def read_config() -> dict[str, Any]:
             raise SettingsError(f"{CONFIG} names {path}, which is not there") from error
         return {}
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} cannot be read: {error}") from error
+        raise SettingsError(f"{path} cannot be read: {why_unreadable(error)}") from error
 
 
 def check_names(config: Mapping[str, Any], commands: Iterable[str]) -> None:

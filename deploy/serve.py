@@ -16,6 +16,7 @@ import click
 from click.core import ParameterSource
 
 from common.adapters.choice import check_used, check_weights, parse_choices
+from common.console.inputs import read_text
 from common.console.neuron_options import NeuronOptions, neuron_options
 from common.console.option_types import COUNT, WorkerRange
 from common.console.options import (
@@ -43,7 +44,7 @@ from common.weights.model_files import read_model_config
 from edge_agent.commands.codec_options import CodecChoice, codec_options
 from edge_agent.commands.connection_options import SERVED, Connection, connection_options
 from edge_agent.commands.draft_options import DraftChoice, draft_options
-from edge_agent.commands.prompts import read_file, read_template
+from edge_agent.commands.prompts import read_template
 from edge_agent.commands.question import describe_route, describe_source
 from edge_agent.commands.run_options import (
     encrypt_option,
@@ -181,6 +182,7 @@ def serve(
     """
     logs.set_up()
     api_keys = address.read_keys()
+    neurons.check_files()
     template = read_template(chat_template) if chat_template else None
     if model_name is None and image_model is None:
         image_model = DEMO_IMAGE_MODEL
@@ -245,8 +247,8 @@ def serve(
                 step_deadline_s=timeout_s, draft_tokens=drafts.draft_tokens, exact=exact
             ),
             bounds=Bounds(max_sessions, max_waiting, keep_chats),
-            calibration=codecs.find_calibration(*cuts), choose_cut=choice, drafters=drafts.open(),
-            template=template,
+            calibration=codecs.find_calibration(*cuts), choose_cut=choice,
+            drafters=drafts.open(*cuts), template=template,
             image_model=images, image_loras=image_choices, image_weights=image_weights,
             api_keys=api_keys,
         )  # fmt: skip
@@ -326,7 +328,7 @@ def check_own_pool() -> None:
 
 def read_key_file(path: Path) -> list[str]:
     """The lines of a file that are not empty. Raises SettingsError."""
-    lines = [line.strip() for line in read_file(path, "--api-key-file").splitlines()]
+    lines = [line.strip() for line in read_text(path, "--api-key-file").splitlines()]
     keys = [line for line in lines if line]
     if not keys:
         raise SettingsError(f"--api-key-file {path} has no key in it")

@@ -112,6 +112,7 @@ def up(
     check_used(loras, model, "--lora", "--model")
     neurons.check_used(model)
     neurons.read()
+    neurons.check_files()
     check_used(image_loras, image_model, "--image-lora", "--image-model")
     parse_choices((*loras, *image_loras))  # complains now, if ever
     spinning = ["--spin-us", str(spin_us)] if spin_us else []

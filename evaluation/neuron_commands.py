@@ -43,6 +43,7 @@ def _prepare(model: str, neurons: NeuronOptions) -> Path:
     from common.weights.demo_model import find_model
 
     neurons.read()
+    neurons.check_files()
     directory = find_model(model)
     set_up_torch(1)
     return directory

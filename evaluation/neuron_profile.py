@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.console.inputs import read_text
 from common.errors import SettingsError
 from common.neurons.lists import NeuronLists
 from common.neurons.matrices import find_mlp
@@ -111,10 +112,7 @@ def split_texts(
 
     Raises SettingsError for a file that has none.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"--text {path} cannot be read: {error}") from error
+    text = read_text(path, "--text")
     parts = text.split("\n\n") if documents else [text]
     texts, left = [], most_tokens
     for part in filter(str.strip, parts):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from common.console.inputs import check_file
 from common.console.neuron_options import (
     NeuronOptions,
     base_option,
@@ -143,9 +144,7 @@ def show(files: tuple[Path, ...], as_json: bool) -> None:
     layer's neurons. What two lists share is said of as many of each; of random ones the tenth
     shares a tenth.
     """
-    from common.neurons.lists import read_lists
-
-    lists = [read_lists(path) for path in files]
+    lists = [_read(path) for path in files]
     figures = describe(lists)
     if as_json:
         click.echo(json.dumps(figures))
@@ -154,6 +153,13 @@ def show(files: tuple[Path, ...], as_json: bool) -> None:
     for name, layers in figures.items():
         rows = [[f"{number}", *map(_format_share, each)] for number, each in enumerate(layers)]
         click.echo(f"{name}\n{format_table(headers, rows)}\n")
+
+
+def _read(path: Path) -> NeuronLists:
+    from common.neurons.lists import read_lists
+
+    check_file(path, "the list")
+    return read_lists(path)
 
 
 def _format_share(value: float | None) -> str:
@@ -208,11 +214,10 @@ def overlap(one: Any, other: Any, share: float) -> float | None:
 )  # fmt: skip
 def mask(files: tuple[Path, ...], output: Path) -> None:
     """Draw which neurons FILES list first, how much of the activity they have, what they share."""
-    from common.neurons.lists import read_lists
     from evaluation.neuron_picture import draw_lists_picture
 
     check_writable(output)
-    lists = [read_lists(path) for path in files]
+    lists = [_read(path) for path in files]
     check_alike(lists)
     draw_lists_picture(lists, output)
     click.echo(f"{output}")
@@ -261,6 +266,8 @@ def quality(
     from common.weights.demo_model import find_model
     from edge_agent.text.tokenizer import TextTokenizer
 
+    for path in files:
+        check_file(path, "the list")
     settings = NeuronOptions(
         files, loaded, base, min(loaded, 0.4), token_sparsity, neuron_layers=neuron_layers
     ).read()

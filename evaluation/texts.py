@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from common.console.inputs import read_text
 from common.errors import SettingsError
 from edge_agent.text.tokenizer import TextTokenizer
 
@@ -16,7 +17,7 @@ def read_tokens(
     With `documents`, blank lines separate documents, which are joined by the tokenizer's end and
     beginning tokens, as texts are packed in training. Raises SettingsError for a text too short.
     """
-    text = read_text(path)
+    text = read_text(path, "--text")
     if documents:
         ids = []
         for document in _split_documents(text):
@@ -37,7 +38,7 @@ def read_prompts(
     With `documents` each is the beginning of one, else they follow on each other, each with the
     mark that begins a text, if the tokenizer sets one. Raises SettingsError.
     """
-    text = read_text(path)
+    text = read_text(path, "--text")
     if documents:
         prompts = [tokenizer.encode(document)[:length] for document in _split_documents(text)]
     else:
@@ -51,18 +52,11 @@ def read_prompts(
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a text that are not empty; at least one. Raises SettingsError."""
-    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    text = read_text(path, "--text")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise SettingsError(f"--text {path} has no lines; expected a prompt on each")
     return lines
-
-
-def read_text(path: Path) -> str:
-    """Raises SettingsError."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"--text {path} cannot be read: {error}") from error
 
 
 def _split_documents(text: str) -> list[str]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.console.inputs import read_text
 from common.errors import SettingsError
 
 MAX_TOKENS = 1 << 20
@@ -79,10 +80,7 @@ def read_trace(path: Path) -> list[Request]:
 
     Raises SettingsError for a line that is none.
     """
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"--trace {path} cannot be read: {error}") from error
+    lines = read_text(path, "--trace").splitlines()
     requests = [
         _read_line(line, f"--trace {path}, line {number}")
         for number, line in enumerate(lines, start=1)

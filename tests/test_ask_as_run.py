@@ -69,7 +69,7 @@ def test_another_tokenizer_is_taken_for_the_models(pool: LocalPool, tmp_path: Pa
     answer = ask(pool, "abc", "-z", str(tmp_path / "tok.bin"), "-n", "1")
     assert answer["stats"]["prompt_tokens"] == 5  # the beginning, a space and three bytes
     line = error_line("ask", "abc", "-z", "nothing", "--broker", pool.edge_endpoint)
-    assert "--tokenizer nothing is no file" in line
+    assert "--tokenizer nothing cannot be read: there is no such file" in line
     line = error_line(
         "ask", "abc", "-z", str(tmp_path / "tok.bin"), "-y", "x", "--broker", pool.edge_endpoint
     )

@@ -370,6 +370,8 @@ def test_a_zstd_body_that_lies_about_its_size_allocates_nothing() -> None:
     [
         ("int9", "'int9' is unknown; known are fp32, fp16, bf16, int8, compact, smallest"),
         ("", "is unknown"),
+        ("nosuch", "auto for a session, and topK for the way down with --span A:"),
+        ("auto", "here a codec itself is expected"),
         ("int8:row", "'row' is not known; expected token, tensor, channel"),
         ("int8:group", "group needs a size"),
         ("int8:group:\u00b2", "group needs a size"),

@@ -203,7 +203,9 @@ def test_options_of_a_first_picture_that_mean_nothing_are_named(tmp_path: Path) 
     assert "--strength is how much of --init-image" in error_line("image", "x", "--strength", "0.5")
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    assert f"--init-image {pipe} is no file" in error_line("image", "x", "--init-image", str(pipe))
+    assert f"--init-image {pipe} cannot be read: it is no file" in error_line(
+        "image", "x", "--init-image", str(pipe)
+    )
 
 
 def test_the_command_begins_with_a_picture_and_says_so_in_the_file(
@@ -225,7 +227,7 @@ def test_the_command_begins_with_a_picture_and_says_so_in_the_file(
     assert len(said["init_image"]) == 16
     none = CliRunner().invoke(midspan, ["image", "x", "--init-image", str(tmp_path / "none.png")])
     assert none.exit_code == 1
-    assert "none.png cannot be read as a picture" in none.output
+    assert "none.png cannot be read: there is no such file" in none.output
 
 
 # --- refiners

@@ -282,8 +282,8 @@ def test_ask_and_score_take_neurons(pool: LocalPool, options: list[str]) -> None
     [
         (["ask", "hi", "--loaded", "0.5"], "--loaded 0.5 would do nothing: name lists with"),
         (["ask", "hi", "--neurons", "/nothing", "--neuron-layers", "3"], "expected START:END"),
-        (["up", "--neurons", "/nothing"], "/nothing cannot be read as lists"),
-        (["chat", "--neurons", "/nothing"], "--neurons /nothing is no file"),
+        (["up", "--neurons", "/nothing"], "--neurons /nothing cannot be read: there"),
+        (["chat", "--neurons", "/nothing"], "--neurons /nothing cannot be read: there"),
         (["worker", "--image-model", "landscapes-sdxl", "--neurons", "/x"], "name it: --model"),
         (["ask", "hi", "--neurons", "/x", "--sparsity", "0"], "0.0 is not in the range 0<x<=1"),
         (["score", "a", "--option", "b", "--neurons", "/x", "--base", "0.9"], "more than --loaded"),

@@ -212,7 +212,7 @@ def test_the_command_takes_a_file_and_asks_for_the_rest(
         (["--image-model", str(weights)], "is one file: give it as --image-weights"),
         (
             ["--image-model", str(bare), "--image-weights", "none"],
-            "--image-weights none is no file",
+            "--image-weights none cannot be read: there is no such file",
         ),
     ):
         done = CliRunner().invoke(midspan, ["worker", *options])

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.console.inputs import check_file
 from common.errors import SettingsError
 
 MAX_SCALE = 1000
@@ -44,8 +45,7 @@ def check_weights(weights: Path | None, model: object) -> None:
             "--image-weights has weights only; give --image-model, a directory in diffusers format "
             "with configurations and tokenizers"
         )
-    if not weights.is_file():
-        raise SettingsError(f"--image-weights {weights} is no file")
+    check_file(weights, "--image-weights")
 
 
 def parse_choice(text: str) -> LoraChoice:

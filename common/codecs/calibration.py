@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from common.errors import CheckpointError
+from common.errors import CheckpointError, why_unreadable
 
 TENSORS_FILE, RECORD_FILE = "calibration.safetensors", "calibration.json"
 BUDGET = "smallest.budget"
@@ -172,6 +172,11 @@ def save_calibration(calibration: Calibration, directory: Path) -> str:
 
 def load_calibration(directory: Path) -> Calibration:
     """Read what `save_calibration` wrote. Raises CheckpointError if it is missing or broken."""
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{directory} holds no usable calibration: it is no directory; midspan calibrate "
+            "makes one"
+        )
     try:
         record = json.loads((directory / RECORD_FILE).read_text())
         data = (directory / TENSORS_FILE).read_bytes()
@@ -190,7 +195,9 @@ def load_calibration(directory: Path) -> Calibration:
             parts["up"], parts["down"], parts["residual"], predictor, _fingerprint(data), budget,
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
-        raise CheckpointError(f"{directory} holds no usable calibration: {error}") from error
+        name = getattr(error, "filename", None)  # of one of the two files
+        why = f"{Path(name).name}: {why_unreadable(error)}" if name else why_unreadable(error)
+        raise CheckpointError(f"{directory} holds no usable calibration: {why}") from error
     if calibration.fingerprint != record.get("fingerprint"):
         raise CheckpointError(
             f"{directory}: {TENSORS_FILE} has fingerprint {calibration.fingerprint}, "
@@ -226,7 +233,10 @@ def open_calibration(
     Raises CheckpointError when the one that was named is of another model or cut.
     """
     if directory is not None:
-        calibration = load_calibration(directory)
+        try:
+            calibration = load_calibration(directory)
+        except CheckpointError as error:
+            raise CheckpointError(f"--calibration {error}") from error
         if (calibration.model, calibration.span) != (model, span):
             first, last = calibration.span
             raise CheckpointError(

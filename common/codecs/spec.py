@@ -126,10 +126,12 @@ def _parse_format(name: str, text: str) -> dict[str, object]:
     match = re.fullmatch(r"fisher([0-9]{0,6}\.?[0-9]{1,9})", text)
     if match and float(match[1]) > 0:
         return {"kind": "fisher", "budget": float(match[1])}
+    if name == AUTO:
+        raise SettingsError("codec 'auto' chooses one by the link; here a codec itself is expected")
     raise SettingsError(
         f"codec {name!r} is unknown; known are fp32, fp16, bf16, int8, compact, smallest, bool, "
-        "fp8-e4m3, fp8-e5m2, and what the grammar allows, for example "
-        "int4:token:affine+hadamard64"
+        "fp8-e4m3, fp8-e5m2, what the grammar allows, as intN:token:affine+hadamard64 with N from "
+        "1 to 8 (docs/codecs.md), auto for a session, and topK for the way down with --span A:"
     )
 
 

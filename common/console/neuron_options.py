@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from common.console.inputs import check_file
 from common.console.option_types import FiniteRange
 from common.console.options import group_options
 from common.errors import SettingsError
@@ -47,6 +48,11 @@ class NeuronOptions:
         )  # fmt: skip
         settings.check()
         return settings
+
+    def check_files(self) -> None:
+        """Raises SettingsError for lists that are not there."""
+        for path in self.neuron_files:
+            check_file(path, "--neurons")
 
     def check_used(self, model: object) -> None:
         """Raises SettingsError for neurons of a model that is not there."""

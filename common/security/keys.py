@@ -25,7 +25,7 @@ import zmq
 import zmq.auth
 from zmq.utils import z85
 
-from common.errors import SettingsError
+from common.errors import SettingsError, why_unreadable
 
 log = logging.getLogger("midspan.keys")
 
@@ -115,12 +115,14 @@ def read_public(path_or_text: str) -> bytes:
 
 def _read(path: Path) -> tuple[bytes, bytes | None]:
     path = path.expanduser()
+    if path.is_dir():
+        raise SettingsError(f"the key {path} cannot be read: it is a directory")
     if not path.is_file():
         raise SettingsError(f"the key {path} does not exist; `midspan keys new NAME` makes one")
     try:
         public, secret = zmq.auth.load_certificate(path)
     except (OSError, ValueError) as error:
-        raise SettingsError(f"the key {path} cannot be read: {error}") from error
+        raise SettingsError(f"the key {path} cannot be read: {why_unreadable(error)}") from error
     for half in (public, secret):
         if half is not None and not is_key(half):
             raise SettingsError(f"the key in {path} is not 40 characters of Z85")

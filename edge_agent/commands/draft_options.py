@@ -10,10 +10,12 @@ import click
 
 from common.console.option_types import COUNT
 from common.console.options import group_options
+from common.errors import MidspanError, SettingsError
 from common.settings import DRAFT_TOKENS
 
 if TYPE_CHECKING:
     from edge_agent.text.drafting.choice import Drafters, Kind
+    from edge_agent.text.ends import ModelEnds
 
 KINDS = ("auto", "off", "lookup", "ngram", "model")
 
@@ -26,13 +28,24 @@ class DraftChoice:
     draft_tokens: int = DRAFT_TOKENS
     keep_outputs: Path | None = None
 
-    def open(self) -> Drafters | None:
-        """What gives sessions their drafters, if any is wanted."""
+    def open(self, *cuts: ModelEnds) -> Drafters | None:
+        """What gives sessions of these cuts their drafters, if any is wanted.
+
+        Raises SettingsError where the kind that was asked for cannot be had.
+        """
         if self.draft == "off":
             return None
         from edge_agent.text.drafting.choice import Drafters
 
-        return Drafters(cast("Kind", self.draft), self.keep_outputs)
+        drafters = Drafters(cast("Kind", self.draft), self.keep_outputs)
+        for ends in cuts if drafters.is_demanded else ():
+            try:
+                drafters.load(ends)
+            except MidspanError as error:
+                raise SettingsError(
+                    f"--draft {self.draft}: {error}; --draft auto goes on without"
+                ) from error
+        return drafters
 
 
 draft_options = group_options(

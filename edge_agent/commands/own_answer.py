@@ -59,9 +59,10 @@ class OwnAnswer:
         span = draw_span(means.span_text, means.span_seed)
         ends = load_ends(means.directory, span, means.dtype, report, means.loras, means.neurons)
         calibration = means.codecs.find_calibration(ends)
+        drafters = means.drafts.open(ends)
         tokenizer = TextTokenizer(means.directory, means.tokenizer)
         generation = Generation(
-            Session(ends, self._client, settings, calibration, means.pool_key, means.drafts.open()),
+            Session(ends, self._client, settings, calibration, means.pool_key, drafters),
             tokenizer,
             encode_question(question, tokenizer),
             question.drawing,

@@ -58,7 +58,7 @@ def open_engine(means: Means) -> Iterator[OwnEngine]:
         calibration=means.codecs.find_calibration(*cuts),
         pool_key=means.pool_key,
         choose_cut=choice,
-        drafters=means.drafts.open(),
+        drafters=means.drafts.open(*cuts),
     ) as engine:
         tokenizer = TextTokenizer(means.directory, means.tokenizer)
         yield OwnEngine(engine, tokenizer, cuts[0].name, choice)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
+from common.console.inputs import check_file
 from common.console.option_types import COUNT, SEED
 from common.console.options import group_options, image_part_option
 from common.diffusion.schedulers import KARRAS, NAMES, OWN, SCHEDULERS
@@ -66,8 +67,7 @@ class Picture:
             if context.get_parameter_source("strength") is ParameterSource.COMMANDLINE:
                 raise SettingsError("--strength is how much of --init-image is done anew; give one")
             return None
-        if self.init_image.exists() and not self.init_image.is_file():
-            raise SettingsError(f"--init-image {self.init_image} is no file")
+        check_file(self.init_image, "--init-image")
         return read_picture(self.init_image, f"--init-image {self.init_image}")
 
     def warn_of_negative(self) -> None:

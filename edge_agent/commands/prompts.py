@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from common.console.inputs import read_text
 from common.errors import SettingsError
 
 
@@ -32,12 +33,4 @@ def check_text(name: str, text: str) -> str:
 
 def read_template(path: Path) -> str:
     """What --chat-template names. Raises SettingsError if it is no text."""
-    return read_file(path, "--chat-template")
-
-
-def read_file(path: Path, option: str) -> str:
-    """The text of a file that an option names. Raises SettingsError, which names the option."""
-    try:
-        return path.expanduser().read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"{option} {path} cannot be read: {error}") from error
+    return read_text(path, "--chat-template")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.adapters.choice import LoraChoice
+from common.console.inputs import check_file
 from common.errors import SettingsError
 from common.neurons.settings import NeuronSettings
 from common.security.keys import ClientKeys
@@ -92,11 +93,10 @@ class Means:
         """
         self.connection.check(self.timeout_s)
         self.codecs.split()
-        if self.tokenizer is not None and not self.tokenizer.is_file():
-            raise SettingsError(f"--tokenizer {self.tokenizer} is no file")
+        if self.tokenizer is not None:
+            check_file(self.tokenizer, "--tokenizer")
         for lists in self.neurons.files if self.neurons else ():
-            if not lists.is_file():
-                raise SettingsError(f"--neurons {lists} is no file")
+            check_file(lists, "--neurons")
         read_model_config(self.directory)
         self.read_spans()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from common.console.inputs import read_text
 from common.errors import SettingsError
 from evaluation.importance.coarse import BY_SIZE
 from evaluation.importance.metrics import METRICS, RANDOM, list_metrics
@@ -82,8 +83,8 @@ def read_channel(text: str) -> tuple[int, str]:
 def read_experiment(path: Path) -> Experiment:
     """Paths in the file are relative to it. Raises SettingsError for what it should not say."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        values = tomllib.loads(read_text(path, "the experiment"))
+    except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{path} cannot be read: {error}") from error
     kinds = {field.name: str(field.type) for field in fields(Experiment)}
     for name, value in values.items():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from common.console.inputs import check_file, read_text
 from common.console.options import calibration_option, new_tokens_option, span_option
 from common.console.outputs import check_writable
 from common.console.tables import format_table
@@ -141,9 +142,8 @@ class Laboratory:
     ) -> list[list[Step]]:
         """The steps of each way, the exact one first. Raises SettingsError."""
         from evaluation.split.ways import CloudOnly, DeviceOnly, SplitSession
-        from evaluation.texts import read_text
 
-        prompt = self.tokenizer.encode(read_text(text))[:tokens]
+        prompt = self.tokenizer.encode(read_text(text, "--text"))[:tokens]
         self._check_room(len(prompt))
         known = [self.split.make_codecs(name, self.calibration) for name in codecs]
         if save_to is not None:
@@ -180,6 +180,7 @@ class Laboratory:
         from evaluation.split.rows_file import load_rows, restore_head_kv
         from evaluation.split.ways import SplitSession, StageClock, write_answer
 
+        check_file(path, "--from-rows")
         rows = load_rows(path)
         rows.check(self.split.ends)
         self._check_room(len(rows.up))

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.errors import CheckpointError, SettingsError
+from common.errors import CheckpointError, SettingsError, why_unreadable
 from common.spans.kv_rows import KvRows
 from edge_agent.text.ends import ModelEnds
 
@@ -68,7 +68,7 @@ def load_rows(path: Path) -> CapturedRows:
             words = [about[name] for name in ("model", "span", "codec")]
             up, head_kv = file.get_tensor("up"), file.get_tensor("head_kv")
     except (OSError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{path} holds no captured rows: {error}") from error
+        raise CheckpointError(f"{path} holds no captured rows: {why_unreadable(error)}") from error
     if up.dim() != 2 or head_kv.dim() != 2 or len(up) != len(head_kv) or not len(up):
         raise CheckpointError(
             f"{path} has rows {tuple(up.shape)} and KV {tuple(head_kv.shape)}; "

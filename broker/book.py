@@ -46,29 +46,21 @@ class Book:
         self.ledger.drop_session(self.sessions.pop(session_id).account)
 
     def add_record(self, session: SessionRecord, record: StepRecord) -> None:
-        """A step of a session: its current one, or held behind that."""
+        """A step of a session, which is handed out when it is released."""
         self.steps[record.step.key] = record
         self.ledger.add_step(record.account, record.body_bytes)
-        if session.current is None:
-            session.current = record
-        else:
-            record.is_held = True
-            session.following.append(record)
+        record.is_held = True
+        session.steps.append(record)
 
     def drop_record(self, record: StepRecord) -> list[StepRecord]:
-        """A step is over; those that are held behind it, which are left for the caller."""
+        """A step is over; those that go on from it, which are left for the caller."""
         del self.steps[record.step.key]
         self.ledger.drop_step(record.account, record.body_bytes)
         session = self.sessions.get(record.step.session_id)
-        if session is None:
+        if session is None or record not in session.steps:
             return []
-        if session.current is record:
-            session.current = None
-            return list(session.following)
-        if record not in session.following:
-            return []
-        behind = list(session.following)[session.following.index(record) + 1 :]
-        session.following.remove(record)
+        behind = list(session.steps)[session.steps.index(record) + 1 :]
+        session.steps.remove(record)
         return behind
 
     def warm_worker_of(self, record: StepRecord) -> Worker | None:

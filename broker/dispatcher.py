@@ -123,7 +123,7 @@ class Dispatcher:
     def refuse(
         self, record: StepRecord, code: str, reason: str, detour: Sequence[str] = ()
     ) -> list[Action]:
-        """Tell the edge that a step will not be computed, and none that is held behind it."""
+        """Tell the edge that a step will not be computed, and none that goes on from it."""
 
         def tell(each: StepRecord) -> Refuse:
             self._counters["refused"] += 1
@@ -133,42 +133,47 @@ class Dispatcher:
         return self.remove(record, tell)
 
     def remove(self, record: StepRecord, tell: Tell | None = None) -> list[Action]:
-        """A step will not be answered, nor will those that are held behind it.
+        """A step will not be answered, nor will those that go on from it.
 
         The edge is told of each in the order that it sent them, unless it does not wait for them.
         """
         behind = self._book.drop_record(record)
-        if record.worker is None:
-            self.take_from_queue(record)
-        told = [tell(record)] if tell is not None else []
-        actions = [Forget(record.step.key), *self.cancel_at_all(record), *told]
-        return actions + self.remove_held(record, behind, tell)
+        actions = self._withdraw(record, tell)
+        return actions + self.remove_behind(record, behind, tell)
 
-    def remove_held(
-        self, before: StepRecord, held: Iterable[StepRecord], tell: Tell | None
+    def remove_behind(
+        self, before: StepRecord, behind: Iterable[StepRecord], tell: Tell | None
     ) -> list[Action]:
-        """Steps that would go on from one that is not answered; nobody has them yet.
+        """Steps that go on from one that is not answered, wherever they are by now.
 
         That one may come again, for it is as if they had not been sent.
         """
         actions: list[Action] = []
-        for record in held:
+        for record in behind:
             self._book.drop_record(record)
-            actions.append(Forget(record.step.key))
-            if tell is not None:
-                actions.append(tell(record))
+            actions += self._withdraw(record, tell)
         session = self._sessions.get(before.step.session_id)
         if session is not None:
             session.newest = before.step.key
         return actions
 
-    def route_next(self, session: SessionRecord, now: float) -> list[Action]:
-        """A step was answered: the one that goes on from it may be handed out."""
-        if session.current is not None or not session.following:
-            return []
-        record = session.current = session.following.popleft()
-        record.is_held, record.queued_at = False, now
-        return self.route(record, now)
+    def _withdraw(self, record: StepRecord, tell: Tell | None) -> list[Action]:
+        """Nobody shall have a step any more."""
+        if record.worker is None:
+            self.take_from_queue(record)
+        told = [tell(record)] if tell is not None else []
+        return [Forget(record.step.key), *self.cancel_at_all(record), *told]
+
+    def hand_out(self, session: SessionRecord, now: float) -> list[Action]:
+        """Route the steps of a session that need not wait for those before them any more.
+
+        One that has passed a part goes before steps that are new at the next.
+        """
+        actions: list[Action] = []
+        for record in session.release():
+            record.queued_at = now
+            actions += self.route(record, now, has_waited=record.hop > 0)
+        return actions
 
     def cancel_at_all(self, record: StepRecord, but: str = "") -> list[Action]:
         """Whoever has a step that is over shall drop it, and counts as busy until then."""

@@ -53,7 +53,7 @@ class StepRecord:
     again_after_s: float = SEND_AGAIN_S
     edge_gone_at: float | None = None
     wait_until: float = 0.0  # before it is handed out again
-    is_held: bool = False  # until the step that it goes on from is answered
+    is_held: bool = False  # until the step that it goes on from has passed the part
 
     @property
     def tries(self) -> int:
@@ -98,8 +98,8 @@ class StepRecord:
 class SessionRecord:
     """How a session was opened, where each part of its KV is warm, and its steps.
 
-    `following` are those that go on where the one before them ends, in order: each waits until
-    that is answered.
+    `steps` are not answered yet; each goes on where the one before it ends, and waits at a part of
+    the route until that one has passed it.
     """
 
     opening: AnyOpening
@@ -110,14 +110,23 @@ class SessionRecord:
     opening_frame: bytes = b""  # as it came
     precision: str = ""  # of the workers that have answered
     workers: dict[int, Worker] = field(default_factory=dict)  # by hop: who answered last there
-    current: StepRecord | None = None  # that is queued or in flight
-    following: deque[StepRecord] = field(default_factory=deque)
+    steps: deque[StepRecord] = field(default_factory=deque)
     suspect: Suspect | None = None  # because of whom a step was asked for anew
 
     @property
     def last(self) -> StepRecord | None:
         """The newest step that is not answered yet."""
-        return self.following[-1] if self.following else self.current
+        return self.steps[-1] if self.steps else None
+
+    def release(self) -> list[StepRecord]:
+        """Steps that are held and need not be any more: nobody is before them at their part."""
+        released, before = [], None
+        for record in self.steps:
+            if record.is_held and (before is None or before.hop > record.hop):
+                record.is_held = False
+                released.append(record)
+            before = record
+        return released
 
     def warm_worker(self, hop: int) -> Worker | None:
         """Who has its KV of a part in memory, if it is still here."""

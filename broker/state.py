@@ -9,10 +9,10 @@ sessions or services there are (`broker/pools.py`); only steps that fail look at
 A step goes to the worker that is warm for its session (it computed the session's last step), as
 long as that worker has room; when it has not, the step waits for it unless another worker is
 idle. Without a warm worker the least loaded one with room gets it. Of a session one step at a time
-is queued or in flight, so that the queue goes round all sessions: a long prompt, which comes in
-many steps, holds up the others for one of them at a time. Steps that go on where that one ends are
-held here until it is answered; any other newer step puts it aside. Edges are taken in turn, and
-while several have sessions none fills more than half of a worker.
+is queued or in flight at each part of its route, so that the queue goes round all sessions: a long
+prompt, which comes in many steps, holds up the others for one of them at a time. Steps that go on
+where that one ends are held here until it has passed the part; any other newer step puts it aside.
+Edges are taken in turn, and while several have sessions none fills more than half of a worker.
 
 A worker counts as busy with a step until it answers or confirms to have dropped it, also when
 nobody waits for the step any more. A step that takes much longer than its service usually does
@@ -50,7 +50,7 @@ from broker.actions import (
 )
 from broker.book import Book
 from broker.demand import DEFAULT_GOALS, Goals
-from broker.dispatcher import Dispatcher
+from broker.dispatcher import Dispatcher, Tell
 from broker.ledger import Account, Limits
 from broker.peer import Peer
 from broker.pools import (
@@ -89,7 +89,7 @@ from common.spans.cut import are_joined, read_span
 
 SESSION_MEMORY_S = 600.0  # how long the warm worker of a silent session is remembered
 BUSY_RETRY_MS = 200
-MAX_HELD = 8  # steps of one session behind the one that is being computed
+MAX_HELD = 8  # steps of one session behind the first that is not answered
 SETTLE_S = 1.0  # between the second worker that died with a step and the third that gets it
 FRESH_PART = 0.6  # of the time after which a silent worker is dead
 SILENCE_AT_MOST_S = 30.0
@@ -162,7 +162,7 @@ class BrokerState:
             self.counters["refused"] += 1
             return [Refuse(edge.address, key, "invalid", why)]
         goes_on = session is not None and self._goes_on(session, step, opening)
-        if session is not None and goes_on and len(session.following) >= MAX_HELD:
+        if session is not None and goes_on and len(session.steps) > MAX_HELD:
             return [TellBusy(edge.address, key, BUSY_RETRY_MS)]
         actions = [] if goes_on else self._abandon_older(session)
         precision = opening.precision or (session.precision if session is not None else "")
@@ -186,7 +186,7 @@ class BrokerState:
         record = StepRecord(step, pool, edge, account, body_bytes, now, now, deadline_at)
         record.blame(session.suspect)
         self._book.add_record(session, record)
-        return actions if record.is_held else actions + self._dispatcher.route(record, now)
+        return actions + self._dispatcher.hand_out(session, now)
 
     def _goes_on(self, session: SessionRecord, step: Step, opening: AnyOpening) -> bool:
         """Whether a step begins where one that is not answered yet ends: both are wanted.
@@ -270,11 +270,10 @@ class BrokerState:
         return actions
 
     def _holders_of(self, session: SessionRecord) -> list[list[str]]:
-        """Workers that have something of a session, by hop: warm ones, and those with its step."""
+        """Workers that have something of a session, by hop: warm ones, and those with its steps."""
         warm = [session.warm_worker(hop) for hop in range(len(session.opening.route))]
         names = [[worker.name] if worker is not None else [] for worker in warm]
-        record = session.current
-        if record is not None:
+        for record in session.steps:
             at_it = [record.worker_id, *record.late_on]
             names[record.hop] += [n for n in at_it if n in self.workers]
         return [list(dict.fromkeys(each)) for each in names]
@@ -402,9 +401,9 @@ class BrokerState:
             behind = self._book.drop_record(record)
             actions = [Answer(record.edge.address, answer.key), Forget(answer.key), *cancelled]
             if isinstance(answer, Need):  # the edge begins anew, at what is lacking
-                actions += self._dispatcher.remove_held(record, behind, _tell_overtaken)
+                actions += self._dispatcher.remove_behind(record, behind, _tell_overtaken)
             else:
-                actions += self._dispatcher.route_next(session, now)
+                actions += self._dispatcher.hand_out(session, now)
         return [*actions, *self._dispatcher.dispatch_to(worker, now)]
 
     def _count_answer(
@@ -437,7 +436,7 @@ class BrokerState:
         body_bytes: int,
         now: float,
     ) -> list[Action]:
-        """What one part has computed is a step for the next, before steps that are new."""
+        """What one part has computed is a step for the next, and the one behind it may follow."""
         opening = session.opening
         assert isinstance(opening, Opening)
         if opening.exact and record.hop == 0:
@@ -448,7 +447,8 @@ class BrokerState:
         record.pass_on(structs.replace(record.step, parts=rows), answer, body_bytes, now)
         record.blame(session.suspect)
         record.pool = self._book.pool_of(self._book.choose_anew(record).key)
-        return [PassOn(record.step), *self._dispatcher.route(record, now, has_waited=True)]
+        record.is_held = True
+        return [PassOn(record.step), *self._dispatcher.hand_out(session, now)]
 
     def on_dropped(self, dropped: StepDropped, now: float) -> list[Action]:
         """A worker confirms that it does not compute a step (any more): it has room again."""
@@ -494,7 +494,7 @@ class BrokerState:
         session.suspect = Suspect(record.step.key, hop, before.name)
         del session.workers[hop]
         note = f"nobody could use what worker {before.name} has computed; asking for the step again"
-        gone = self._dispatcher.remove(record, lambda r: AskStep(r.edge.address, r.step.key))
+        gone = self._dispatcher.remove(record, _ask_anew(record))
         return [Note(note, is_warning=True), *gone]
 
     def on_drain(self, worker_id: str, peer: Peer, now: float) -> list[Action]:
@@ -600,7 +600,7 @@ class BrokerState:
             session_id, session = next(iter(self.sessions.items()))
             if now - session.seen_at <= SESSION_MEMORY_S:
                 return
-            if session.current is not None:
+            if session.steps:
                 self._book.see(session_id, session, now)
             else:
                 self._book.forget_session(session_id)
@@ -634,9 +634,9 @@ class BrokerState:
 
     def _abandon_older(self, session: SessionRecord | None) -> list[Action]:
         """The edge has moved on: older steps of its session need no answer."""
-        if session is None or session.current is None:
+        if session is None or not session.steps:
             return []
-        return self._dispatcher.remove(session.current)
+        return self._dispatcher.remove(session.steps[0])
 
     def _hear_worker(self, worker_id: str, now: float) -> Worker | None:
         worker = self.workers.get(worker_id)
@@ -665,6 +665,24 @@ def _tell_overtaken(record: StepRecord) -> Refuse:
     """A step will not be computed: another one comes instead of it, or did."""
     why = "a newer step of this session has arrived, or is asked for"
     return Refuse(record.edge.address, record.step.key, "stale", why)
+
+
+def _ask_anew(first: StepRecord) -> Tell:
+    """Ask for a step, and for those behind it as far as nobody has begun to compute them.
+
+    A worker may still answer one that it had, or confirm that it dropped it; edges ask for what is
+    lacking from there on with steps of other numbers.
+    """
+    asks = True
+
+    def tell(record: StepRecord) -> Action:
+        nonlocal asks
+        asks = asks and (record is first or not record.attempts)
+        if asks:
+            return AskStep(record.edge.address, record.step.key)
+        return _tell_overtaken(record)
+
+    return tell
 
 
 def _is_alike(opening: AnyOpening, other: AnyOpening) -> bool:

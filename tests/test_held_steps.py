@@ -27,6 +27,8 @@ from broker.actions import (
     Cancel,
     Dispatched,
     Forget,
+    ForwardEnd,
+    PassOn,
     Refuse,
     TellBusy,
     TellPending,
@@ -133,10 +135,99 @@ def test_when_a_step_is_asked_for_anew_those_behind_it_are_too() -> None:
     state.on_answer(reply("a", steps[0]), 0.2, 12)
     for attempt in (2, 3, 4):
         actions = state.on_failed(StepFailed(*first, attempt, "c", "boom"), 0.2)
-    asked = [action for action in actions if isinstance(action, AskStep)]
-    assert asked == [AskStep(EDGE.address, step.key) for step in steps]
-    actions = [action for step in steps for action in state.on_step(step, None, EDGE, 12, 0.25)]
-    assert actions == [Dispatched("b", first, 1, 0)]
+    assert actions[1:] == [  # behind a note
+        Forget(first), AskStep(EDGE.address, first),
+        Forget(steps[1].key), Cancel("a", steps[1].key, 1, EDGE.key),
+        Refuse(EDGE.address, steps[1].key, "stale", OVERTAKEN),
+        Forget(steps[2].key), Refuse(EDGE.address, steps[2].key, "stale", OVERTAKEN),
+    ]  # fmt: skip
+    assert state.on_step(steps[0], None, EDGE, 12, 0.25) == [Dispatched("b", first, 1, 0)]
+
+
+def state_of_two() -> tuple[BrokerState, list[Step]]:
+    """Workers a and b of two parts, and three steps, of which a has the first."""
+    state = make_state()
+    for name, part in (("a", "2-4"), ("b", "4-6")):
+        arrive(state, Announce(name, [Service(MODEL, "m", part, 8, "float32")], 4, 100), 0.0)
+    by_two = structs.replace(OPENING, route=["2-4", "4-6"])
+    steps = following(3)
+    for step in steps:
+        state.on_step(step, by_two, EDGE, 12, 0.1)
+    return state, steps
+
+
+def test_a_part_computes_a_step_while_the_next_part_has_the_one_before() -> None:
+    state, (first, second, third) = state_of_two()
+    handed = without_passing_on(state.on_answer(reply("a", first), 0.2, 12))
+    assert handed == [Dispatched("b", first.key, 2, 0), Dispatched("a", second.key, 1, 0)]
+    # what came out of a waits for b, and a has the third meanwhile
+    assert without_passing_on(state.on_answer(reply("a", second), 0.3, 12)) == [
+        Dispatched("a", third.key, 1, 0)
+    ]
+    assert state.steps[second.key].is_held
+    assert state.on_answer(reply("b", first, attempt=2), 0.4) == [
+        Answer(EDGE.address, first.key), Forget(first.key), Dispatched("b", second.key, 2, 0),
+    ]  # fmt: skip
+    assert without_passing_on(state.on_answer(reply("a", third), 0.5, 12)) == []
+    assert state.on_answer(reply("b", second, attempt=2), 0.6) == [
+        Answer(EDGE.address, second.key), Forget(second.key), Dispatched("b", third.key, 2, 0),
+    ]  # fmt: skip
+    state.on_answer(reply("b", third, attempt=2), 0.7)
+    assert state.steps == {}
+    assert not any(worker.in_flight for worker in state.workers.values())
+
+
+def test_a_part_that_lacks_rows_takes_back_what_the_part_before_it_has_already() -> None:
+    state, (first, second, third) = state_of_two()
+    state.on_answer(reply("a", first), 0.2, 12)
+    need = Need(*first.key, 2, 0, [], "b")
+    assert state.on_answer(need, now=0.3) == [
+        Answer(EDGE.address, first.key), Forget(first.key),
+        Forget(second.key), Cancel("a", second.key, 1, EDGE.key),
+        Refuse(EDGE.address, second.key, "stale", OVERTAKEN),
+        Forget(third.key), Refuse(EDGE.address, third.key, "stale", OVERTAKEN),
+    ]  # fmt: skip
+    assert state.steps == {}
+    again = structs.replace(first, step=3)  # the edge begins anew, and a has room for that
+    assert state.on_step(again, None, EDGE, 12, 0.4) == [Dispatched("a", again.key, 1, 0)]
+    assert state.on_answer(reply("a", second), 0.5, 12) == []  # was on its way
+    assert list(state.steps) == [again.key]
+    assert list(state.workers["a"].in_flight) == [again.key]
+
+
+def test_a_part_that_lacks_rows_of_a_later_step_leaves_the_one_before_alone() -> None:
+    state, (first, second, _) = state_of_two()
+    state.on_answer(reply("a", first), 0.2, 12)
+    state.on_answer(Need(*second.key, 1, 0, [], "a"), now=0.3)
+    assert list(state.steps) == [first.key]
+    assert state.on_answer(reply("b", first, attempt=2), 0.4) == [
+        Answer(EDGE.address, first.key), Forget(first.key)
+    ]  # fmt: skip
+
+
+def test_the_worker_of_a_later_step_dies_and_each_step_goes_on_at_its_part() -> None:
+    state, (first, second, _) = state_of_two()
+    state.on_answer(reply("a", first), 0.2, 12)
+    arrive(state, Announce("c", [Service(MODEL, "m", "2-4", 8, "float32")], 4, 100), 0.2)
+    actions = without_notes(state.on_worker_gone("a", "left", 0.3))
+    assert actions == [Dispatched("c", second.key, 1, 0)]
+    assert state.steps[first.key].worker_id == "b"
+
+
+def test_the_end_of_a_session_reaches_all_who_have_a_step_of_it() -> None:
+    state, (first, second, _) = state_of_two()
+    state.on_answer(reply("a", first), 0.2, 12)
+    actions = state.on_end(first.session_id, EDGE)
+    assert [a for a in actions if isinstance(a, ForwardEnd | Cancel)] == [
+        Cancel("b", first.key, 2, EDGE.key), Cancel("a", second.key, 1, EDGE.key),
+        ForwardEnd("a", first.session_id, EDGE.key, ["2-4"]),
+        ForwardEnd("b", first.session_id, EDGE.key, ["4-6"]),
+    ]  # fmt: skip
+    assert state.steps == {}
+
+
+def without_passing_on(actions: list[Action]) -> list[Action]:
+    return [action for action in actions if not isinstance(action, PassOn)]
 
 
 def test_a_step_that_goes_on_from_none_puts_all_aside() -> None:
@@ -235,7 +326,7 @@ def test_a_step_that_opens_the_session_in_another_way_puts_all_aside() -> None:
     state.on_answer(structs.replace(reply("a", first), precision="float32"), 0.2, 12)
     known = structs.replace(by_two, precision="float32")
     state.on_step(second, known, EDGE, 12, 0.3)
-    assert state.steps[second.key].is_held  # what was learnt meanwhile opens nothing anew
+    assert list(state.steps) == [first.key, second.key]  # what was learnt opens nothing anew
     state.on_step(third, structs.replace(OPENING, route=["2-6"]), EDGE, 12, 0.3)
     assert list(state.steps) == [third.key]
     for name, part in (("a", "2-4"), ("c", "2-6")):

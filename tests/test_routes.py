@@ -116,6 +116,32 @@ def test_the_middle_worker_is_killed_and_redis_flushed(
     assert session.stats.rows_replayed >= len(prompt_ids) + HARM_AT - 1
 
 
+@pytest.mark.parametrize("is_flushed", [False, True], ids=["the store", "the edge"])
+def test_long_prompts_are_on_all_spans_at_once_while_the_middle_worker_is_killed(
+    pool: LocalPool, demo_ends: ModelEnds, whole_model: torch.nn.Module, is_flushed: bool
+) -> None:
+    """What it knew comes back from the store, or from the edge if that is empty."""
+    text = (demo_ends.directory / "validation.txt").read_text()[:20_000]
+    tokenizer = TextTokenizer(demo_ends.directory)
+    ids = tokenizer.encode(text)
+    prompts = [ids[at : at + 400] for at in range(0, 1600, 400)]
+    wanted = [
+        whole_model.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=8,
+            do_sample=False,
+        )[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]  # fmt: skip
+    settings = uniform_settings("fp32", route=SPANS)
+    with Engine(demo_ends, [pool.edge_endpoint], settings) as engine:
+        streams = [engine.submit(prompt, 8, GREEDY) for prompt in prompts]
+        if is_flushed:
+            redis.Redis.from_url(pool.redis_url).flushall()
+        replace_middle(pool)
+        for stream, tokens in zip(streams, wanted, strict=True):
+            assert [each.token_id for each in stream] == tokens
+
+
 def test_the_end_of_a_session_frees_what_every_span_left_in_the_store(
     pool: LocalPool, demo_ends: ModelEnds, prompt_ids: list[int]
 ) -> None:

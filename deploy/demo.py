@@ -48,6 +48,7 @@ def demo(prompt: str, seed: int, max_new_tokens: int, image_file: Path) -> None:
     from common.weights.demo_model import DEMO_IMAGE_MODEL, DEMO_TEXT_MODEL, find_model
     from deploy.pool import LocalPool, PoolSettings
     from edge_agent.commands.cost_tables import format_stats
+    from edge_agent.commands.draft_options import DraftChoice
     from edge_agent.text.ends import load_ends
     from edge_agent.text.generation import Generation, start_generation
     from edge_agent.text.sampling import SamplingSettings
@@ -59,6 +60,7 @@ def demo(prompt: str, seed: int, max_new_tokens: int, image_file: Path) -> None:
     with LocalPool(settings) as pool:
         directory = find_model(None)
         ends, tokenizer = load_ends(directory), TextTokenizer(directory)
+        drafters = DraftChoice().open(ends)  # as midspan ask
         click.echo(
             f"Ready. Layers 0-{ends.cut.begin} and {ends.cut.end}-{ends.layers} of "
             f"{ends.name} run here, layers {ends.cut.middle} in the pool.\n"
@@ -67,7 +69,7 @@ def demo(prompt: str, seed: int, max_new_tokens: int, image_file: Path) -> None:
         def begin() -> Generation:
             client = pool.connect()
             sampling = SamplingSettings(temperature=0.7, top_p=0.95, seed=seed)
-            session = Session(ends, client)
+            session = Session(ends, client, drafters=drafters)
             return start_generation(session, tokenizer, prompt, max_new_tokens, sampling)
 
         disturbed = begin()

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -55,8 +55,9 @@ def talk(engine: Engine, tokenizer: TextTokenizer, count: int = COUNT) -> Chat:
     return Chat(engine, tokenizer, SamplingSettings(), count)
 
 
-def type_lines(pool: LocalPool, *lines: str) -> Result:
+def type_lines(pool: LocalPool, *lines: str, options: Sequence[str] = ()) -> Result:
     arguments = [*CHAT, "--broker", pool.edge_endpoint, "--codec", "fp32", "-n", str(COUNT)]
+    arguments += options
     return CliRunner().invoke(midspan, arguments, input="\n".join(lines) + "\n")
 
 
@@ -105,12 +106,19 @@ def test_a_chat_over_a_pipe(pool: LocalPool, tmp_path: Path) -> None:
     assert f"{COUNT} new after" in done.output
     assert "there is no /nonsense; /help shows what there is" in done.output
     assert "stories-llama, layers 2-6 in the pool, fp32 on the wire" in done.output
-    assert "No such file or directory: '/nowhere/x.json'" in done.output
+    assert "/nowhere/x.json cannot be written: No such file or directory" in done.output
     assert "nothing was answered yet" in done.output
     assert "Ctrl-C stops an answer." in done.output
     saved = json.loads(file.read_text())["messages"]
     assert [message["role"] for message in saved] == ["system", "user", "assistant"]
     assert saved[2]["content"] in done.output
+
+
+def test_stats_are_said_after_each_answer_to_stderr(pool: LocalPool) -> None:
+    done = type_lines(pool, PROMPTS[0], "Then it rained.", options=["--stats"])
+    assert done.stderr.count(f"{COUNT} new after") == 2
+    assert "what it cost" not in done.stdout
+    assert "what it cost" not in type_lines(pool, PROMPTS[0]).output
 
 
 def test_a_template_from_a_file_and_one_that_is_none(pool: LocalPool, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -189,6 +190,17 @@ def test_a_file_that_cannot_be_written_is_named_before_the_work(
         assert line.startswith(f"Error: {no_directory}/a")
         assert "cannot be written" in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "text"]
+
+
+@pytest.mark.long
+def test_the_demo_drafts_as_ask_does(tmp_path: Path) -> None:
+    said = run_midspan("demo", "-o", str(tmp_path / "a.png")).stdout
+    (trips,) = [line for line in said.splitlines() if line.startswith("round trips")]
+    each = re.search(r"([0-9.]+) tokens each", trips)
+    assert each is not None
+    assert float(each[1]) > 1.5
+    assert "tokens equal those of an undisturbed run" in said
+    assert "the picture equals that of an undisturbed run" in said
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

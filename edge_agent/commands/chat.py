@@ -22,6 +22,8 @@ from edge_agent.commands.own_engine import open_engine
 from edge_agent.commands.prompts import read_template
 from edge_agent.commands.question import Means
 from edge_agent.commands.run_options import (
+    print_stats,
+    stats_option,
     system_option,
     template_option,
 )
@@ -49,12 +51,14 @@ Ctrl-C stops an answer."""
 @sampling_options
 @system_option
 @template_option
+@stats_option
 def chat(
     means: Means,
     max_new_tokens: int,
     sampling: Sampling,
     system: str,
     chat_template: Path | None,
+    with_stats: bool,
 ) -> None:
     """Talk with a model; /help shows the commands. Lines may also come from a pipe.
 
@@ -70,16 +74,18 @@ def chat(
         talk = Chat(own.engine, own.tokenizer, drawing, max_new_tokens, system, template)
         freeze_loaded_objects()
         about = f"{own.name}, layers {own.choice} in the pool, {means.codecs.codec} on the wire"
-        Terminal(talk, about).run()
+        Terminal(talk, about, with_stats).run()
         talk.close()
 
 
 class Terminal:
     """Reads lines, answers them or does what their command says."""
 
-    def __init__(self, talk: Chat, about: str) -> None:
+    def __init__(self, talk: Chat, about: str, with_stats: bool) -> None:
+        """`with_stats`: what an answer has cost is said after each."""
         self._talk = talk
         self._about = about
+        self._with_stats = with_stats
         self._commands: dict[str, Callable[[str], None]] = {
             "/reset": self._reset,
             "/system": self._set_system,
@@ -105,7 +111,7 @@ class Terminal:
                     click.echo(f"there is no {command}; /help shows what there is", err=True)
                 elif text:
                     self._answer(text)
-            except (MidspanError, OSError) as error:
+            except MidspanError as error:
                 click.echo(f"error: {error}", err=True)
 
     def _answer(self, text: str) -> None:
@@ -119,6 +125,8 @@ class Terminal:
         except KeyboardInterrupt:
             answer.close()
             click.echo(" [stopped]")
+        if self._with_stats and self._talk.stats is not None:
+            print_stats(format_stats(self._talk.stats.to_json()))
 
     def _reset(self, _: str) -> None:
         self._talk.reset()
@@ -139,7 +147,10 @@ class Terminal:
         if not name:
             raise SettingsError("/save wants the name of a file")
         path = Path(name).expanduser()
-        path.write_text(json.dumps({"messages": self._talk.messages}, indent=1) + "\n")
+        try:
+            path.write_text(json.dumps({"messages": self._talk.messages}, indent=1) + "\n")
+        except OSError as error:
+            raise SettingsError(f"{path} cannot be written: {error.strerror}") from error
         click.echo(f"saved to {path}")
 
 

@@ -29,6 +29,11 @@ template_option = click.option(
 )
 
 
+stats_option = click.option(
+    "--stats", "with_stats", is_flag=True, help="Print what it cost, to stderr."
+)
+
+
 def timeout_option(default_s: float) -> Decorator:
     """--timeout, as `timeout_s`."""
     return click.option(
@@ -40,7 +45,7 @@ def report_options(fields: str) -> Decorator:
     """--json and --stats, as `as_json` and `with_stats`."""
     return add_options(
         click.option("--json", "as_json", is_flag=True, help=f"Print JSON, one object: {fields}."),
-        click.option("--stats", "with_stats", is_flag=True, help="Print what it cost, to stderr."),
+        stats_option,
     )
 
 

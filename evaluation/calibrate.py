@@ -10,8 +10,9 @@ import click
 
 from common.console.options import span_option, threads_option
 from common.console.outputs import check_directory
-from common.console.waiting import progress_bar, waiting
+from common.console.waiting import waiting
 from evaluation.options import documents_option, text_option, tokens_option, window_option
+from evaluation.progress import counted_work
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,7 +120,7 @@ def measure_calibration(
     rest, context = token_ids[fitted:], context_length(model.config)
     if len(rest) < FEWEST_TOKENS:
         return calibration
-    with progress_bar(ROUNDS * len(choose_windows(len(rest), context)), "searching") as bar:
+    with counted_work(ROUNDS * len(choose_windows(len(rest), context)), "searching") as bar:
         coded = CodedModel(model, layers, calibration)
         return replace(calibration, smallest_budget=find_budget(coded, rest, context, bar.update))
 
@@ -168,7 +169,7 @@ def measure_crossing(
     generator = torch.Generator().manual_seed(0)
     caught: dict[str, list[torch.Tensor]] = {n: [] for n in ("up", "down", "up_grad", "down_grad")}
     windows = [token_ids[at : at + window] for at in range(0, len(token_ids), window)]
-    with progress_bar(len(windows), "measuring") as bar:
+    with counted_work(len(windows), "measuring") as bar:
         for ids in windows:
             logits = model(torch.tensor([ids]), use_cache=False).logits[0]
             probabilities = torch.softmax(logits.detach(), dim=-1)

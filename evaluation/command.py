@@ -16,7 +16,7 @@ from common.console.options import calibration_option, span_option
 from common.console.outputs import check_writable
 from common.console.plots import require_matplotlib, save_figure
 from common.console.tables import format_table
-from common.console.waiting import progress_bar, waiting
+from common.console.waiting import waiting
 from common.link import Link
 from evaluation.images import image_command
 from evaluation.importance.command import importance_command
@@ -35,6 +35,7 @@ from evaluation.options import (
     tokens_option,
     window_option,
 )
+from evaluation.progress import counted_work
 from evaluation.split.command import split_command
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def codec(
     from common.weights.demo_model import find_model
     from edge_agent.text.ends import load_ends
     from edge_agent.text.tokenizer import TextTokenizer
-    from evaluation.texts import read_tokens
+    from evaluation.texts import FEWEST_TOKENS, read_tokens
 
     names = list(dict.fromkeys([BASELINE, *(codecs or DEFAULT_CODECS)]))
     for name in names:
@@ -144,7 +145,7 @@ def codec(
         require_matplotlib()
     set_up_torch(threads=1)
     directory = find_model(model)
-    ids = read_tokens(text, TextTokenizer(directory), documents, tokens)
+    ids = read_tokens(text, TextTokenizer(directory), documents, tokens, least=FEWEST_TOKENS)
     measured: list[Measurement] = []
     for span in span_text or (None,):
         with waiting(f"loading {directory.resolve().name}", is_shown=not as_json):
@@ -202,7 +203,7 @@ def measure_codecs(
     work = list(zip(names, settings, strict=True))
     with (
         LocalPool(pool_settings) as pool,
-        progress_bar(
+        counted_work(
             len(work) * len(windows), f"span {ends.cut.middle}", is_shown=is_shown,
         ) as bar,
     ):  # fmt: skip

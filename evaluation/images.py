@@ -18,11 +18,12 @@ from common.console.option_types import COUNT, SEED
 from common.console.outputs import check_writable
 from common.console.plots import require_matplotlib, save_figure
 from common.console.tables import format_table
-from common.console.waiting import progress_bar, waiting
+from common.console.waiting import waiting
 from common.errors import SettingsError
 from common.weights.demo_model import DEMO_IMAGE_MODEL
 from edge_agent.commands.prompts import check_text
 from evaluation.options import codecs_option, csv_option, json_option, plot_option
+from evaluation.progress import counted_work
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -207,7 +208,7 @@ def measure_images(
                 path: sum(_make_all(maker_of(PATHS[path][0]), wanted[:1], path, 1, EXACT)[1:])
                 for path in paths
             }
-        with progress_bar(len(ways), "measuring", is_shown=is_shown) as bar:
+        with counted_work(len(ways), "measuring", is_shown=is_shown) as bar:
             for path, reuse, codec in ways:
                 pictures, up, down = _make_all(maker_of(PATHS[path][0]), wanted, path, reuse, codec)
                 measured.append(

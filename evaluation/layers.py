@@ -20,7 +20,6 @@ import click
 from common.console.outputs import check_writable
 from common.console.plots import require_matplotlib, save_figure
 from common.console.tables import format_table
-from common.console.waiting import progress_bar
 from evaluation.options import (
     csv_option,
     documents_option,
@@ -30,6 +29,7 @@ from evaluation.options import (
     tokens_option,
     window_option,
 )
+from evaluation.progress import counted_work
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,16 +78,16 @@ def layers_command(
     from common.weights.demo_model import find_model
     from edge_agent.text.tokenizer import TextTokenizer
     from evaluation.importance.observation import WatchedModel
-    from evaluation.texts import read_tokens
+    from evaluation.texts import FEWEST_TOKENS, read_tokens
 
     check_writable(csv_path, plot_path)
     if plot_path is not None:
         require_matplotlib()
     set_up_torch(threads=1)
     directory = find_model(model)
-    ids = read_tokens(text, TextTokenizer(directory), documents, tokens)
+    ids = read_tokens(text, TextTokenizer(directory), documents, tokens, least=FEWEST_TOKENS)
     parts = [part for part in _cut(ids, window) if len(part) > 1]
-    with progress_bar(len(parts), "measuring", is_shown=not as_json) as bar:
+    with counted_work(len(parts), "measuring", is_shown=not as_json) as bar:
         measurement = LayerMeasurement(WatchedModel(directory), directory)
         for part in parts:
             measurement.add(part)

@@ -15,9 +15,9 @@ from common.console.neuron_options import NeuronOptions, neuron_options
 from common.console.option_types import COUNT
 from common.console.options import add_options, new_tokens_option, span_option
 from common.console.tables import format_table
-from common.console.waiting import waiting
 from edge_agent.text.tasks import TASKS
 from evaluation.options import json_option
+from evaluation.progress import long_work
 
 if TYPE_CHECKING:
     from evaluation.neuron_runs import Answering
@@ -81,7 +81,10 @@ def speed(
 
     directory, rows, base = _prepare(model, neurons), list[list[object]](), None
     for kind, options in kinds_of(neurons).items():
-        with waiting(kind, is_shown=not as_json), open_pool(directory, span_text, options) as pool:
+        with (
+            long_work(kind, is_shown=not as_json),
+            open_pool(directory, span_text, options) as pool,
+        ):
             prompts = _prompts(directory, sessions, pool, max_new_tokens)
             measured = [pool.answer(prompts, max_new_tokens) for _ in range(rounds)]
         first_s, per_s = summarize_rounds(measured)
@@ -110,7 +113,10 @@ def hardware(
 
     directory, rows = _prepare(model, neurons), list[list[object]]()
     for kind, options in kinds_of(neurons).items():
-        with waiting(kind, is_shown=not as_json), open_pool(directory, span_text, options) as pool:
+        with (
+            long_work(kind, is_shown=not as_json),
+            open_pool(directory, span_text, options) as pool,
+        ):
             pool.answer(_prompts(directory, sessions, pool, max_new_tokens), max_new_tokens)
             memory = pool.measure_memory()
         rows.append([kind, memory.resident_mb, memory.peak_mb, memory.edge_weights_mb])
@@ -150,7 +156,10 @@ def tasks(
     answers: dict[str, list[Any]] = {}
     examples = [(name, each) for name, task in TASKS.items() for each in task.examples]
     for kind, options in kinds_of(neurons).items():
-        with waiting(kind, is_shown=not as_json), open_pool(directory, span_text, options) as pool:
+        with (
+            long_work(kind, is_shown=not as_json),
+            open_pool(directory, span_text, options) as pool,
+        ):
             prompts = _prompts(directory, len(examples), pool, max_new_tokens)
             answers[kind] = list(pool.answer(prompts, max_new_tokens).texts)
     rows = []

@@ -23,7 +23,7 @@ from common.console.option_types import COUNT, SEED
 from common.console.options import new_tokens_option, threads_option
 from common.console.outputs import check_writable
 from common.console.tables import format_table
-from common.console.waiting import progress_bar, waiting
+from common.console.waiting import waiting
 from common.errors import SettingsError
 from edge_agent.commands.task_options import task_option
 from edge_agent.text.tasks import TASKS
@@ -36,6 +36,7 @@ from evaluation.options import (
     tokens_option,
     window_option,
 )
+from evaluation.progress import counted_work, long_work
 
 if TYPE_CHECKING:
     from common.neurons.lists import NeuronLists
@@ -127,7 +128,7 @@ def _measure(
     from evaluation.neuron_profile import Activity, profile_texts
 
     activity = Activity(layers)
-    with progress_bar(len(texts), "measuring") as bar:
+    with counted_work(len(texts), "measuring") as bar:
         for ids in texts:
             profile_texts(whole, activity, [ids], new_tokens)
             bar.update(1)
@@ -280,7 +281,7 @@ def quality(
     directory = find_model(model)
     texts = split_texts(text, TextTokenizer(directory), documents, window, tokens)
     measured: list[Quality] = []
-    with waiting("measuring", is_shown=not as_json):
+    with long_work("measuring", is_shown=not as_json):
         for each in sweep(
             directory, settings, cut_texts(texts, first_tokens, window), first_tokens
         ):

@@ -8,16 +8,25 @@ from common.console.inputs import read_text
 from common.errors import SettingsError
 from edge_agent.text.tokenizer import TextTokenizer
 
+FEWEST_TOKENS = 64  # of fewer, a mean says more of the text than of the model
+
 
 def read_tokens(
-    path: Path, tokenizer: TextTokenizer, documents: bool, max_tokens: int | None
+    path: Path,
+    tokenizer: TextTokenizer,
+    documents: bool,
+    max_tokens: int | None,
+    *,
+    least: int = 2,
+    named: str = "--text",
 ) -> list[int]:
-    """The first `max_tokens` tokens of a text.
+    """The first `max_tokens` tokens of a text; `named` is what names it.
 
     With `documents`, blank lines separate documents, which are joined by the tokenizer's end and
-    beginning tokens, as texts are packed in training. Raises SettingsError for a text too short.
+    beginning tokens, as texts are packed in training. Raises SettingsError for fewer tokens than
+    `least`.
     """
-    text = read_text(path, "--text")
+    text = read_text(path, named)
     if documents:
         ids = []
         for document in _split_documents(text):
@@ -25,8 +34,11 @@ def read_tokens(
     else:
         ids = tokenizer.encode(text) if text.strip() else []
     ids = ids[:max_tokens]
-    if len(ids) < 2:
-        raise SettingsError(f"--text {path} has {len(ids)} tokens; at least 2 are needed")
+    if len(ids) < least:
+        cut = f" with at most {max_tokens:,} taken" if len(ids) == max_tokens else ""
+        raise SettingsError(
+            f"{named} {path} has {len(ids)} tokens{cut}; at least {least} are needed"
+        )
     return ids
 
 

@@ -90,7 +90,8 @@ def test_the_demo_models_codecs_keep_their_promises(tmp_path: Path, demo_directo
         "--csv", str(table), "--plot", str(plot), "--mbit", "2", "--rtt-ms", "30",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "span 2-6" not in done.stderr  # the bar is for a terminal
+    lines = done.stderr.splitlines()  # the bar is for a terminal
+    assert [line.partition(" in ")[0] for line in lines] == ["span 2-6 …", "span 2-6: done"]
     rows = list(csv.DictReader(table.open()))
     header = "codec,span,window_tokens,wire_bits_per_value,perplexity,loss_percent"
     assert ",".join(rows[0]) == header + ",link_ms_per_token,link_ms_per_prompt"
@@ -297,3 +298,30 @@ def test_the_codec_benchmark_runs() -> None:
         cwd=script.parent.parent, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert {row["codec"] for row in json.loads(done.stdout)} >= {"int8", "compact", "smallest"}
+
+
+@pytest.mark.parametrize("command", ["codec", "layers", "importance"])
+def test_a_text_of_a_few_tokens_is_refused_with_the_number_that_is_needed(
+    command: str, tmp_path: Path
+) -> None:
+    text, experiment = tmp_path / "text", tmp_path / "asked.toml"
+    text.write_text("a few words")
+    experiment.write_text('model = "stories-llama"\ntext = "text"\nwindow = 100\n')
+    if command == "importance":
+        line = error_line("eval", command, str(experiment), "-o", str(tmp_path / "out"))
+        assert line.startswith(f"Error: the experiment's text {text} has ")
+        assert line.endswith("tokens; at least 100 are needed")
+    else:
+        line = error_line("eval", command, "stories-llama", "--text", str(text))
+        assert line.startswith(f"Error: --text {text} has ")
+        assert line.endswith("tokens; at least 64 are needed")
+
+
+def test_work_of_minutes_is_said_without_a_terminal_and_not_with_json(
+    demo_directory: Path,
+) -> None:
+    layers = ["eval", "layers", "stories-llama", "--tokens", "64", "--text"]
+    layers += [str(demo_directory / "validation.txt")]
+    told = run_midspan(*layers).stderr.splitlines()
+    assert [line.partition(" in ")[0] for line in told] == ["measuring …", "measuring: done"]
+    assert run_midspan(*layers, "--json").stderr == ""

@@ -65,7 +65,7 @@ def test_layers_are_compared_with_the_next_and_the_last(name: str, tmp_path: Pat
 
 def test_the_command_prints_writes_and_draws(tmp_path: Path) -> None:
     text, table, plot = (tmp_path / name for name in ("text.txt", "layers.csv", "layers.png"))
-    text.write_text("Once upon a time there was a little fox. " * 4)
+    text.write_text("Once upon a time there was a little fox. " * 8)
     arguments = ["layers", "stories-llama", "--text", str(text), "--window", "24", "--json"]
     done = CliRunner().invoke(evaluate, [*arguments, "--csv", str(table), "--plot", str(plot)])
     assert done.exit_code == 0, done.output

@@ -10,8 +10,9 @@ from common.console.option_types import COUNT, SEED
 from common.console.options import span_option, threads_option
 from common.console.outputs import check_directory
 from common.console.tables import format_bytes, format_table
-from common.console.waiting import progress_bar, waiting
+from common.console.waiting import waiting
 from evaluation.options import documents_option, text_option
+from evaluation.progress import counted_work, long_work
 
 
 @click.command("train-drafter")
@@ -67,7 +68,7 @@ def train_drafter(
     with waiting(f"loading {directory.name}"):
         workshop = Workshop(directory, span_text, wants_layer=kind != "ngram")
     beginnings = workshop.read_beginnings(text, documents, own_texts, seed)
-    with progress_bar(len(beginnings), "writing texts") as bar:
+    with counted_work(len(beginnings), "writing texts") as bar:
         texts, held_out = workshop.write_texts(beginnings, bar.update)
     table, layer, made = None, None, list[Path]()
     if kind != "model":
@@ -75,11 +76,11 @@ def train_drafter(
         made.append(table_path(target))
         table.save(made[-1])
     if kind != "ngram":
-        with progress_bar(training_steps, "training") as bar:
+        with counted_work(training_steps, "training") as bar:
             layer = workshop.train(texts, training_steps, seed, lambda: bar.update(1))
         made.append(layer_path(target, str(workshop.ends.cut.middle)))
         save_layer(layer, made[-1], workshop.ends.fingerprint, str(workshop.ends.cut.middle))
-    with waiting("measuring"):
+    with long_work("measuring"):
         rows = workshop.measure(table, layer, held_out)
     for path in made:
         click.echo(f"{path}  {format_bytes(path.stat().st_size)}")

@@ -13,8 +13,9 @@ import click
 from common.console.outputs import check_directory
 from common.console.plots import require_matplotlib, save_figure
 from common.console.tables import format_table
-from common.console.waiting import progress_bar, waiting
+from common.console.waiting import waiting
 from evaluation.options import json_option
+from evaluation.progress import counted_work
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,7 +48,7 @@ def importance_command(experiment: Path, output: Path, no_plots: bool, as_json: 
     from evaluation.importance.experiment import read_experiment
     from evaluation.importance.observation import WatchedModel
     from evaluation.importance.sweep import count_passes, measure
-    from evaluation.texts import read_tokens
+    from evaluation.texts import FEWEST_TOKENS, read_tokens
 
     asked = read_experiment(experiment)
     check_directory(output)
@@ -57,9 +58,12 @@ def importance_command(experiment: Path, output: Path, no_plots: bool, as_json: 
     directory = find_model(asked.model)
     with waiting(f"loading {directory.resolve().name}", is_shown=not as_json):
         model = WatchedModel(directory)
-    ids = read_tokens(asked.text, TextTokenizer(directory), asked.documents, asked.tokens)
+    ids = read_tokens(
+        asked.text, TextTokenizer(directory), asked.documents, asked.tokens,
+        least=max(asked.window, FEWEST_TOKENS), named="the experiment's text",
+    )  # fmt: skip
     passes = count_passes(asked, len(ids))
-    with progress_bar(passes, "measuring", is_shown=not as_json) as bar:
+    with counted_work(passes, "measuring", is_shown=not as_json) as bar:
         findings = measure(model, ids, asked, bar.update)
     write(findings, output, with_plots=not no_plots)
     report(findings, as_json)

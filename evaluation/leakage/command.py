@@ -16,7 +16,6 @@ from common.console.option_types import COUNT
 from common.console.options import calibration_option, new_tokens_option, span_option
 from common.console.outputs import check_writable
 from common.console.tables import format_table
-from common.console.waiting import progress_bar
 from common.errors import SettingsError
 from evaluation.options import (
     codecs_option,
@@ -27,6 +26,7 @@ from evaluation.options import (
     tokens_option,
     window_option,
 )
+from evaluation.progress import counted_work
 
 if TYPE_CHECKING:
     from evaluation.leakage.images import ImageLeak
@@ -134,7 +134,7 @@ def attack_cuts(
     path, documents, division = source
     tokenizer = TextTokenizer(directory)
     leaks: list[Leak] = []
-    with progress_bar(len(spans) * len(campaign.codecs), "attacking", is_shown=is_shown) as bar:
+    with counted_work(len(spans) * len(campaign.codecs), "attacking", is_shown=is_shown) as bar:
         for span in spans:
             split = SplitModel(directory, span)
             texts = divide_text(path, tokenizer, documents, division, split.ends.vocabulary)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,6 +185,19 @@ def test_a_key_opens_everything_but_health_and_docs(pool: LocalPool, demo_ends: 
             "/v1/models", headers={"Host": "mine.example", "Authorization": "Bearer sesame"}
         )
         assert named.status_code == 200
+
+
+def test_the_docs_list_all_paths_and_load_nothing(endpoint: Endpoint) -> None:
+    page = endpoint.http.get("/docs")
+    assert page.headers["content-type"].startswith("text/html")
+    listed = set(re.findall(r"<code>([A-Z]+) ([^<]+)</code>", page.text))
+    schema = endpoint.http.get("/openapi.json").json()
+    assert listed == {
+        (method.upper(), path) for path, methods in schema["paths"].items() for method in methods
+    }
+    assert ("POST", "/v1/chat/completions") in listed
+    assert "http" not in page.text
+    assert "<script" not in page.text
 
 
 def test_a_model_without_a_chat_template_says_what_to_do(

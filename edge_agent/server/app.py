@@ -6,13 +6,14 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 
 from common.errors import MidspanError
 from edge_agent.server.errors import SERVER, Fault, RequestFault, fault_of
@@ -60,7 +61,8 @@ class Services:
 
 
 def make_app(services: Services) -> FastAPI:
-    app = FastAPI(title="midspan", summary=SUMMARY, redoc_url=None)
+    # FastAPI's own /docs has browsers load scripts from a server of somebody else
+    app = FastAPI(title="midspan", summary=SUMMARY, docs_url=None, redoc_url=None)
     add_text(app, services)
     add_images(app, services)
     add_watching(app, services)
@@ -127,6 +129,10 @@ def add_watching(app: FastAPI, services: Services) -> None:
     async def ready() -> Response:
         return JsonResponse(await check_ready(services.text.engine))
 
+    @app.get("/docs", response_model=None, include_in_schema=False)
+    async def docs() -> Response:
+        return HTMLResponse(describe_paths(app.openapi()))
+
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:
         return Response(services.metrics.render(), media_type=CONTENT_TYPE_LATEST)
@@ -138,6 +144,21 @@ def add_watching(app: FastAPI, services: Services) -> None:
     @app.get("/midspan/model", response_model=None)
     async def model() -> Response:
         return JsonResponse(services.description)
+
+
+def describe_paths(schema: dict[str, Any]) -> str:
+    """A page of all paths; it loads nothing."""
+    lines = [
+        f"<li><code>{method.upper()} {escape(path)}</code></li>"
+        for path, methods in schema["paths"].items()
+        for method in methods
+    ]
+    return (
+        f"<!doctype html><title>midspan</title><h1>midspan</h1><p>{escape(SUMMARY)}</p>"
+        f"<ul>{''.join(lines)}</ul>"
+        '<p>What each takes is in <a href="/openapi.json">/openapi.json</a>; '
+        'to try it, there is <a href="/">the page</a>.</p>'
+    )
 
 
 def answer(fault: Fault) -> Response:

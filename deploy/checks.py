@@ -1,9 +1,9 @@
 """What `midspan status --check` does: real steps for everything that a pool says it serves.
 
 A text step is followed by others until a worker says that what came before is stored. An image step
-needs the widths of its model, which no worker announces: they are read from the model's directory,
-one that comes with midspan or that --image-model names. A store's silence is found out by using
-it, so the workers' own word is asked for again after the steps.
+needs the widths of its model, which no worker announces: they are read from a directory of that
+name, one that comes with midspan or that --image-model names. A store's silence is found out by
+using it, so the workers' own word is asked for again after the steps.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def check_image(
     if found is None:
         check.skipped = "not checked: its model is not here; name it with --image-model"
         return check
-    config, sizes = found
+    config, sizes, are_its_weights = found
     opening = ImageOpening(
         model=service["model"], route=[service["part"]], codecs=["fp32", CHECK_CODEC], images=1,
         guidance=1.0, timesteps=[1.0, 0.0], keeps_latents=False, scheduler="",
@@ -226,6 +226,8 @@ def check_image(
             _ask_image(client, session_id, index, opening, config, tensors, check)
     except MidspanError as error:
         check.failure = str(error)
+        if not are_its_weights:
+            check.failure += " (widths are those of a model of its name here, with other weights)"
     finally:
         client.end_session(session_id)
     return check
@@ -233,8 +235,12 @@ def check_image(
 
 def find_config(
     service: dict[str, Any], image_model: Path | None
-) -> tuple[dict[str, Any], ConditioningSizes] | None:
-    """The UNet's config and sizes, if a directory that we know has just this model."""
+) -> tuple[dict[str, Any], ConditioningSizes, bool] | None:
+    """The UNet's config and sizes, and whether its weights are the service's.
+
+    None if no directory that we know has a model of this name or these weights. A LoRA changes
+    weights and no widths, and so does --image-weights: of such a service the name is the same.
+    """
     from common.diffusion.shapes import find_sizes, read_index
     from common.diffusion.unet import open_unet
     from common.weights.demo_model import find_model
@@ -246,10 +252,10 @@ def find_config(
             raise
         return None
     config: dict[str, Any] = checkpoint.config_json
-    same = checkpoint.fingerprint() == service["model"]
+    name, same = checkpoint.name, checkpoint.fingerprint() == service["model"]
     sizes = find_sizes(config, read_index(checkpoint.directory.parent))
     checkpoint.close()
-    return (config, sizes) if same else None
+    return (config, sizes, same) if same or name == service["name"] else None
 
 
 def make_image_tensors(

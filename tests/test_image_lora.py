@@ -151,6 +151,18 @@ def test_a_worker_with_the_lora_serves_nobody_without_it_or_with_less_of_it(
     client.close()
 
 
+def test_a_check_sends_steps_to_a_service_with_a_lora(pool: LocalPool, directory: Path) -> None:
+    done = run_midspan(
+        "status", "--check", "--json", "--broker", pool.edge_endpoint,
+        "--image-model", str(directory),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    checks = json.loads(done.stdout)["checks"]
+    assert {c["service"]: (c["worker_id"], c["failure"], c["skipped"]) for c in checks} == {
+        f"{directory.name} {part}": ("w1", "", "") for part in ("unet", "inner")
+    }
+
+
 def test_the_command_takes_a_lora(
     pool: LocalPool,
     kohya: Path,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -119,12 +119,17 @@ def format_troubles(report: dict[str, Any]) -> str:
         "ended_connections": report["ended_connections"],
         "bad_messages": report["bad_messages"],
     }
-    seen = [
+    seen = describe_troubles(counts)
+    return "\n".join(["since the broker began:", *(f"  {line}" for line in seen)]) if seen else ""
+
+
+def describe_troubles(counts: Mapping[str, int]) -> list[str]:
+    """A few words for each of TROUBLES that is counted there and is not zero."""
+    return [
         f"{counts[name]:,} {one if counts[name] == 1 else several}"
         for name, (one, several) in TROUBLES.items()
-        if counts[name]
+        if counts.get(name)
     ]
-    return "\n".join(["since the broker began:", *(f"  {line}" for line in seen)]) if seen else ""
 
 
 def format_checks(checks: list[dict[str, Any]]) -> str:

@@ -150,6 +150,7 @@ def measure_crossing(
     import torch
 
     from common.errors import SettingsError
+    from evaluation.texts import cut_windows
 
     crossing: dict[str, torch.Tensor] = {}
 
@@ -168,7 +169,7 @@ def measure_crossing(
     ]
     generator = torch.Generator().manual_seed(0)
     caught: dict[str, list[torch.Tensor]] = {n: [] for n in ("up", "down", "up_grad", "down_grad")}
-    windows = [token_ids[at : at + window] for at in range(0, len(token_ids), window)]
+    windows = cut_windows(token_ids, window)
     with counted_work(len(windows), "measuring") as bar:
         for ids in windows:
             logits = model(torch.tensor([ids]), use_cache=False).logits[0]

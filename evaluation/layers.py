@@ -78,7 +78,7 @@ def layers_command(
     from common.weights.demo_model import find_model
     from edge_agent.text.tokenizer import TextTokenizer
     from evaluation.importance.observation import WatchedModel
-    from evaluation.texts import FEWEST_TOKENS, read_tokens
+    from evaluation.texts import FEWEST_TOKENS, cut_windows, read_tokens
 
     check_writable(csv_path, plot_path)
     if plot_path is not None:
@@ -86,7 +86,7 @@ def layers_command(
     set_up_torch(threads=1)
     directory = find_model(model)
     ids = read_tokens(text, TextTokenizer(directory), documents, tokens, least=FEWEST_TOKENS)
-    parts = [part for part in _cut(ids, window) if len(part) > 1]
+    parts = [part for part in cut_windows(ids, window) if len(part) > 1]
     with counted_work(len(parts), "measuring", is_shown=not as_json) as bar:
         measurement = LayerMeasurement(WatchedModel(directory), directory)
         for part in parts:
@@ -101,10 +101,6 @@ def layers_command(
     if plot_path is not None:
         save_figure(draw_layers(facts), plot_path)
     click.echo(json.dumps([asdict(f) for f in facts]) if as_json else format_table(headers, rows))
-
-
-def _cut(ids: Sequence[int], length: int) -> list[list[int]]:
-    return [list(ids[at : at + length]) for at in range(0, len(ids), length)]
 
 
 class LayerMeasurement:

@@ -22,6 +22,7 @@ from common.neurons.matrices import find_mlp
 from common.weights.checkpoint import Checkpoint
 from common.weights.configuration import read_config
 from common.weights.whole_model import find_decoder
+from evaluation.texts import cut_windows
 
 if TYPE_CHECKING:
     from edge_agent.text.tokenizer import TextTokenizer
@@ -118,7 +119,7 @@ def split_texts(
     for part in filter(str.strip, parts):
         ids = tokenizer.encode(part.strip())[:left]
         left -= len(ids)
-        texts += [ids[at : at + window] for at in range(0, len(ids), window)]
+        texts += cut_windows(ids, window)
     if not texts:
         raise SettingsError(f"--text {path} has no tokens")
     return texts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.console.inputs import read_text
@@ -58,7 +59,7 @@ def read_prompts(
         marks = [token for token in ids[:1] if tokenizer.is_special(token)]
         step = max(1, length - len(marks))
         own = ids[len(marks) :]
-        prompts = [marks + own[at : at + step] for at in range(0, len(own), step)]
+        prompts = [marks + piece for piece in cut_windows(own, step)]
     return [prompt for prompt in prompts if len(prompt) > 1]
 
 
@@ -69,6 +70,11 @@ def read_lines(path: Path) -> list[str]:
     if not lines:
         raise SettingsError(f"--text {path} has no lines; expected a prompt on each")
     return lines
+
+
+def cut_windows(token_ids: Sequence[int], length: int) -> list[list[int]]:
+    """Pieces of `length` tokens that follow on each other; the last may be shorter."""
+    return [list(token_ids[at : at + length]) for at in range(0, len(token_ids), length)]
 
 
 def _split_documents(text: str) -> list[str]:

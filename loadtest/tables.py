@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from common.console.tables import format_table
+from deploy.status_report import describe_troubles
 
 LATENCIES = {
     "ttft_s": "time to first token",
@@ -13,14 +14,6 @@ LATENCIES = {
     "session_s": "a whole session",
     "queue_s": "queue wait of a step",
     "sent_late_s": "due until sent",
-}
-
-TROUBLES = {
-    "busy": "told to come back",
-    "redispatched": "given to another worker",
-    "handed_over": "late, so given to an idle one too",
-    "late_answers": "answered twice",
-    "dead_workers": "workers lost",
 }
 
 
@@ -121,9 +114,8 @@ def describe_images(report: dict[str, Any]) -> str | None:
 def describe_broker(broker: dict[str, Any]) -> str:
     cpu_us = broker["cpu_us_per_step"]
     cost = f", {cpu_us:,.0f} µs of its CPU time each" if cpu_us is not None else ""
-    troubles = [f"{broker[name]:,} {words}" for name, words in TROUBLES.items() if broker[name]]
     line = f"{broker['steps']:,} steps{cost}; at most {broker['queued_most']:,} queued"
-    return "; ".join([line, *troubles])
+    return "; ".join([line, *describe_troubles(broker)])
 
 
 def describe_harm(report: dict[str, Any]) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -33,21 +33,24 @@ class NeuronOptions:
 
     def read(self) -> NeuronSettings | None:
         """None without --neurons. Raises SettingsError."""
+        settings = self._parse()
         if not self.neuron_files:
-            if self != NeuronOptions():
+            if settings != DEFAULTS:
                 raise SettingsError(
-                    f"{' '.join(self.to_words())} would do nothing: name lists with --neurons"
+                    f"{' '.join(settings.to_words())} would do nothing: name lists with --neurons"
                 )
             return None
+        settings.check()
+        return settings
+
+    def _parse(self) -> NeuronSettings:
         match = re.fullmatch(r"(-?\d{1,4}):(\d{1,4})", self.neuron_layers)
         if match is None:
             raise SettingsError(f"--neuron-layers is {self.neuron_layers!r}; expected START:END")
-        settings = NeuronSettings(
+        return NeuronSettings(
             tuple(path.expanduser() for path in self.neuron_files), self.loaded, self.base,
             self.sparsity, self.token_sparsity, self.method, int(match[1]), int(match[2]),
         )  # fmt: skip
-        settings.check()
-        return settings
 
     def check_files(self) -> None:
         """Raises SettingsError for lists that are not there."""
@@ -60,13 +63,8 @@ class NeuronOptions:
             raise SettingsError("--neurons is for a language model; name it: --model")
 
     def to_words(self) -> list[str]:
-        """The options that say this, and nothing that is the default."""
-        words = [word for path in self.neuron_files for word in ("--neurons", str(path))]
-        for field in fields(self)[1:]:
-            value = getattr(self, field.name)
-            if value != field.default:
-                words += [f"--{field.name.replace('_', '-')}", str(value)]
-        return words
+        """The options that say this, and nothing that is the default. Raises SettingsError."""
+        return self._parse().to_words()
 
 
 loaded_option = click.option(

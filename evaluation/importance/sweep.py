@@ -25,6 +25,7 @@ from evaluation.importance.metrics import (
     score_tokens,
 )
 from evaluation.importance.observation import Change, WatchedModel
+from evaluation.texts import cut_windows
 
 EXACT, CHANNELS = "exact", "channels"
 CUT, DRAWN = "cut", "drawn cut"  # all rows behind one layer; each behind one that was drawn for it
@@ -186,7 +187,7 @@ def _list_ways(experiment: Experiment) -> list[_Way | _DrawnCut]:
 
 def _measure_relevance(model: WatchedModel, ids: Sequence[int], experiment: Experiment) -> Tensor:
     """On the first windows, which follow on each other."""
-    texts = [ids[at : at + experiment.window] for at in range(0, len(ids), experiment.window)]
+    texts = cut_windows(ids, experiment.window)
     return model.measure_relevance([t for t in texts if len(t) > 1][: experiment.relevance_texts])
 
 

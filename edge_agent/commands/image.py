@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,16 +126,9 @@ def image(
         with waiting(f"loading {directory.resolve().name}", is_shown=not as_json):
             set_up_torch(threads or os.cpu_count(), images=True)
             maker = ImageMaker(
-                directory,
-                client,
-                picture.cut,
-                dtype,
-                device,
-                timeout_s,
-                pool_public,
-                loras,
+                directory, client, picture.cut, dtype, device, timeout_s, pool_public, loras,
                 image_weights,
-            )
+            )  # fmt: skip
         for text in (prompt, picture.negative):
             warn_of_cut_off(maker, text)
         images = make_with_progress(
@@ -150,14 +144,19 @@ def image(
     files = save_pictures(images, output, descriptions)
     stats = maker.stats.to_json()
     if as_json:
-        names = [str(file) for file in files]
-        click.echo(json.dumps({"files": names, "seeds": settings.seeds, "stats": stats}))
-        return
-    if picture.seed is None:
-        click.echo(f"seed {settings.seed}", err=True)
+        said = {"files": list(map(str, files)), "seeds": settings.seeds, "stats": stats}
+        click.echo(json.dumps(said))
+    else:
+        tell(files, settings.seed if picture.seed is None else None, stats if with_stats else None)
+
+
+def tell(files: Sequence[Path], drawn_seed: int | None, stats: dict[str, Any] | None) -> None:
+    """Where the pictures are; a seed that nobody gave, and what they cost, if that is wanted."""
+    if drawn_seed is not None:
+        click.echo(f"seed {drawn_seed}", err=True)
     for file in files:
         click.echo(str(file))
-    if with_stats:
+    if stats is not None:
         print_stats(format_image_stats(stats))
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, TypeAlias
 import msgspec
 import numpy as np
 
-from common.errors import SettingsError
+from common.errors import SettingsError, why_unreadable
 
 MAX_BYTES = 1 << 30
 Ids: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
@@ -69,7 +69,8 @@ def read_lists(path: Path) -> NeuronLists:
         content = msgspec.json.decode(path.read_bytes(), type=_Content)
     except (OSError, msgspec.MsgspecError) as error:
         raise SettingsError(
-            f'{path} cannot be read as lists of neurons, {{"neurons": [[ids] per layer]}}: {error}'
+            f'{path} cannot be read as lists of neurons, {{"neurons": [[ids] per layer]}}: '
+            f"{why_unreadable(error)}"
         ) from error
     layers = [np.array(ids, dtype=np.int64) for ids in content.neurons]
     for layer, ids in enumerate(layers):

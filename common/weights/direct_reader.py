@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.errors import CheckpointError
+from common.errors import CheckpointError, why_unreadable
 from common.weights.safetensors_places import Place, check_size, check_unchanged
 
 SECTOR = 4096  # bytes; what disks and file systems ask offsets, sizes and memory to be multiples of
@@ -61,7 +61,9 @@ class DirectReader:
                 raise CheckpointError(f"{place.path} has become shorter than it was")
             check_unchanged(file, place)
         except OSError as error:
-            raise CheckpointError(f"{place.path} cannot be read: {error}") from error
+            raise CheckpointError(
+                f"{place.path} cannot be read: {why_unreadable(error)}"
+            ) from error
         memory.copy_(torch.frombuffer(scratch, dtype=torch.uint8)[begin - first : count])
 
     def _own_scratch(self) -> mmap.mmap:
@@ -75,7 +77,7 @@ class DirectReader:
             try:
                 self._files[path] = _open_direct(path)
             except OSError as error:
-                raise CheckpointError(f"{path} cannot be read: {error}") from error
+                raise CheckpointError(f"{path} cannot be read: {why_unreadable(error)}") from error
         return self._files[path]
 
     def close(self) -> None:

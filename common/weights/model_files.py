@@ -9,7 +9,7 @@ import json
 from pathlib import Path, PurePath
 from typing import Any
 
-from common.errors import CheckpointError, in_one_line
+from common.errors import CheckpointError, why_unreadable
 
 MAX_JSON_BYTES = 64 << 20  # an index of a hundred thousand tensors has 10 MB
 
@@ -19,7 +19,7 @@ def check_plain_files(directory: Path) -> None:
     try:
         entries = sorted(directory.iterdir())
     except OSError as error:
-        raise CheckpointError(f"{directory} cannot be read: {in_one_line(error)}") from error
+        raise CheckpointError(f"{directory} cannot be read: {why_unreadable(error)}") from error
     for path in entries:
         check_plain_file(path)
 
@@ -67,7 +67,7 @@ def read_json(path: Path, hint: str = "") -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist; {hint}".removesuffix("; ")) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {in_one_line(error)}") from error
+        raise CheckpointError(f"{path} cannot be read: {why_unreadable(error)}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is no JSON object")
     return content

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import CheckpointError
+from common.errors import CheckpointError, why_unreadable
 
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
@@ -53,7 +53,9 @@ class PlaceReader:
                 left, at = left[count:], at + count
             check_unchanged(self._open(place.path), place)
         except OSError as error:
-            raise CheckpointError(f"{place.path} cannot be read: {error}") from error
+            raise CheckpointError(
+                f"{place.path} cannot be read: {why_unreadable(error)}"
+            ) from error
 
     def _open(self, path: Path) -> int:
         if path not in self._files:
@@ -97,7 +99,9 @@ def read_places(path: Path) -> dict[str, Place]:
             if name != "__metadata__" and said["dtype"] in TYPES
         }
     except (OSError, ValueError, KeyError, TypeError, struct.error, MemoryError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file: {why_unreadable(error)}"
+        ) from error
 
 
 def _place_of(path: Path, values_at: int, said: dict[str, Any], written_at: int) -> Place:

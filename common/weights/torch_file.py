@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.errors import CheckpointError
+from common.errors import CheckpointError, why_unreadable
 
 DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -31,8 +32,9 @@ class TorchFile:
             except RuntimeError:  # the format from before zip files cannot be mapped
                 return torch.load(path, **options)
         except Exception as error:  # of many classes, none of which is part of torch's interface
-            words = (str(error) or type(error).__name__).splitlines()[0]
-            raise CheckpointError(f"{path} cannot be read as weights only: {words}") from error
+            raise CheckpointError(
+                f"{path} cannot be read as weights only: {_why(error)}"
+            ) from error
 
     def keys(self) -> list[str]:
         return list(self._tensors)
@@ -58,3 +60,10 @@ class TorchSlice:
 
     def __getitem__(self, key: Any) -> Tensor:
         return self._tensor[key]
+
+
+def _why(error: Exception) -> str:
+    """What is wrong with a file; not torch's advice to run what stands in it nevertheless."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return why_unreadable(error)
+    return "torch.save has not written it, or more into it than tensors"

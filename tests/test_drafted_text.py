@@ -12,15 +12,18 @@ import redis
 import torch
 from pools import GREEDY, PROMPTS, intercept, reference_tokens
 from torch import Tensor
+from waiting import wait_until
 
 from common.protocol.messages import Need, Step
+from common.spans.fixed_groups import ROWS
 from deploy.pool import LocalPool, PoolSettings
 from edge_agent.engine.client import BrokerClient
 from edge_agent.engine.engine import Engine
 from edge_agent.engine.exchange import Answered
 from edge_agent.engine.streams import TokenStream
+from edge_agent.text.drafting.company import Company, StepCost, UnderWay
 from edge_agent.text.drafting.drafter import Draft, DrafterSource
-from edge_agent.text.drafting.policy import DraftPolicy, StepCost
+from edge_agent.text.drafting.policy import DraftPolicy
 from edge_agent.text.ends import EndCaches, ModelEnds
 from edge_agent.text.sampling import SamplingSettings
 from edge_agent.text.session import Session
@@ -303,7 +306,7 @@ def simulate(shares: Sequence[float], step_s: float, row_s: float, steps: int = 
         while right < len(drafts) and drafts[right].token_id == 1:
             right += 1
         took = (step_s + row_s * (1 + len(drafts))) * rng.uniform(0.8, 1.3)
-        policy.on_step(1 + len(drafts), took)
+        policy.on_step(took)
         for _ in range(right + 1):
             policy.on_token(1)
         tokens, seconds = tokens + right + 1, seconds + took
@@ -330,13 +333,75 @@ def test_a_proposal_is_cut_where_its_guesses_become_bad() -> None:
     for _ in range(300):
         drafts = policy.propose(guesser, [], 8)
         lengths.append(len(drafts))
-        policy.on_step(1 + len(drafts), 0.01 + 0.001 * len(drafts))
+        policy.on_step(0.01 + 0.001 * len(drafts))
         right = 0
         while right < len(drafts) and drafts[right].token_id == 1:
             right += 1
         for _ in range(right + 1):
             policy.on_token(1)
     assert sorted(lengths[100:])[100] == 2
+
+
+def write_together(company: Company | None, share: float, link_s: float, pass_s: float) -> float:
+    """How many times as fast eight sessions are as undrafted, in passes of eight of their rows."""
+    rng, tokens, seconds = random.Random(5), 0, 0.0
+    policies = [DraftPolicy(16, company) for _ in range(8)]
+    guessers = [Guesser([share]) for _ in policies]
+    for index, guesser in enumerate(guessers):
+        guesser._rng = random.Random(index)
+    for _ in range(300):
+        proposals = [p.propose(g, [], 16) for p, g in zip(policies, guessers, strict=True)]
+        passes = -(-sum(1 + len(drafts) for drafts in proposals) // ROWS)
+        took = (link_s + pass_s * passes) * rng.uniform(0.8, 1.3)
+        seconds += took
+        for policy, drafts in zip(policies, proposals, strict=True):
+            right = next((i for i, d in enumerate(drafts) if d.token_id != 1), len(drafts))
+            policy.on_step(took)
+            for _ in range(right + 1):
+                policy.on_token(1)
+            tokens += right + 1
+    return tokens / seconds * (link_s + pass_s) * 1.05 / len(policies)
+
+
+@pytest.mark.parametrize(("share", "link_s", "pass_s", "least"), [
+    (0.6, 0.010, 0.040, 0.95),  # a guess of each takes nearly as long as a step of all
+    (0.1, 0.010, 0.040, 0.95),
+    (0.6, 0.200, 0.010, 1.6),
+    (0.95, 0.200, 0.010, 6.0),
+])  # fmt: skip
+def test_sessions_that_share_passes_draft_no_more_than_pays_for_all(
+    share: float, link_s: float, pass_s: float, least: float
+) -> None:
+    assert write_together(Company(ROWS), share, link_s, pass_s) >= least
+
+
+def test_who_writes_no_more_is_not_counted() -> None:
+    company = Company()
+    one, other = DraftPolicy(4, company), DraftPolicy(4, company)
+    for policy in (one, other, one):
+        policy.propose(Guesser([0.5]), [], 4)
+    assert company._sessions == 2
+    for policy in (one, other, other):
+        policy.rest()
+    assert (company._sessions, company._rows, company._tokens) == (0, 0, 0.0)
+    one.on_step(0.1)  # of nothing
+    assert company.rate_of_none(UnderWay()) == Company().rate_of_none(UnderWay())
+
+
+def test_sessions_of_an_engine_keep_one_company(
+    pool: LocalPool, demo_ends: ModelEnds, stories: list[list[int]]
+) -> None:
+    settings = uniform_settings("fp32", exact=True)
+    with Engine(demo_ends, [pool.edge_endpoint], settings, drafters=knowing(*stories)) as engine:
+        company = engine._company
+        assert company is not None
+        streams = [engine.submit(story[:-COUNT], COUNT) for story in stories[:3]]
+        for stream, story in zip(streams, stories, strict=False):
+            assert [token.token_id for token in stream] == story[-COUNT:]
+        wait_until(lambda: engine.count_answers() == (0, 0))
+        assert (company._rows_per_pass, company._sessions, company._rows) == (ROWS, 0, 0)
+        assert company.rounds > 0
+        assert company._cost.of(2) != Company(ROWS)._cost.of(2)
 
 
 def test_what_a_row_costs_is_read_off_steps_of_few_and_many_rows() -> None:
@@ -370,7 +435,7 @@ def test_dear_guesses_are_asked_for_where_they_pay(
     for _ in range(300):
         drafts = policy.propose(guesser, [], 8)
         right = next((i for i, d in enumerate(drafts) if d.token_id != 1), len(drafts))
-        policy.on_step(1 + len(drafts), step_s * (1 + 0.01 * len(drafts)))
+        policy.on_step(step_s * (1 + 0.01 * len(drafts)))
         for _ in range(right + 1):
             policy.on_token(1)
     assert least <= guesser.asked <= most
@@ -384,7 +449,7 @@ def test_a_session_that_has_taken_a_pause_for_what_rows_cost_finds_out() -> None
         sent.append(len(drafts))
         right = next((i for i, d in enumerate(drafts) if d.token_id != 1), len(drafts))
         pause = 0.5 if 5 <= step < 9 and drafts else 0.0
-        policy.on_step(1 + len(drafts), 0.010 + 0.0005 * len(drafts) + pause)
+        policy.on_step(0.010 + 0.0005 * len(drafts) + pause)
         for _ in range(right + 1):
             policy.on_token(1)
     assert sum(sent[80:]) / 40 > 4

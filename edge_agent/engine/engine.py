@@ -45,6 +45,7 @@ from edge_agent.engine.link import BrokerLink
 from edge_agent.engine.link_meter import LinkMeter
 from edge_agent.engine.streams import Conversation, Token, TokenStream, Wanted
 from edge_agent.text.codec_choice import CodecChooser
+from edge_agent.text.drafting.company import Company
 from edge_agent.text.drafting.drafter import DrafterSource
 from edge_agent.text.ends import ModelEnds
 from edge_agent.text.sampling import SamplingSettings
@@ -123,7 +124,9 @@ class Engine:
         self._settings = settings or SessionSettings()
         self._chooser = CodecChooser(self._settings, calibration)
         self._calibration, self._pool_key = calibration, pool_key
-        self._drafters = drafters
+        self._drafters, self._company = drafters, None
+        if drafters is not None:
+            self._company = Company(ends.rows_per_pass(self._settings.exact))
         self._meter = LinkMeter()
         self._new_session()  # complains now, if ever
         if self._settings.is_open:
@@ -186,7 +189,9 @@ class Engine:
         settings = self._chooser.choose(ends, self._meter.link)
         if ends.cut in self._detours:
             settings = replace(settings, route=self._detours[ends.cut])
-        return TextSession(ends, settings, self._calibration, self._pool_key, self._drafters)
+        return TextSession(
+            ends, settings, self._calibration, self._pool_key, self._drafters, self._company
+        )
 
     def _measure_link(self, brokers: Sequence[str], keys: ClientKeys | None) -> None:
         """Over a connection that nothing else is on; steps go on with it."""

@@ -17,6 +17,7 @@ from common.errors import CheckpointError, SettingsError
 from common.neurons.settings import NeuronSettings
 from common.spans.attention import Segment
 from common.spans.cut import Cut, Span, parse_cut
+from common.spans.fixed_groups import ROWS
 from common.spans.kv_rows import KvRows, make_layout
 from common.spans.parts import name_span
 from common.spans.span_model import SpanModel
@@ -55,6 +56,10 @@ class ModelEnds:
     def keeps_states(self) -> bool:
         """Whether head or tail have layers that keep a state of the whole text."""
         return self.head.keeps_states or self.tail.keeps_states
+
+    def rows_per_pass(self, exact: bool) -> int:
+        """How many single rows go through in the time of one."""
+        return ROWS if exact and self.head.groups_agree else 1
 
     def new_caches(self, exact: bool = False) -> EndCaches:
         """Of a session; no bit of an `exact` one depends on others."""

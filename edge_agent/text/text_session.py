@@ -25,6 +25,7 @@ from torch import Tensor
 from common.codecs.calibration import Calibration
 from common.errors import MidspanError, SettingsError
 from common.spans.cut import Span
+from edge_agent.text.drafting.company import Company
 from edge_agent.text.drafting.drafter import Draft, Drafter, DrafterSource
 from edge_agent.text.drafting.policy import DraftPolicy
 from edge_agent.text.ends import ModelEnds, Scores, scores_of
@@ -88,12 +89,13 @@ class TextSession:
         calibration: Calibration | None = None,
         pool_key: bytes | None = None,
         drafters: DrafterSource | None = None,
+        company: Company | None = None,
     ) -> None:
         """With `pool_key`, the public half of the pool's, the session's KV is encrypted at rest.
 
         The session's own key is drawn here and sealed for the workers; the broker cannot read it.
         `drafters` gives the session's drafter, if it is to have one. Raises SettingsError where one
-        is demanded that cannot be.
+        is demanded that cannot be. `company` are those that it shares a pool with.
         """
         self.stats = GenerationStats()
         self._ends = ends
@@ -103,7 +105,10 @@ class TextSession:
         self._token_ids: list[int] = []  # of the rows that were sent
         self._drafters = drafters
         self._drafter = self._open_drafter()
-        self._policy = DraftPolicy(min(self._settings.draft_tokens, self._middle.most_drafts))
+        most_drafts = min(self._settings.draft_tokens, self._middle.most_drafts)
+        if self._drafter is not None and company is None:
+            company = Company(ends.rows_per_pass(self._settings.exact))
+        self._policy = DraftPolicy(most_drafts, company)
         self.ended_by_itself = False  # with an end-of-sequence token
 
     def _open_drafter(self) -> Drafter | None:
@@ -186,6 +191,7 @@ class TextSession:
                 step = yield from self._run_step(text)
                 going_on = yield from self._take_tokens(text, step)
         finally:
+            self._policy.rest()
             if self._drafters is not None:
                 self._drafters.keep(self._ends, prompt_ids, text.token_ids[len(prompt_ids) :])
 
@@ -246,7 +252,7 @@ class TextSession:
         stats.add_stage("queue", middle.queue_s)
         stats.add_stage("middle", middle.middle_s)
         stats.add_stage("tail", done_at - back_at)
-        self._policy.on_step(len(token_ids), done_at - head_at)
+        self._policy.on_step(done_at - head_at)
         return _Step(drafts, boundary, middle.rows, scores)
 
     def _guess(self, text: _Text) -> list[Draft]:

@@ -7,18 +7,18 @@ steps with few and with many rows.
 
 from __future__ import annotations
 
+import functools
+import itertools
+import operator
 import time
 from collections.abc import Sequence
 
+from edge_agent.text.drafting.company import Company, UnderWay
 from edge_agent.text.drafting.drafter import Draft, Drafter
 
-DECAY = 0.94  # of what was measured, with each step
-FIRST_ROW_SHARE = 0.05  # of a step's time, until a row's was measured
-FIRST_WEIGHT = 2.0  # of these guesses, in measurements
 MOST_TRIALS = 64.0  # per grade: older ones count less
 VARY_EVERY = 16  # steps; otherwise a session that always sends as many learns nothing of a row
-OUTLIER = 1.6  # times what was expected; more is somebody else's
-PROBE_EVERY = 24  # steps without drafts, after which it is looked at again what they cost
+PROBE_EVERY = 24  # rounds without drafts, after which it is looked at again what they cost
 WORTH_PROBING = 0.5  # of such guesses are right
 PROBED = 2  # dear guesses, then
 
@@ -26,16 +26,19 @@ PROBED = 2  # dear guesses, then
 class DraftPolicy:
     """One session's. Times are in seconds."""
 
-    def __init__(self, most: int) -> None:
-        """At most so many drafts in a step."""
+    def __init__(self, most: int, company: Company | None = None) -> None:
+        """At most so many drafts in a step; `company` are the sessions that it shares a pool with.
+
+        Without it the session is alone.
+        """
         self._most = most
-        self._cost = StepCost()
+        self._company = company or Company()
+        self._step = UnderWay()
         self._grades: dict[tuple[str, int], _Share] = {}
         self._watched: list[tuple[_Share, int]] = []  # guesses that tokens have not reached yet
         self._all = _Share()  # of guesses of any grade
         self._guess_s = 0.0
         self._steps = 0
-        self._sent_at = 0  # the last step with drafts
 
     def propose(self, drafter: Drafter, token_ids: Sequence[int], room: int) -> list[Draft]:
         """Guesses for the next step, `room` at most; those that pay."""
@@ -53,10 +56,11 @@ class DraftPolicy:
         count = self._count_worth([share.value for share in shares])
         if count and self._steps % VARY_EVERY == 0:
             count //= 2
-        if guesses and not count and self._steps - self._sent_at >= PROBE_EVERY:
+        company = self._company
+        if guesses and not count and company.rounds - company.drafted_at >= PROBE_EVERY:
             count = int(shares[0].value >= WORTH_PROBING)
-        if count:
-            self._sent_at = self._steps
+        tokens = sum(itertools.accumulate((s.value for s in shares[:count]), operator.mul))
+        company.begin(self._step, 1 + count, 1 + tokens)
         return guesses[:count]
 
     def on_token(self, token_id: int) -> None:
@@ -69,9 +73,13 @@ class DraftPolicy:
         if guess != token_id:
             self._watched.clear()
 
-    def on_step(self, rows: int, seconds: float) -> None:
-        """A step of so many rows took so long, after its guesses."""
-        self._cost.add(rows, seconds)
+    def on_step(self, seconds: float) -> None:
+        """The step took so long, after its guesses."""
+        self._company.end(self._step, seconds)
+
+    def rest(self) -> None:
+        """The session writes no more for now."""
+        self._company.leave(self._step)
 
     def _limit(self) -> int:
         """How many guesses to ask for, where they cost time: those that may pay."""
@@ -80,12 +88,13 @@ class DraftPolicy:
 
     def _count_worth(self, shares: Sequence[float], guess_s: float = 0.0) -> int:
         """After how many guesses a step brings the most tokens in its time, and `guess_s` each."""
-        best, best_rate = 0, 1.0 / self._cost.of(1)
+        rate_of = functools.partial(self._company.rate, self._step)
+        best, best_rate = 0, max(rate_of(1, 1.0), self._company.rate_of_none(self._step))
         tokens, reached = 1.0, 1.0
         for count, share in enumerate(shares, start=1):
             reached *= share
             tokens += reached
-            rate = tokens / (self._cost.of(1 + count) + guess_s * count)
+            rate = rate_of(1 + count, tokens, guess_s * count)
             if rate > best_rate:
                 best, best_rate = count, rate
         return best
@@ -109,32 +118,3 @@ class _Share:
             self._right, self._trials = self._right / 2, self._trials / 2
         self._right += was_right
         self._trials += 1
-
-
-class StepCost:
-    """Seconds of a step by its rows: a line through what was measured, newer steps first."""
-
-    def __init__(self) -> None:
-        self._weight = self._rows = self._seconds = self._squares = self._products = 0.0
-
-    def add(self, rows: int, seconds: float) -> None:
-        """A step of `rows` rows took `seconds`."""
-        if self._weight >= 1:
-            seconds = min(seconds, OUTLIER * self.of(rows))
-        for name, value in (
-            ("_weight", 1.0), ("_rows", rows), ("_seconds", seconds),
-            ("_squares", rows * rows), ("_products", rows * seconds),
-        ):  # fmt: skip
-            setattr(self, name, getattr(self, name) * DECAY + value)
-
-    def of(self, rows: int) -> float:
-        """Expected of a step of `rows` rows; in no unit as long as nothing was measured."""
-        if not self._weight:
-            return 1.0 + FIRST_ROW_SHARE * rows
-        mean_rows, mean_s = self._rows / self._weight, self._seconds / self._weight
-        spread = max(0.0, self._squares - self._weight * mean_rows**2)
-        together = self._products - self._weight * mean_rows * mean_s
-        first = FIRST_ROW_SHARE * mean_s
-        per_row = max(0.0, (together + first * FIRST_WEIGHT) / (spread + FIRST_WEIGHT))
-        per_row = min(per_row, mean_s / max(1.0, mean_rows))  # a step without rows takes no less
-        return mean_s + per_row * (rows - mean_rows)

@@ -125,8 +125,8 @@ class Engine:
         self._chooser = CodecChooser(self._settings, calibration)
         self._calibration, self._pool_key = calibration, pool_key
         self._drafters, self._company = drafters, None
-        if drafters is not None:
-            self._company = Company(ends.rows_per_pass(self._settings.exact))
+        if drafters is not None and self._settings.exact:
+            self._company = Company(ends.rows_per_pass(exact=True))
         self._meter = LinkMeter()
         self._new_session()  # complains now, if ever
         if self._settings.is_open:

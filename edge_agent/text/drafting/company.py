@@ -1,4 +1,4 @@
-"""What a step takes by the rows that all sessions of one engine have in the pool with it.
+"""What a step takes by the rows that all exact sessions of one engine have in the pool with it.
 
 Workers, head and tail compute the rows of several sessions together, so a row of one is waited for
 by all of them. Who counts its own rows only, and its own tokens, sends guesses that cost the others
@@ -104,7 +104,8 @@ class Company:
     def rate_of_none(self, step: UnderWay) -> float:
         """The same if no session had drafts, and what they must bring to be worth their noise."""
         sessions = self._sessions + (not step.rows)
-        return LEAST_GAIN * sessions / self._cost.of(self._passes(sessions))
+        gain = LEAST_GAIN if sessions > 1 else 1.0
+        return gain * sessions / self._cost.of(self._passes(sessions))
 
     def _passes(self, rows: int) -> int:
         return -(-rows // self._rows_per_pass)

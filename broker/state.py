@@ -540,6 +540,8 @@ class BrokerState:
                 else:
                     record.attempts -= 1
         for record in homeless:
+            if self.steps.get(record.step.key) is not record:
+                continue  # one before it was refused, which took it along
             if blame_steps:
                 actions += self._dispatcher.try_elsewhere(record, now)
             else:
@@ -626,7 +628,12 @@ class BrokerState:
         return None
 
     def _why_late(self, record: StepRecord, now: float) -> str:
-        where = f"in flight on worker {record.worker_id}" if record.worker else "still queued"
+        if record.worker is not None:
+            where = f"in flight on worker {record.worker_id}"
+        elif record.pool.workers or record.is_held:
+            where = "still queued"
+        else:
+            where = self._book.why_no_worker(record.pool.key)
         failures = "".join(f"; worker {w}: {reason}" for w, reason in record.failures)
         return (
             f"the step's deadline passed after {now - record.arrived_at:.1f} s, {where}{failures}"

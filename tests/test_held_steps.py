@@ -214,6 +214,37 @@ def test_the_worker_of_a_later_step_dies_and_each_step_goes_on_at_its_part() -> 
     assert state.steps[first.key].worker_id == "b"
 
 
+def test_a_death_that_refuses_a_step_hands_out_none_behind_it() -> None:
+    state = make_state()
+    both = [Service(MODEL, "m", part, 8, "float32") for part in ("2-4", "4-6")]
+    arrive(state, Announce("a", both, 4, 100), 0.0)
+    by_two = structs.replace(OPENING, route=["2-4", "4-6"])
+    first, second, _ = following(3)
+    for step in (first, second):
+        state.on_step(step, by_two, EDGE, 12, 0.1)
+    state.on_answer(reply("a", first), 0.2, 12)
+    for step, attempt in ((first, 2), (first, 3), (second, 1)):
+        state.on_failed(StepFailed(*step.key, attempt, "a", "boom"), 0.2)
+    assert list(state.workers["a"].in_flight) == [first.key, second.key]
+    arrive(state, Announce("b", both, 4, 100), 0.9)
+    actions = state.on_tick(1.0)  # a is silent
+    assert [a.key for a in actions if isinstance(a, Refuse)] == [first.key, second.key]
+    assert state.steps == {}
+    for now in (2.0, 3.0):
+        arrive(state, Announce("b", both, 4, 100), now)
+        assert without_notes(state.on_tick(now)) == []
+    assert not any(worker.in_flight for worker in state.workers.values())
+
+
+def test_a_step_that_nobody_serves_until_its_deadline_is_told_so() -> None:
+    state = make_state("w1", hold_s=100.0)
+    bring(state, following(1))
+    state.on_worker_gone("w1", "left", 0.2)
+    refused = [a for a in state.on_tick(61.0) if isinstance(a, Refuse)]
+    assert [a.code for a in refused] == ["deadline"]
+    assert refused[0].reason.startswith("the step's deadline passed after 60.9 s, no worker serves")
+
+
 def test_the_end_of_a_session_reaches_all_who_have_a_step_of_it() -> None:
     state, (first, second, _) = state_of_two()
     state.on_answer(reply("a", first), 0.2, 12)

@@ -106,6 +106,8 @@ class Blobs:
             time.sleep(0.002)
         self.forget(key)
         if loaded != [blob]:
+            if not self._store.is_up():
+                raise StoreUnavailable("it does not answer")
             raise StoreUnavailable("the store does not give back what it was given")
 
     def forget(self, key: bytes) -> None:

@@ -83,7 +83,10 @@ def settle(settings: SessionSettings, ends: ModelEnds) -> SessionSettings:
 def why_no_drafts(settings: SessionSettings, ends: ModelEnds) -> str:
     """Why guesses could not be checked several at once; empty if they can."""
     if ends.keeps_states:
-        return "its layers keep a state of the text, which cannot be taken back token by token"
+        return (
+            "its layers, or neurons that were chosen with --neurons, keep a state of the text, "
+            "which cannot be taken back token by token"
+        )
     spec = parse_codec(settings.decode_down)
     if spec.low_bits or spec.granularity in ("tensor", "channel"):
         return f"rows that come back together in {spec.name} are not what they are one by one"

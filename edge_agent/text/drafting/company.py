@@ -27,6 +27,7 @@ class StepCost:
 
     def add(self, rows: float, seconds: float, decay: float = DECAY) -> None:
         """A step of `rows` rows took `seconds`."""
+        seconds = max(seconds, 1e-6)  # a clock may be coarse
         if self._weight >= 1:
             seconds = min(seconds, OUTLIER * self.of(rows))
         for name, value in (

@@ -107,9 +107,9 @@ def worker(
     page = open_page(metrics)
     text_model, image_model = models.find_text_model(), models.find_image_model()
     models.check_loras()
+    neurons.check_used(text_model)
     neurons.check_files()
     chosen = neurons.read()
-    neurons.check_used(text_model)
     loras, image_loras = parse_choices(models.loras), parse_choices(models.image_loras)
     set_up_torch(threads, images=image_model is not None)
     from cloud_worker.loop.worker import Worker, WorkerSettings

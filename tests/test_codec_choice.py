@@ -264,4 +264,4 @@ def test_where_codecs_are_measured_one_must_be_named(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time")
     told = error_line("eval", "codec", "stories-llama", "--text", str(text), "--codec", "auto")
-    assert "codec 'auto' is unknown" in told
+    assert "codec 'auto' chooses one by the link; here a codec itself is expected" in told

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +63,6 @@ class TorchSlice:
 
 def _why(error: Exception) -> str:
     """What is wrong with a file; not torch's advice to run what stands in it nevertheless."""
-    if not isinstance(error, pickle.UnpicklingError):
+    if type(error).__name__ != "UnpicklingError":
         return why_unreadable(error)
     return "torch.save has not written it, or more into it than tensors"

@@ -134,6 +134,7 @@ class SyntheticSpan(SpanModel):
         size = (shape.key_heads, shape.head_size)
         self.layout = make_layout([(size, size)] * layers, self.dtype)
         self.states_layout = StateLayout()
+        self.stream = None  # no weights that could get lost
         self._batch_s = batch_s
 
     @torch.inference_mode()

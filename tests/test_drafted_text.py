@@ -21,7 +21,7 @@ from edge_agent.engine.client import BrokerClient
 from edge_agent.engine.engine import Engine
 from edge_agent.engine.exchange import Answered
 from edge_agent.engine.streams import TokenStream
-from edge_agent.text.drafting.company import Company, StepCost, UnderWay
+from edge_agent.text.drafting.company import FIRST_ROW_SHARE, Company, StepCost, UnderWay
 from edge_agent.text.drafting.drafter import Draft, DrafterSource
 from edge_agent.text.drafting.policy import DraftPolicy
 from edge_agent.text.ends import EndCaches, ModelEnds
@@ -256,6 +256,8 @@ def test_every_draft_is_sent_as_tentative_and_all_of_a_step_together(
             return None
         return Answered(Need(*step.key, 1, 5, [], "w9"), b"", 0, 0, 0)
 
+    # or how many guesses pay would hang on what else the machine does
+    monkeypatch.setattr(StepCost, "of", lambda cost, rows: 1.0 + FIRST_ROW_SHARE * rows)
     intercept(lonely_client, lose, monkeypatch)
     settings = uniform_settings("fp32", prefill_rows=8)
     session = Session(demo_ends, lonely_client, settings, drafters=knowing(*stories))
@@ -269,7 +271,7 @@ def test_every_draft_is_sent_as_tentative_and_all_of_a_step_together(
     assert [step.tentative for step in again[:-1]] == [0] * (len(again) - 1)
     assert (again[-1].final, again[-1].end) == (lost.final, lost.end)
     assert len(again) >= 3
-    assert max(step.tentative for step in steps) > 1  # how many pay depends on the machine
+    assert max(step.tentative for step in steps) > 3
 
 
 # --- how many
